@@ -1,0 +1,98 @@
+//! The runtime folder, by default `/run/blktap-control`, with the names XenServer's tools and libxl expect.
+//!
+//! | name | what |
+//! |---|---|
+//! | `ctl<pid>` | control socket of a tapdisk |
+//! | `nbd<pid>.<minor>` | names a VBD in `physical-device-path` |
+//! | `tapdisk/tapdisk-<minor>` | marker: the minor is allocated; locked (flock) while a tapdisk serves it |
+
+use std::path::{Path, PathBuf};
+
+use crate::proto::Minor;
+
+/// Where sockets and markers are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlDir {
+    root: PathBuf,
+}
+
+impl Default for ControlDir {
+    fn default() -> ControlDir {
+        ControlDir::at("/run/blktap-control")
+    }
+}
+
+impl ControlDir {
+    /// A runtime folder elsewhere.
+    pub fn at(root: impl Into<PathBuf>) -> ControlDir {
+        ControlDir { root: root.into() }
+    }
+
+    /// The folder itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The control socket of the tapdisk `pid`.
+    pub fn control_socket(&self, pid: i32) -> PathBuf {
+        self.root.join(format!("ctl{pid}"))
+    }
+
+    /// The path that names a VBD to libxl and xenio (`physical-device-path`).
+    pub fn vbd_path(&self, pid: i32, minor: Minor) -> PathBuf {
+        self.root.join(format!("nbd{pid}.{minor}"))
+    }
+
+    /// Reads a path made by [`ControlDir::vbd_path`] back. `None` for any other text.
+    pub fn parse_vbd_path(&self, path: &Path) -> Option<(i32, Minor)> {
+        let name = path.strip_prefix(&self.root).ok()?.to_str()?;
+        let (pid, minor) = name.strip_prefix("nbd")?.split_once('.')?;
+        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        if !digits(pid) || !digits(minor) {
+            return None;
+        }
+        let pid: i32 = pid.parse().ok()?;
+        (pid > 0).then_some((pid, Minor(minor.parse().ok()?)))
+    }
+
+    /// The folder of the markers.
+    pub fn markers(&self) -> PathBuf {
+        self.root.join("tapdisk")
+    }
+
+    /// The marker of a minor.
+    pub fn marker(&self, minor: Minor) -> PathBuf {
+        self.markers().join(format!("tapdisk-{minor}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vbd_path_reads_back() {
+        let dir = ControlDir::default();
+        let path = dir.vbd_path(4711, Minor(3));
+        assert_eq!(path, Path::new("/run/blktap-control/nbd4711.3"));
+        assert_eq!(dir.parse_vbd_path(&path), Some((4711, Minor(3))));
+    }
+
+    #[test]
+    fn other_paths_are_no_vbd_path() {
+        let dir = ControlDir::default();
+        for text in [
+            "/run/blktap-control/nbd1.",
+            "/run/blktap-control/nbd.1",
+            "/run/blktap-control/nbd+1.2",
+            "/run/blktap-control/nbd0.2",
+            "/run/blktap-control/nbd1.70000",
+            "/run/blktap-control/nbd1.2/x",
+            "/tmp/nbd1.2",
+            "nbd1.2",
+            "",
+        ] {
+            assert_eq!(dir.parse_vbd_path(Path::new(text)), None, "{text}");
+        }
+    }
+}

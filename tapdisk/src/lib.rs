@@ -1,1 +1,33 @@
-//! placeholder
+//! The data plane: one process that serves guests' block rings from image chains.
+//!
+//! ```text
+//!  tap-ctl, xenio --control socket--> server ---commands---> worker thread, one for each disk
+//!                                    (main thread)            │
+//!  guest's ring <--mapped pages, event channel--> ring ─ slot tasks ─ disk ─ layers ─ reactor (io_uring)
+//!                                                        └ copier (one grant copy a turn)
+//! ```
+//!
+//! | module | concern |
+//! |---|---|
+//! | [`cli`] | the process: options, start-up, the hand-shake with `tap-ctl spawn` |
+//! | [`server`], [`vbd`] | the control socket |
+//! | [`worker`] | a disk's thread: its loop, rings, and the way from a request to its answer |
+//! | [`image`] | chains of layers, and opening them |
+//! | [`io`], [`reactor`], [`buf`], [`copier`] | moving bytes |
+//! | [`executor`], [`sync`] | tasks and waiting |
+//! | [`xen`] | real devices or simulated ones |
+//!
+//! Unsafe code is in `buf`, `copier`, `reactor::uring` and `worker::mapped` only; each begins with its invariants.
+
+pub mod buf;
+pub mod cli;
+pub mod copier;
+pub mod executor;
+pub mod image;
+pub mod io;
+pub mod reactor;
+pub mod server;
+pub mod sync;
+pub mod vbd;
+pub mod worker;
+pub mod xen;

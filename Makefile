@@ -1,0 +1,67 @@
+# The two commands: `make demo` shows a guest on a VHD, `make test` shows that everything works.
+# Both install what they need (Debian packages as root, cargo-deny into target/tools).
+
+CARGO ?= cargo
+DENY_VERSION := 0.20.2
+DENY := target/tools/bin/cargo-deny
+PREFIX ?= /usr
+DESTDIR ?=
+
+.PHONY: all demo test check fmt clippy deny unit loom doc xen bench-xen deps release install clean
+
+all: release
+
+## demo: boot real Xen in QEMU and watch a guest use a VHD through xenio
+demo: release
+	integration/xen/run.sh demo
+
+## test: everything: check, then the scenarios on real Xen
+test: check xen
+
+## check: the part without QEMU
+check: deps fmt clippy deny doc unit loom
+
+fmt:
+	$(CARGO) fmt --all --check
+
+clippy:
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+deny: $(DENY)
+	$(DENY) --log-level error check bans licenses sources
+
+# Unoptimised: it is built once and runs for a second.
+$(DENY):
+	@echo "installing cargo-deny $(DENY_VERSION) (about a minute)"
+	$(CARGO) install --quiet --locked --debug --root target/tools --version $(DENY_VERSION) cargo-deny
+
+doc:
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --quiet
+
+unit:
+	$(CARGO) test --workspace --locked --quiet
+
+# The ring's notification protocol under every interleaving; its own folder, because the flag rebuilds everything.
+loom:
+	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom $(CARGO) test --locked --quiet -p blkif --test loom_notify --release
+
+## xen: the scenarios on real Xen, in QEMU
+xen: release
+	integration/xen/run.sh
+
+## bench-xen: instruction-counted comparison with blkback and qdisk on real Xen
+bench-xen: release
+	integration/xen/run.sh bench
+
+deps:
+	integration/deps.sh
+
+release:
+	$(CARGO) build --release --locked --workspace --exclude integration --bins
+
+install: release
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/sbin target/release/xenio target/release/tap-ctl target/release/vhd-util
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/xenio target/release/tapdisk
+
+clean:
+	$(CARGO) clean

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that `make check` uses beside the Rust toolchain; those that are there already cost nothing.
+#   gcc, make    linking
+#   xz-utils     unpacks the golden VHD images
+#   qemu-utils   an independent reader and writer of images
+#   libxen-dev   Xen's public headers, against which layouts and numbers are checked
+set -euo pipefail
+wanted=(gcc make xz-utils qemu-utils libxen-dev)
+missing=()
+for package in "${wanted[@]}"; do
+    if ! dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed'; then
+        missing+=("$package")
+    fi
+done
+if [ ${#missing[@]} -eq 0 ]; then
+    exit 0
+fi
+echo "installing ${missing[*]}"
+if [ "$(id -u)" -ne 0 ]; then
+    echo "deps.sh: these Debian packages are missing and only root can install them: ${missing[*]}" >&2
+    exit 1
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null

@@ -1,0 +1,123 @@
+//! The process: options, start-up, and the hand-shake with `tap-ctl spawn`.
+//!
+//! `tap-ctl spawn` starts us with a pipe for stdout and stderr. We leave its session, bind the control socket, print its
+//! path as one line, and only then point stdout and stderr at `/dev/null`: whatever goes wrong before is read by the
+//! administrator.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use lexopt::prelude::*;
+use tap_ctl::ControlDir;
+use tap_ctl::logging::{self, Destination};
+
+use crate::server::Server;
+use crate::xen::Xen;
+
+const HELP: &str = "\
+usage: tapdisk [-D] [-h] [--version]
+
+Serves the disks that tap-ctl opens and xenio connects. Started by `tap-ctl spawn`;
+it ends when its last disk is detached.
+
+  -D         stay in the foreground: debug messages on stderr, Ctrl-C ends
+  -h         this help
+";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    Serve { foreground: bool },
+    Help,
+    Version,
+}
+
+fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, lexopt::Error> {
+    let mut parser = lexopt::Parser::from_args(args);
+    let mut action = Action::Serve { foreground: false };
+    while let Some(arg) = parser.next()? {
+        action = match arg {
+            Short('D') => Action::Serve { foreground: true },
+            Short('h') | Long("help") => return Ok(Action::Help),
+            Long("version") => return Ok(Action::Version),
+            other => return Err(other.unexpected()),
+        };
+    }
+    Ok(action)
+}
+
+/// The whole program, over the given hypervisor and runtime folder.
+pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
+    let action = match parse(std::env::args_os().skip(1)) {
+        Ok(action) => action,
+        Err(error) => {
+            eprint!("tapdisk: {error}\n{HELP}");
+            return ExitCode::from(2);
+        }
+    };
+    let result = match action {
+        Action::Help => write!(std::io::stdout(), "{HELP}").context("cannot print"),
+        Action::Version => writeln!(std::io::stdout(), "tapdisk {}", env!("CARGO_PKG_VERSION")).context("cannot print"),
+        Action::Serve { foreground } => serve(xen, dir, foreground),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tapdisk: {error:#}");
+            log::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool) -> anyhow::Result<()> {
+    if !foreground {
+        close_inherited();
+        // Fails only for a process group leader, which a spawned tapdisk is not.
+        let _ = nix::unistd::setsid();
+    }
+    let destination = if foreground { Destination::Stderr } else { Destination::System };
+    logging::init("tapdisk", destination, foreground);
+    let mut server =
+        Server::bind(xen, dir.clone()).with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
+    writeln!(std::io::stdout(), "{}", server.socket().display()).context("cannot report the control socket")?;
+    if !foreground {
+        let null = std::fs::File::options().write(true).open("/dev/null").context("cannot open /dev/null")?;
+        nix::unistd::dup2_stdout(&null).context("cannot give up stdout")?;
+        nix::unistd::dup2_stderr(&null).context("cannot give up stderr")?;
+    }
+    log::info!("serving on {}", server.socket().display());
+    server.run().context("the control server failed")?;
+    log::info!("ended");
+    Ok(())
+}
+
+/// Closes what the shell behind `tap-ctl` left open, above all the lock of its hotplug script.
+fn close_inherited() {
+    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return };
+    let open: Vec<i32> =
+        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(|&fd| fd > 2).collect();
+    for fd in open {
+        // EBADF: the descriptor of the listing itself, closed by now.
+        let _ = nix::unistd::close(fd);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(args: &[&str]) -> Result<Action, lexopt::Error> {
+        parse(args.iter().map(OsString::from))
+    }
+
+    #[test]
+    fn options_are_read_and_unknown_ones_refused() {
+        assert_eq!(parsed(&[]).unwrap(), Action::Serve { foreground: false });
+        assert_eq!(parsed(&["-D"]).unwrap(), Action::Serve { foreground: true });
+        assert_eq!(parsed(&["-D", "-h"]).unwrap(), Action::Help);
+        assert!(parsed(&["-x"]).is_err());
+        assert!(parsed(&["image"]).is_err());
+    }
+}

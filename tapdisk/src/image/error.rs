@@ -1,0 +1,55 @@
+//! Why an image cannot be opened.
+
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+use super::file::Mode;
+
+/// An image that cannot be opened: a sentence for people that names the file, and an errno for programs.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {message}", path.display())]
+pub struct OpenError {
+    path: PathBuf,
+    message: String,
+    errno: Errno,
+}
+
+impl OpenError {
+    /// Any failure: `message` completes "PATH: ".
+    pub fn new(path: &Path, errno: Errno, message: impl Into<String>) -> OpenError {
+        OpenError { path: path.to_owned(), message: message.into(), errno }
+    }
+
+    /// A system call that failed.
+    pub fn file(path: &Path, what: &str, errno: Errno) -> OpenError {
+        OpenError::new(path, errno, format!("{what}: {}", errno.desc()))
+    }
+
+    /// An I/O error.
+    pub fn io(path: &Path, what: &str, error: &std::io::Error) -> OpenError {
+        OpenError::file(path, what, Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+    }
+
+    /// Somebody else holds the lock.
+    pub fn in_use(path: &Path, mode: Mode) -> OpenError {
+        let message = match mode {
+            Mode::Exclusive => {
+                "is in use by another process (its lock is held); an image can be written by one disk only: \
+                 stop the other user, or attach both read-only"
+            }
+            Mode::Shared => "is being written by another process (its lock is held), so it cannot be read meanwhile",
+        };
+        OpenError::new(path, Errno::EBUSY, message)
+    }
+
+    /// There is nothing to serve.
+    pub fn empty(path: &Path) -> OpenError {
+        OpenError::new(path, Errno::EINVAL, "is empty (shorter than one sector of 512 bytes); a disk needs a size")
+    }
+
+    /// The errno for programs.
+    pub fn errno(&self) -> Errno {
+        self.errno
+    }
+}

@@ -1,0 +1,205 @@
+//! A layer in the VHD format: carries out what the format's core decides.
+//!
+//! The core (`vhd::Vhd`) knows where data is and what must be written in which order; it does no I/O. A write that needs
+//! new metadata is acknowledged only after a **commit**: data durable first, then block table and bitmaps. All writers
+//! that are ready share one commit, so its two device flushes are paid once for many requests.
+
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+
+use blkif::Sector;
+use blkif::ids::SECTOR_SIZE;
+use nix::errno::Errno;
+use vhd::{BlockIndex, Lookup, Prepare, Vhd, WritePlan};
+
+use super::Extent;
+use super::file::ImageFile;
+use crate::buf::Buf;
+use crate::io::{Direction, Io};
+use crate::sync::{Group, WaitSet};
+
+/// An open VHD.
+#[derive(Debug)]
+pub struct VhdLayer {
+    /// Where the data is.
+    pub file: ImageFile,
+    core: RefCell<Vhd>,
+    commits: Group,
+    prepared: WaitSet,
+    /// Something was written, so the footer at the end must be made good when the image is closed.
+    dirty: Cell<bool>,
+}
+
+impl VhdLayer {
+    /// A layer over an image that was opened and checked.
+    pub fn new(file: ImageFile, core: Vhd, io: &Io) -> VhdLayer {
+        VhdLayer {
+            file,
+            core: RefCell::new(core),
+            commits: Group::new(io.scheduler.clone()),
+            prepared: WaitSet::new(io.scheduler.clone()),
+            dirty: Cell::new(false),
+        }
+    }
+
+    /// Capacity.
+    pub fn sectors(&self) -> u64 {
+        self.core.borrow().sectors()
+    }
+
+    /// Where sectors lie: the longest prefix with one answer.
+    pub async fn map(&self, io: &Io, sector: Sector, count: u32) -> Result<Extent, Errno> {
+        loop {
+            let lookup = self.core.borrow_mut().map(vhd::Sector(sector.0), count).map_err(|e| self.errno(&e))?;
+            match lookup {
+                Lookup::Data { offset, count } => return Ok(Extent::Data { offset, count }),
+                Lookup::Zero { count } => return Ok(Extent::Zero { count }),
+                Lookup::Parent { count } => return Ok(Extent::Parent { count }),
+                Lookup::NeedBitmap { block, offset, len } => self.load_bitmap(io, block, offset, len).await?,
+            }
+        }
+    }
+
+    async fn load_bitmap(&self, io: &Io, block: BlockIndex, offset: u64, len: u32) -> Result<(), Errno> {
+        let buf = io.pool.meta().await;
+        let len = len as usize;
+        let piece = buf.piece(0..len).ok_or(Errno::EIO)?;
+        io.start(Direction::Read, &self.file, offset, piece).finish().await?;
+        let bytes = buf.bytes().get(..len).ok_or(Errno::EIO)?;
+        self.core.borrow_mut().insert_bitmap(block, bytes).map_err(|e| self.errno(&e))
+    }
+
+    /// Writes `range` of `buf` to `sector`. When this returns, the data is readable, and durable after the next flush.
+    pub async fn write(&self, io: &Io, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
+        let (mut sector, mut range) = (sector, range);
+        let mut publish = false;
+        while !range.is_empty() {
+            let count = u32::try_from(range.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
+            let plan = self.core.borrow_mut().plan_write(vhd::Sector(sector.0), count).map_err(|e| self.errno(&e))?;
+            match plan {
+                WritePlan::NeedBitmap { block, offset, len } => self.load_bitmap(io, block, offset, len).await?,
+                WritePlan::Wait { .. } => self.prepared.wait().await,
+                WritePlan::Write { offset, count, prepare, publish: publish_these } => {
+                    self.dirty.set(true);
+                    if let Some(prepare) = prepare {
+                        self.prepare(io, prepare).await?;
+                    }
+                    let bytes = count as usize * SECTOR_SIZE as usize;
+                    let piece = buf.piece(range.start..range.start + bytes).ok_or(Errno::EINVAL)?;
+                    io.start(Direction::Write, &self.file, offset, piece).finish().await?;
+                    if publish_these {
+                        self.core.borrow_mut().written(vhd::Sector(sector.0), count);
+                        publish = true;
+                    }
+                    sector = Sector(sector.0 + u64::from(count));
+                    range.start += bytes;
+                }
+            }
+        }
+        if publish { self.commit(io).await } else { Ok(()) }
+    }
+
+    async fn prepare(&self, io: &Io, prepare: Prepare) -> Result<(), Errno> {
+        let done = self.carry_out(io, &prepare).await;
+        let mut core = self.core.borrow_mut();
+        match done {
+            Ok(()) => core.prepared(prepare.block),
+            Err(errno) => {
+                log::error!("{}: preparing a new block failed: {errno}", self.file.path().display());
+                core.prepare_failed(prepare.block);
+            }
+        }
+        drop(core);
+        self.prepared.wake_all();
+        done
+    }
+
+    async fn carry_out(&self, io: &Io, prepare: &Prepare) -> Result<(), Errno> {
+        // The length first and without waiting in between: no other writer may see the block before the file reaches
+        // around it, and bytes beyond the old end read as zeros only if stale ones were cut off before.
+        if let Some(len) = prepare.trim {
+            self.file.set_len(len)?;
+        }
+        if let Some(len) = prepare.file_len {
+            self.file.set_len(len)?;
+        } else {
+            io.zero_range(&self.file, prepare.body.start, prepare.body.end - prepare.body.start).await?;
+        }
+        let mut at = prepare.zero.start;
+        while at < prepare.zero.end {
+            let mut buf = io.pool.meta().await;
+            buf.bytes_mut().fill(0);
+            let len = usize::try_from(prepare.zero.end - at).map_or(buf.len(), |left| left.min(buf.len()));
+            let piece = buf.piece(0..len).ok_or(Errno::EIO)?;
+            io.start(Direction::Write, &self.file, at, piece).finish().await?;
+            at += len as u64;
+        }
+        Ok(())
+    }
+
+    /// Publishes everything written so far, this caller's part included.
+    async fn commit(&self, io: &Io) -> Result<(), Errno> {
+        let result = self
+            .commits
+            .run(async || {
+                let Some(commit) = self.core.borrow_mut().begin_commit() else { return Ok(()) };
+                // Barrier 1: what the metadata is going to point to must be on the disk before it.
+                let mut result = io.fdatasync(&self.file).await;
+                for write in &commit.writes {
+                    if result.is_err() {
+                        break;
+                    }
+                    result = self.write_metadata(io, write.offset, &write.bytes).await;
+                }
+                let mut core = self.core.borrow_mut();
+                match result {
+                    Ok(()) => core.commit_done(commit),
+                    Err(errno) => {
+                        log::error!(
+                            "{}: writing metadata failed: {errno}; the image takes no more writes until it is reopened",
+                            self.file.path().display()
+                        );
+                        core.commit_failed(commit);
+                    }
+                }
+                result
+            })
+            .await;
+        // The bits of a commit are visible only after it: whoever waits for a block can plan again.
+        self.prepared.wake_all();
+        result
+    }
+
+    async fn write_metadata(&self, io: &Io, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
+        let mut at = offset;
+        let mut buf = io.pool.meta().await;
+        for chunk in bytes.chunks(buf.len()) {
+            buf.bytes_mut().get_mut(..chunk.len()).ok_or(Errno::EIO)?.copy_from_slice(chunk);
+            let piece = buf.piece(0..chunk.len()).ok_or(Errno::EIO)?;
+            io.start(Direction::Write, &self.file, at, piece).finish().await?;
+            at += chunk.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes footers and batmap good after writes. Nothing may be in flight.
+    pub async fn close(&self, io: &Io) -> Result<(), Errno> {
+        if !self.dirty.replace(false) {
+            return Ok(());
+        }
+        let steps = self.core.borrow().close_writes();
+        for step in steps.steps {
+            match step {
+                vhd::CloseStep::Write { offset, bytes } => self.write_metadata(io, offset, &bytes).await?,
+                vhd::CloseStep::SetLen(len) => self.file.set_len(len)?,
+                vhd::CloseStep::Flush => io.fdatasync(&self.file).await?,
+            }
+        }
+        Ok(())
+    }
+
+    fn errno(&self, error: &vhd::Error) -> Errno {
+        log::debug!("{}: {error}", self.file.path().display());
+        error.errno()
+    }
+}

@@ -1,0 +1,434 @@
+//! The control server: the main thread, which speaks to `tap-ctl` and `xenio` and starts a worker for each image.
+//!
+//! It never does image I/O and never waits for a worker: a request that a worker must carry out is answered when the worker
+//! answers, and meanwhile everybody else is served.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use mio::net::{UnixListener, UnixStream};
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use tap_ctl::frame::{Decoder, encode};
+use tap_ctl::proto::{DiskInfo, Minor, OpenParams, RingEntry};
+use tap_ctl::{ControlDir, Reply, Request};
+
+use crate::vbd::{Open, Vbd};
+use crate::worker::{Answer, Command, Worker};
+use crate::xen::Xen;
+
+const LISTENER: Token = Token(0);
+const WAKER: Token = Token(1);
+const SIGNALS: Token = Token(2);
+const FIRST_CLIENT: usize = 3;
+
+/// Clients at the same time; more wait in the socket's backlog.
+const MAX_CLIENTS: usize = 64;
+
+/// What worker threads tell the server.
+enum Event {
+    /// The outcome of opening an image.
+    Opened(Minor, Token, Result<DiskInfo, Reply>),
+    /// An image was closed.
+    Closed(Minor, Token, Reply),
+    /// An answer to pass on.
+    Answer(Token, Reply),
+}
+
+struct Client {
+    stream: UnixStream,
+    decoder: Decoder,
+    out: Vec<u8>,
+    /// A request is being carried out: the next one waits, unread.
+    busy: bool,
+}
+
+/// The control server of one tapdisk.
+pub struct Server<X: Xen> {
+    xen: X,
+    dir: ControlDir,
+    socket: PathBuf,
+    pid: i32,
+    poll: Poll,
+    listener: UnixListener,
+    signals: SignalFd,
+    sender: Sender<Event>,
+    receiver: Receiver<Event>,
+    waker: Arc<Waker>,
+    clients: HashMap<Token, Client>,
+    next_token: usize,
+    /// Newest last.
+    vbds: Vec<Vbd>,
+    /// The process ends when it has no VBD and this is set: by the last detach, or a signal.
+    ending: bool,
+}
+
+impl<X: Xen> std::fmt::Debug for Server<X> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Server").field("socket", &self.socket).field("vbds", &self.vbds).finish_non_exhaustive()
+    }
+}
+
+impl<X: Xen> Server<X> {
+    /// Binds the control socket. Blocks SIGINT and SIGTERM for this and all later threads and takes them as events.
+    pub fn bind(xen: X, dir: ControlDir) -> io::Result<Server<X>> {
+        let pid = nix::unistd::getpid().as_raw();
+        let socket = dir.control_socket(pid);
+        std::fs::create_dir_all(dir.root())?;
+        // A leftover of a dead process that had our pid.
+        match std::fs::remove_file(&socket) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGINT);
+        mask.add(Signal::SIGTERM);
+        mask.thread_block()?;
+        let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        let poll = Poll::new()?;
+        let mut listener = UnixListener::bind(&socket)?;
+        let registry = poll.registry();
+        registry.register(&mut listener, LISTENER, Interest::READABLE)?;
+        registry.register(&mut SourceFd(&signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
+        let waker = Arc::new(Waker::new(registry, WAKER)?);
+        let (sender, receiver) = channel();
+        Ok(Server {
+            xen,
+            dir,
+            socket,
+            pid,
+            poll,
+            listener,
+            signals,
+            sender,
+            receiver,
+            waker,
+            clients: HashMap::new(),
+            next_token: FIRST_CLIENT,
+            vbds: Vec::new(),
+            ending: false,
+        })
+    }
+
+    /// The control socket's path.
+    pub fn socket(&self) -> &std::path::Path {
+        &self.socket
+    }
+
+    /// Serves until the last VBD is detached or a signal asks to end.
+    pub fn run(&mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(64);
+        while !(self.ending && self.vbds.is_empty() && self.clients.values().all(|client| client.out.is_empty())) {
+            match self.poll.poll(&mut events, None) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            }
+            for event in &events {
+                match event.token() {
+                    LISTENER => self.accept()?,
+                    WAKER => self.take_worker_events(),
+                    SIGNALS => self.take_signals()?,
+                    token => self.serve_client(token),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self) -> io::Result<()> {
+        while self.clients.len() < MAX_CLIENTS {
+            let mut stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => {
+                    log::warn!("accepting a control connection failed: {error}");
+                    return Ok(());
+                }
+            };
+            let token = Token(self.next_token);
+            self.next_token += 1;
+            self.poll.registry().register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
+            self.clients.insert(token, Client { stream, decoder: Decoder::default(), out: Vec::new(), busy: false });
+        }
+        Ok(())
+    }
+
+    fn drop_client(&mut self, token: Token) {
+        if let Some(mut client) = self.clients.remove(&token) {
+            let _ = self.poll.registry().deregister(&mut client.stream);
+        }
+        // There may be connections that found no place; the listener's readiness was edge-triggered.
+        if let Err(error) = self.accept() {
+            log::warn!("accepting control connections failed: {error}");
+        }
+    }
+
+    /// Reads what there is, carries out whole requests, writes what there is to write.
+    fn serve_client(&mut self, token: Token) {
+        let Some(client) = self.clients.get_mut(&token) else { return };
+        let mut bytes = [0; 4096];
+        let ended = loop {
+            match client.stream.read(&mut bytes) {
+                Ok(0) => break true,
+                Ok(count) => client.decoder.feed(bytes.get(..count).unwrap_or_default()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break false,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break true,
+            }
+        };
+        self.next_requests(token);
+        self.flush_client(token);
+        if ended {
+            self.drop_client(token);
+        }
+    }
+
+    fn next_requests(&mut self, token: Token) {
+        while let Some(client) = self.clients.get_mut(&token).filter(|client| !client.busy) {
+            match client.decoder.next::<Request>() {
+                Ok(None) => return,
+                Ok(Some(request)) => {
+                    client.busy = true;
+                    log::debug!("request {request:?}");
+                    if let Some(reply) = self.carry_out(token, request) {
+                        self.answer(token, &reply);
+                    }
+                }
+                Err(error) => {
+                    self.answer(token, &Reply::Error { errno: libc::EPROTO, message: error.to_string() });
+                    self.flush_client(token);
+                    self.drop_client(token);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn answer(&mut self, token: Token, reply: &Reply) {
+        let Some(client) = self.clients.get_mut(&token) else { return };
+        client.busy = false;
+        match encode(reply) {
+            Ok(bytes) => client.out.extend_from_slice(&bytes),
+            Err(error) => log::error!("a reply does not fit the control protocol: {error}"),
+        }
+    }
+
+    fn flush_client(&mut self, token: Token) {
+        let Some(client) = self.clients.get_mut(&token) else { return };
+        while !client.out.is_empty() {
+            match client.stream.write(&client.out) {
+                Ok(count) => drop(client.out.drain(..count)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return self.drop_client(token),
+            }
+        }
+    }
+
+    /// `None`: a worker answers later.
+    fn carry_out(&mut self, token: Token, request: Request) -> Option<Reply> {
+        match request {
+            Request::Pid => Some(Reply::Pid { pid: self.pid }),
+            Request::List => Some(Reply::List { vbds: self.vbds.iter().rev().map(Vbd::entry).collect() }),
+            Request::Attach { minor } => Some(self.attach(minor)),
+            Request::Detach { minor } => Some(self.detach(minor)),
+            Request::Open { minor, params } => self.open(token, minor, params),
+            Request::Close { minor } => self.close(token, minor),
+            Request::DiskInfo { minor } => {
+                Some(match self.open_vbd(minor).map(|open| open.info) {
+                    Ok(Some(info)) => Reply::DiskInfo(info),
+                    Ok(None) => refuse(Errno::EAGAIN, format!("the image of minor {minor} is still being opened")),
+                    Err(reply) => reply,
+                })
+            }
+            Request::Connect { minor, ring } => {
+                self.command(token, minor, |answer| Command::Connect(ring, answer))
+            }
+            Request::Disconnect { minor, domid, vdev } => {
+                self.command(token, minor, |answer| Command::Disconnect(RingEntry { domid, vdev }, answer))
+            }
+        }
+    }
+
+    fn vbd(&mut self, minor: Minor) -> Result<&mut Vbd, Reply> {
+        self.vbds
+            .iter_mut()
+            .find(|vbd| vbd.minor == minor)
+            .ok_or_else(|| refuse(Errno::ENODEV, format!("minor {minor} is not attached to this tapdisk")))
+    }
+
+    fn open_vbd(&mut self, minor: Minor) -> Result<&mut Open, Reply> {
+        self.vbd(minor)?
+            .open
+            .as_mut()
+            .ok_or_else(|| refuse(Errno::ENODEV, format!("minor {minor} has no open image")))
+    }
+
+    fn attach(&mut self, minor: Minor) -> Reply {
+        if self.vbd(minor).is_ok() {
+            return refuse(Errno::EINVAL, format!("minor {minor} is attached already"));
+        }
+        match Vbd::attach(&self.dir, minor) {
+            Ok(vbd) => {
+                self.vbds.push(vbd);
+                Reply::Done
+            }
+            Err(reply) => reply,
+        }
+    }
+
+    fn detach(&mut self, minor: Minor) -> Reply {
+        match self.vbd(minor) {
+            Err(reply) => return reply,
+            Ok(vbd) if vbd.open.is_some() => {
+                return refuse(Errno::EINVAL, format!("minor {minor} has an open image; close it first"));
+            }
+            Ok(_) => {}
+        }
+        self.vbds.retain(|vbd| vbd.minor != minor);
+        self.ending = self.vbds.is_empty();
+        Reply::Done
+    }
+
+    fn open(&mut self, token: Token, minor: Minor, params: OpenParams) -> Option<Reply> {
+        match self.vbd(minor) {
+            Err(reply) => return Some(reply),
+            Ok(Vbd { open: Some(open), .. }) => {
+                return Some(refuse(Errno::EALREADY, format!("minor {minor} has {} open already", open.image)));
+            }
+            Ok(_) => {}
+        }
+        log::info!("minor {minor}: opening {}{}", params.image, if params.readonly { " read-only" } else { "" });
+        let image = params.image.clone();
+        let tell = self.teller();
+        let opened = Box::new(move |result| tell(Event::Opened(minor, token, result)));
+        match Worker::start(self.xen.clone(), params, opened) {
+            Ok(worker) => {
+                if let Ok(vbd) = self.vbd(minor) {
+                    vbd.open = Some(Open { image, worker, info: None });
+                }
+                None
+            }
+            Err(error) => Some(refuse(
+                Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)),
+                format!("cannot start a thread for {image}: {error}"),
+            )),
+        }
+    }
+
+    fn close(&mut self, token: Token, minor: Minor) -> Option<Reply> {
+        // An attached minor without image is closed: nothing to do.
+        match self.vbd(minor) {
+            Err(reply) => return Some(reply),
+            Ok(vbd) if vbd.open.is_none() => return Some(Reply::Done),
+            Ok(_) => {}
+        }
+        let tell = self.teller();
+        let answer = Answer::new(move |reply| tell(Event::Closed(minor, token, reply)));
+        if let Ok(open) = self.open_vbd(minor) {
+            open.worker.send(Command::Close(answer));
+        }
+        None
+    }
+
+    fn command(
+        &mut self,
+        token: Token,
+        minor: Minor,
+        command: impl FnOnce(Answer) -> Command,
+    ) -> Option<Reply> {
+        let tell = self.teller();
+        match self.open_vbd(minor) {
+            Err(reply) => Some(reply),
+            Ok(open) => {
+                open.worker.send(command(Answer::new(move |reply| tell(Event::Answer(token, reply)))));
+                None
+            }
+        }
+    }
+
+    fn teller(&self) -> impl FnOnce(Event) + Send + 'static {
+        let (sender, waker) = (self.sender.clone(), self.waker.clone());
+        move |event| {
+            // Both fail only while the process ends.
+            if sender.send(event).is_ok() {
+                let _ = waker.wake();
+            }
+        }
+    }
+
+    fn take_worker_events(&mut self) {
+        while let Ok(event) = self.receiver.try_recv() {
+            let (token, reply) = match event {
+                Event::Answer(token, reply) => (token, reply),
+                Event::Opened(minor, token, Ok(info)) => {
+                    if let Ok(open) = self.open_vbd(minor) {
+                        open.info = Some(info);
+                    }
+                    log::info!("minor {minor}: open, {} sectors", info.sectors);
+                    (token, Reply::DiskInfo(info))
+                }
+                Event::Opened(minor, token, Err(reply)) => {
+                    if let Reply::Error { message, .. } = &reply {
+                        log::error!("minor {minor}: {message}");
+                    }
+                    if let Ok(vbd) = self.vbd(minor) {
+                        vbd.open = None;
+                    }
+                    (token, reply)
+                }
+                Event::Closed(minor, token, reply) => {
+                    log::info!("minor {minor}: closed");
+                    if let Ok(vbd) = self.vbd(minor) {
+                        vbd.close();
+                    }
+                    if self.ending {
+                        self.vbds.retain(|vbd| vbd.minor != minor);
+                    }
+                    (token, reply)
+                }
+            };
+            self.answer(token, &reply);
+            self.next_requests(token);
+            self.flush_client(token);
+        }
+    }
+
+    /// SIGTERM and SIGINT: disconnect and close everything, then end.
+    fn take_signals(&mut self) -> io::Result<()> {
+        while let Some(signal) = self.signals.read_signal()? {
+            log::info!("ending: signal {}", signal.ssi_signo);
+            self.ending = true;
+        }
+        if self.ending {
+            self.vbds.retain(|vbd| vbd.open.is_some());
+            let minors: Vec<Minor> = self.vbds.iter().map(|vbd| vbd.minor).collect();
+            for minor in minors {
+                // No client waits for this answer.
+                if let Some(Reply::Error { message, .. }) = self.close(Token(usize::MAX), minor) {
+                    log::error!("minor {minor}: {message}");
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<X: Xen> Drop for Server<X> {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.socket) {
+            log::warn!("cannot remove {}: {error}", self.socket.display());
+        }
+    }
+}
+
+fn refuse(errno: Errno, message: String) -> Reply {
+    Reply::Error { errno: errno as i32, message }
+}

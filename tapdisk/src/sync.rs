@@ -1,0 +1,148 @@
+//! Waiting between tasks of one thread.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use nix::errno::Errno;
+
+use crate::executor::{Scheduler, TaskId};
+
+/// A set of waiting tasks, like a condition variable: check the condition, wait, check again.
+#[derive(Debug)]
+pub struct WaitSet {
+    scheduler: Rc<Scheduler>,
+    waiting: RefCell<Vec<TaskId>>,
+}
+
+impl WaitSet {
+    /// An empty set.
+    pub fn new(scheduler: Rc<Scheduler>) -> WaitSet {
+        WaitSet { scheduler, waiting: RefCell::default() }
+    }
+
+    /// Ends when [`WaitSet::wake_all`] was called, or for no reason.
+    pub fn wait(&self) -> impl Future<Output = ()> + '_ {
+        Wait { set: self, registered: false }
+    }
+
+    /// Lets every waiting task go on.
+    pub fn wake_all(&self) {
+        for id in self.waiting.borrow_mut().drain(..) {
+            self.scheduler.wake(id);
+        }
+    }
+}
+
+struct Wait<'a> {
+    set: &'a WaitSet,
+    registered: bool,
+}
+
+impl Future for Wait<'_> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<()> {
+        if self.registered {
+            return Poll::Ready(());
+        }
+        if let Some(id) = self.set.scheduler.current() {
+            self.set.waiting.borrow_mut().push(id);
+        }
+        self.registered = true;
+        Poll::Pending
+    }
+}
+
+/// Many callers, one execution: the work of a round serves everybody who asked before the round began.
+///
+/// Used where the work costs much and covers all that was done before it: `fdatasync`, publishing of metadata. Whoever
+/// finds no round running leads the next one; the others wait.
+#[derive(Debug)]
+pub struct Group {
+    waiters: WaitSet,
+    running: Cell<bool>,
+    begun: Cell<u64>,
+    ended: Cell<u64>,
+    failed: Cell<Option<(u64, Errno)>>,
+}
+
+impl Group {
+    /// A group whose first round has not begun.
+    pub fn new(scheduler: Rc<Scheduler>) -> Group {
+        Group {
+            waiters: WaitSet::new(scheduler),
+            running: Cell::new(false),
+            begun: Cell::new(0),
+            ended: Cell::new(0),
+            failed: Cell::new(None),
+        }
+    }
+
+    /// Returns when a round of `work` that began after this call has ended, with its result.
+    ///
+    /// A caller that sleeps through a failed round and a later good one is told of the failure.
+    pub async fn run(&self, work: impl AsyncFn() -> Result<(), Errno>) -> Result<(), Errno> {
+        let target = self.begun.get() + 1;
+        loop {
+            if self.ended.get() >= target {
+                return match self.failed.get() {
+                    Some((round, errno)) if round >= target => Err(errno),
+                    _ => Ok(()),
+                };
+            }
+            if self.running.get() {
+                self.waiters.wait().await;
+                continue;
+            }
+            self.running.set(true);
+            let round = self.begun.get() + 1;
+            self.begun.set(round);
+            let result = work().await;
+            if let Err(errno) = result {
+                self.failed.set(Some((round, errno)));
+            }
+            self.ended.set(round);
+            self.running.set(false);
+            self.waiters.wake_all();
+            return result;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::Executor;
+
+    #[test]
+    fn one_round_serves_all_who_asked_before_it_began() {
+        let scheduler = Rc::new(Scheduler::default());
+        let executor = Executor::new(scheduler.clone());
+        let group = Rc::new(Group::new(scheduler.clone()));
+        let gate = Rc::new(WaitSet::new(scheduler));
+        let rounds = Rc::new(Cell::new(0));
+        let served = Rc::new(Cell::new(0));
+        for _ in 0..5 {
+            let (group, gate, rounds, served) = (group.clone(), gate.clone(), rounds.clone(), served.clone());
+            executor.spawn(async move {
+                let work = async || {
+                    gate.wait().await;
+                    rounds.set(rounds.get() + 1);
+                    Ok(())
+                };
+                group.run(work).await.unwrap();
+                served.set(served.get() + 1);
+            });
+        }
+        executor.run_ready();
+        gate.wake_all();
+        executor.run_ready();
+        assert_eq!((rounds.get(), served.get()), (1, 1), "the first round served only its leader");
+        gate.wake_all();
+        executor.run_ready();
+        assert_eq!((rounds.get(), served.get()), (2, 5), "the second served everybody else");
+    }
+}

@@ -1,0 +1,69 @@
+//! The VBDs of a tapdisk: which minors it has charge of, and what is open on each.
+
+use std::fs::OpenOptions;
+
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+use tap_ctl::proto::{DiskInfo, ImageSpec, Minor, VbdEntry};
+use tap_ctl::{ControlDir, Reply};
+
+use crate::worker::Worker;
+
+/// State bit of XenServer's tapdisk for a VBD whose image was closed.
+const STATE_CLOSED: u32 = 2;
+
+/// An image being opened or open.
+#[derive(Debug)]
+pub struct Open {
+    /// The image.
+    pub image: ImageSpec,
+    /// Its thread.
+    pub worker: Worker,
+    /// Known once it is open.
+    pub info: Option<DiskInfo>,
+}
+
+/// A minor in our charge.
+#[derive(Debug)]
+pub struct Vbd {
+    /// The minor.
+    pub minor: Minor,
+    /// The marker's lock tells `tap-ctl free` that the minor is in use; the kernel gives it up with the process.
+    _marker: Flock<std::fs::File>,
+    /// What is open.
+    pub open: Option<Open>,
+    closed_before: bool,
+}
+
+impl Vbd {
+    /// Takes charge of a minor whose marker `tap-ctl allocate` has made.
+    pub fn attach(dir: &ControlDir, minor: Minor) -> Result<Vbd, Reply> {
+        let path = dir.marker(minor);
+        let refuse = |errno: Errno, message: String| Reply::Error { errno: errno as i32, message };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(|e| refuse(Errno::EINVAL, format!("minor {minor} is not allocated: {}: {e}", path.display())))?;
+        let marker = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+            refuse(Errno::EINVAL, format!("minor {minor} is served by another tapdisk: {}: {errno}", path.display()))
+        })?;
+        Ok(Vbd { minor, _marker: marker, open: None, closed_before: false })
+    }
+
+    /// The image was closed.
+    pub fn close(&mut self) {
+        self.open = None;
+        self.closed_before = true;
+    }
+
+    /// The line of `tap-ctl list`.
+    pub fn entry(&self) -> VbdEntry {
+        VbdEntry {
+            minor: self.minor,
+            state: if self.open.is_none() && self.closed_before { STATE_CLOSED } else { 0 },
+            image: self.open.as_ref().map(|open| open.image.clone()),
+            rings: self.open.as_ref().map(|open| open.worker.rings()).unwrap_or_default(),
+        }
+    }
+}

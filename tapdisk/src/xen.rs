@@ -1,0 +1,36 @@
+//! Which hypervisor: the real devices, or a simulation in the tests.
+
+use std::io;
+
+use evtchn::EventChannel;
+use gntdev::Grants;
+
+/// Opens the two devices; each worker thread has its own.
+pub trait Xen: Clone + Send + 'static {
+    /// Grant mapping and copy.
+    type Grants: Grants + 'static;
+    /// Event channels.
+    type Events: EventChannel + 'static;
+
+    /// Opens the grant device.
+    fn open_grants(&self) -> io::Result<Self::Grants>;
+    /// Opens the event channel device.
+    fn open_events(&self) -> io::Result<Self::Events>;
+}
+
+/// `/dev/xen/gntdev` and `/dev/xen/evtchn`.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceXen;
+
+impl Xen for DeviceXen {
+    type Grants = gntdev::device::GntDev;
+    type Events = evtchn::device::EvtchnDev;
+
+    fn open_grants(&self) -> io::Result<Self::Grants> {
+        gntdev::device::GntDev::open()
+    }
+
+    fn open_events(&self) -> io::Result<Self::Events> {
+        evtchn::device::EvtchnDev::open()
+    }
+}

@@ -6,6 +6,9 @@
 //! | `nbd<pid>.<minor>` | names a VBD in `physical-device-path` |
 //! | `tapdisk/tapdisk-<minor>` | marker: the minor is allocated; locked (flock) while a tapdisk serves it |
 
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use crate::proto::Minor;
@@ -47,12 +50,20 @@ impl ControlDir {
     pub fn parse_vbd_path(&self, path: &Path) -> Option<(i32, Minor)> {
         let name = path.strip_prefix(&self.root).ok()?.to_str()?;
         let (pid, minor) = name.strip_prefix("nbd")?.split_once('.')?;
-        let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        if !digits(pid) || !digits(minor) {
+        if !pid.bytes().all(|byte| byte.is_ascii_digit()) {
             return None;
         }
         let pid: i32 = pid.parse().ok()?;
-        (pid > 0).then_some((pid, Minor(minor.parse().ok()?)))
+        (pid > 0).then_some((pid, minor.parse().ok()?))
+    }
+
+    /// Makes the folder and the one of the markers where they do not exist yet, mode 0755.
+    ///
+    /// # Errors
+    ///
+    /// What the system says, for example EACCES without privilege.
+    pub fn create(&self) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o755).create(self.markers())
     }
 
     /// The folder of the markers.
@@ -86,7 +97,8 @@ mod tests {
             "/run/blktap-control/nbd.1",
             "/run/blktap-control/nbd+1.2",
             "/run/blktap-control/nbd0.2",
-            "/run/blktap-control/nbd1.70000",
+            "/run/blktap-control/nbd1.+2",
+            "/run/blktap-control/nbd1.16384",
             "/run/blktap-control/nbd1.2/x",
             "/tmp/nbd1.2",
             "nbd1.2",

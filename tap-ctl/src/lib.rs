@@ -1,14 +1,33 @@
-//! The control protocol of tapdisk: what `tap-ctl`, `xenio` and the tapdisk itself say to each other.
+//! The control protocol of tapdisk, and `tap-ctl`, the command line to it.
 //!
 //! | module | holds |
 //! |---|---|
 //! | [`proto`] | the messages |
 //! | [`frame`] | how messages lie on the socket |
 //! | [`dir`] | the runtime folder: sockets, markers, minor numbers |
+//! | [`minors`] | allocating, freeing and claiming minor numbers |
+//! | [`client`] | a blocking client, for tools and tests |
+//! | [`spawn`] | starting a tapdisk |
+//! | [`list`] | what is there |
+//! | [`args`], [`cli`] | the command line: read, carried out |
+//! | [`logging`] | where xenio and tapdisk log to |
 
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod cli;
+pub mod client;
 pub mod dir;
+mod error;
 pub mod frame;
+pub mod list;
+pub mod logging;
+pub mod minors;
 pub mod proto;
+pub mod spawn;
+#[cfg(test)]
+mod testing;
 
 pub use dir::ControlDir;
+pub use error::Error;
 pub use proto::{Minor, Reply, Request};

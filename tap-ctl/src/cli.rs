@@ -1,0 +1,238 @@
+//! `tap-ctl` as a library call, so that tests and simulations can use another runtime folder and another tapdisk.
+
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::Duration;
+
+use crate::args::{self, Command, Target};
+use crate::client::{self, Client};
+use crate::dir::ControlDir;
+use crate::error::Error;
+use crate::list::{self, Filter};
+use crate::minors;
+use crate::proto::{Minor, OpenParams, Reply, Request};
+use crate::spawn::spawn;
+
+/// The folder of the tapdisk program; set `XENIO_LIBEXECDIR` at build time to move it.
+const LIBEXECDIR: &str = match option_env!("XENIO_LIBEXECDIR") {
+    Some(dir) => dir,
+    None => "/usr/libexec/xenio",
+};
+
+/// Exit code of a command line that cannot be understood (EINVAL).
+const USAGE: u8 = 22;
+
+/// Where things are.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The runtime folder.
+    pub dir: ControlDir,
+    /// The program that `spawn` and `create` start.
+    pub tapdisk: PathBuf,
+    /// Standard output is a terminal: print for people, not for scripts.
+    pub terminal: bool,
+}
+
+impl Config {
+    /// The installed system.
+    pub fn installed(terminal: bool) -> Config {
+        let tapdisk = PathBuf::from(LIBEXECDIR).join("tapdisk");
+        Config { dir: ControlDir::default(), tapdisk, terminal }
+    }
+}
+
+/// A command that failed: what was tried, and why it failed.
+#[derive(Debug)]
+struct Failure {
+    what: String,
+    why: Error,
+}
+
+/// Runs one command line (without the program's name) and returns its exit code: 0, or the errno of the failure.
+/// A failure is told in one line on `stderr`, which hotplug scripts forward to their log.
+pub fn run(args: &[OsString], config: &Config, stdout: &mut dyn Write, stderr: &mut dyn Write) -> u8 {
+    // `--debug` belongs to the program and may stand anywhere; main has acted on it.
+    let args: Vec<OsString> = args.iter().filter(|arg| *arg != "--debug").cloned().collect();
+    let command = match args::parse(&args) {
+        Ok(command) => command,
+        Err(error) => {
+            let usage = args::usage_of(error.command);
+            // Nothing can be told where even standard error is closed.
+            let _ = writeln!(stderr, "tap-ctl: {}: {error}\n{usage}", error.command);
+            return USAGE;
+        }
+    };
+    let mut output = String::new();
+    let mut notes = Vec::new();
+    let result = perform(&command, config, &mut output, &mut notes);
+    for note in &notes {
+        let _ = writeln!(stderr, "tap-ctl: {}", one_line(&note.to_string()));
+    }
+    if let Err(Failure { what, why }) = result {
+        let _ = writeln!(stderr, "tap-ctl: {what}: {}", one_line(&why.to_string()));
+        return why.errno();
+    }
+    match stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush()) {
+        Ok(()) => 0,
+        Err(error) => {
+            let _ = writeln!(stderr, "tap-ctl: cannot write to standard output: {error}");
+            error.raw_os_error().and_then(|errno| u8::try_from(errno).ok()).unwrap_or(5)
+        }
+    }
+}
+
+/// Acts; `output` is for standard output, `notes` are problems that do not make the command fail.
+fn perform(
+    command: &Command,
+    config: &Config,
+    output: &mut String,
+    notes: &mut Vec<Error>,
+) -> Result<(), Failure> {
+    let dir = &config.dir;
+    match command {
+        Command::Help => output.push_str(&args::usage()),
+        Command::HelpOn(command) => *output = format!("{}\n", args::usage_of(command)),
+        Command::Allocate => {
+            let minor = minors::allocate(dir).map_err(because("allocate"))?;
+            *output = format!("{}\n", dir.marker(minor).display());
+        }
+        Command::Free(minor) => {
+            minors::free(dir, *minor).map_err(because(format!("free minor {minor}")))?;
+        }
+        Command::Spawn => {
+            let child = spawn(dir, &config.tapdisk).map_err(because("spawn"))?;
+            let words = if config.terminal { "tapdisk spawned with pid " } else { "" };
+            *output = format!("{words}{}\n", child.id());
+        }
+        Command::Attach(target) => {
+            let request = Request::Attach { minor: target.minor };
+            order(dir, *target, &request, None).map_err(because(with_target("attach", *target)))?;
+        }
+        Command::Detach(target) => {
+            let request = Request::Detach { minor: target.minor };
+            order(dir, *target, &request, None).map_err(because(with_target("detach", *target)))?;
+        }
+        Command::Open(target, params) => {
+            open(dir, *target, params).map_err(because(format!("open {}", params.image)))?;
+        }
+        Command::Close(target, limit) => {
+            let request = Request::Close { minor: target.minor };
+            order(dir, *target, &request, *limit).map_err(because(with_target("close", *target)))?;
+        }
+        Command::Create(params) => *output = create(config, params)?,
+        Command::Destroy(target, limit) => destroy(dir, *target, *limit)?,
+        Command::List(filter) => *output = listing(config, filter, notes)?,
+    }
+    Ok(())
+}
+
+fn because(what: impl Into<String>) -> impl FnOnce(Error) -> Failure {
+    let what = what.into();
+    move |why| Failure { what, why }
+}
+
+fn with_target(verb: &str, target: Target) -> String {
+    format!("{verb} minor {} of tapdisk {}", target.minor, target.pid)
+}
+
+fn order(dir: &ControlDir, target: Target, request: &Request, limit: Option<Duration>) -> Result<(), Error> {
+    Client::connect(dir, target.pid)?.command(request, limit)
+}
+
+fn open(dir: &ControlDir, target: Target, params: &OpenParams) -> Result<(), Error> {
+    // No limit: opening waits for storage, and only the caller knows for how long that makes sense.
+    let request = Request::Open { minor: target.minor, params: params.clone() };
+    match client::call(dir, target.pid, &request, None)? {
+        Reply::DiskInfo(_) => Ok(()),
+        _ => Err(Error::Unexpected { pid: target.pid }),
+    }
+}
+
+/// allocate, spawn, attach, open; whatever was made is undone when a later step fails.
+fn create(config: &Config, params: &OpenParams) -> Result<String, Failure> {
+    let what = || format!("create {}", params.image);
+    let minor = minors::allocate(&config.dir).map_err(because(what()))?;
+    match serve_new(config, minor, params) {
+        Ok(()) => Ok(format!("{}\n", config.dir.marker(minor).display())),
+        Err(error) => {
+            // The first failure is the one to tell.
+            if let Err(error) = minors::free(&config.dir, minor) {
+                log::warn!("minor {minor} stays allocated: {error}");
+            }
+            Err(because(what())(error))
+        }
+    }
+}
+
+fn serve_new(config: &Config, minor: Minor, params: &OpenParams) -> Result<(), Error> {
+    let mut child = spawn(&config.dir, &config.tapdisk)?;
+    let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
+    let target = Target { pid, minor };
+    if let Err(error) = order(&config.dir, target, &Request::Attach { minor }, None) {
+        // Without a minor it would wait for ever.
+        end(&mut child);
+        return Err(error);
+    }
+    if let Err(error) = open(&config.dir, target, params) {
+        if let Err(error) = order(&config.dir, target, &Request::Detach { minor }, None) {
+            log::warn!("tapdisk {pid} does not give up minor {minor}: {error}");
+            end(&mut child);
+        }
+        return Err(error);
+    }
+    Ok(())
+}
+
+/// Ends a tapdisk of our own that never served anything.
+fn end(child: &mut Child) {
+    if let Err(error) = child.kill().and_then(|()| child.wait()) {
+        log::warn!("tapdisk {} does not end: {error}", child.id());
+    }
+}
+
+/// close, detach, free. A tapdisk that has ended has closed and detached everything: then only the marker is left.
+fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Failure> {
+    let steps = [Request::Close { minor: target.minor }, Request::Detach { minor: target.minor }];
+    for request in steps {
+        match order(dir, target, &request, limit) {
+            Err(error) if error.is_dead() => {
+                log::info!("tapdisk {} is gone already: {error}", target.pid);
+                break;
+            }
+            other => other.map_err(because(with_target("destroy", target)))?,
+        }
+    }
+    minors::free(dir, target.minor).map_err(because(with_target("destroy", target)))
+}
+
+fn listing(config: &Config, filter: &Filter, notes: &mut Vec<Error>) -> Result<String, Failure> {
+    let (entries, problems) = list::gather(&config.dir, filter).map_err(because("list"))?;
+    notes.extend(problems);
+    let line = if config.terminal { list::people_line } else { list::script_line };
+    Ok(entries.iter().map(|entry| line(entry) + "\n").collect())
+}
+
+/// Control characters, which a path or a peer may contain, made visible.
+fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() { line.extend(character.escape_default()) } else { line.push(character) }
+    }
+    line
+}
+
+/// Runs `tap-ctl` on the arguments and streams of this process.
+pub fn main() -> u8 {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if args.iter().any(|arg| arg == "--debug") {
+        // A second logger is impossible here, and without one only the extra words are missing.
+        let _ = crate::logging::init("tap-ctl", crate::logging::Mode::Foreground, true);
+    }
+    let config = Config::installed(io::IsTerminal::is_terminal(&io::stdout()));
+    run(&args, &config, &mut io::stdout().lock(), &mut io::stderr().lock())
+}
+
+#[cfg(test)]
+mod tests;

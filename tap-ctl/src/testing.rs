@@ -1,0 +1,86 @@
+//! A stand-in for a tapdisk: a thread that speaks the control protocol from a script. Only for this crate's tests.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use crate::dir::ControlDir;
+use crate::frame;
+use crate::proto::{Reply, Request};
+
+/// What the stand-in does with requests.
+pub(crate) enum Script {
+    /// Gives the same answer to all.
+    Always(Reply),
+    /// Asks a function.
+    Answer(Box<dyn FnMut(&Request) -> Reply + Send>),
+    /// Never answers.
+    Silent,
+    /// Closes the connection instead of answering.
+    HangUp,
+    /// Answers with no message.
+    Garbage,
+}
+
+pub(crate) struct FakeTapdisk {
+    pub(crate) dir: ControlDir,
+    pub(crate) pid: i32,
+    seen: Arc<Mutex<Vec<Request>>>,
+    _folder: tempfile::TempDir,
+}
+
+impl FakeTapdisk {
+    /// A tapdisk with process id 4711 in a runtime folder of its own.
+    pub(crate) fn start(script: Script) -> FakeTapdisk {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = ControlDir::at(folder.path());
+        let pid = 4711;
+        let listener = UnixListener::bind(dir.control_socket(pid)).unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let record = Arc::clone(&seen);
+        thread::spawn(move || serve(&listener, script, &record));
+        FakeTapdisk { dir, pid, seen, _folder: folder }
+    }
+
+    /// The requests so far, oldest first.
+    pub(crate) fn seen(&self) -> Vec<Request> {
+        self.seen.lock().unwrap().clone()
+    }
+}
+
+fn serve(listener: &UnixListener, mut script: Script, record: &Mutex<Vec<Request>>) {
+    // Open connections of a silent tapdisk are kept: closing them would be an answer.
+    let mut kept = Vec::new();
+    for stream in listener.incoming().flatten() {
+        if let Some(stream) = converse(stream, &mut script, record) {
+            kept.push(stream);
+        }
+    }
+}
+
+fn converse(stream: UnixStream, script: &mut Script, record: &Mutex<Vec<Request>>) -> Option<UnixStream> {
+    let mut lines = BufReader::new(stream.try_clone().unwrap());
+    let mut writer = stream;
+    loop {
+        let mut line = String::new();
+        if lines.read_line(&mut line).unwrap_or(0) == 0 {
+            return None;
+        }
+        let request: Request = serde_json::from_str(&line).unwrap();
+        record.lock().unwrap().push(request.clone());
+        let reply = match script {
+            Script::Always(reply) => reply.clone(),
+            Script::Answer(answer) => answer(&request),
+            Script::Silent => return Some(writer),
+            Script::HangUp => return None,
+            Script::Garbage => {
+                writer.write_all(b"what?\n").unwrap();
+                continue;
+            }
+        };
+        if writer.write_all(&frame::encode(&reply).unwrap()).is_err() {
+            return None;
+        }
+    }
+}

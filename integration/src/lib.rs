@@ -1,1 +1,5 @@
-//! placeholder
+//! Simulated Xen, the real-Xen testbed, end-to-end tests and benches.
+
+#![deny(unsafe_code)]
+
+pub mod sim;

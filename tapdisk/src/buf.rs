@@ -61,10 +61,13 @@ impl Pool {
     /// A pool with a budget of `data_bytes` for data, rounded up to pages. Untouched pages cost no memory.
     pub fn new(scheduler: Rc<Scheduler>, data_bytes: usize) -> std::io::Result<Rc<Pool>> {
         let data_pages = data_bytes.div_ceil(PAGE_SIZE);
-        let len = NonZeroUsize::new((data_pages + META_PAGES) * PAGE_SIZE).ok_or(std::io::ErrorKind::InvalidInput)?;
+        let len = NonZeroUsize::new((data_pages + META_PAGES) * PAGE_SIZE)
+            .ok_or(std::io::ErrorKind::InvalidInput)?;
         // SAFETY: a fresh private mapping at an address of the kernel's choice touches no memory of ours.
-        let base = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE) }
-            .map_err(std::io::Error::from)?;
+        let base = unsafe {
+            mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
+        }
+        .map_err(std::io::Error::from)?;
         Ok(Rc::new(Pool {
             region: Rc::new(Region { base: base.cast(), len }),
             data: RefCell::new(Runs::new(0..data_pages)),

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use lexopt::prelude::*;
 use tap_ctl::ControlDir;
-use tap_ctl::logging::{self, Destination};
+use tap_ctl::logging::{self, Mode};
 
 use crate::server::Server;
 use crate::xen::Xen;
@@ -58,7 +58,9 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
     };
     let result = match action {
         Action::Help => write!(std::io::stdout(), "{HELP}").context("cannot print"),
-        Action::Version => writeln!(std::io::stdout(), "tapdisk {}", env!("CARGO_PKG_VERSION")).context("cannot print"),
+        Action::Version => {
+            writeln!(std::io::stdout(), "tapdisk {}", env!("CARGO_PKG_VERSION")).context("cannot print")
+        }
         Action::Serve { foreground } => serve(xen, dir, foreground),
     };
     match result {
@@ -77,11 +79,12 @@ fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool) -> anyhow::Result<(
         // Fails only for a process group leader, which a spawned tapdisk is not.
         let _ = nix::unistd::setsid();
     }
-    let destination = if foreground { Destination::Stderr } else { Destination::System };
-    logging::init("tapdisk", destination, foreground);
-    let mut server =
-        Server::bind(xen, dir.clone()).with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
-    writeln!(std::io::stdout(), "{}", server.socket().display()).context("cannot report the control socket")?;
+    let mode = if foreground { Mode::Foreground } else { Mode::Daemon };
+    logging::init("tapdisk", mode, foreground).context("cannot set up logging")?;
+    let mut server = Server::bind(xen, dir.clone())
+        .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
+    writeln!(std::io::stdout(), "{}", server.socket().display())
+        .context("cannot report the control socket")?;
     if !foreground {
         let null = std::fs::File::options().write(true).open("/dev/null").context("cannot open /dev/null")?;
         nix::unistd::dup2_stdout(&null).context("cannot give up stdout")?;
@@ -96,8 +99,10 @@ fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool) -> anyhow::Result<(
 /// Closes what the shell behind `tap-ctl` left open, above all the lock of its hotplug script.
 fn close_inherited() {
     let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return };
-    let open: Vec<i32> =
-        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).filter(|&fd| fd > 2).collect();
+    let open: Vec<i32> = entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|&fd| fd > 2)
+        .collect();
     for fd in open {
         // EBADF: the descriptor of the listing itself, closed by now.
         let _ = nix::unistd::close(fd);

@@ -29,7 +29,10 @@ pub struct Copier<G> {
 
 impl<G> fmt::Debug for Copier<G> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Copier").field("from_guest", &self.from_guest).field("to_guest", &self.to_guest).finish()
+        f.debug_struct("Copier")
+            .field("from_guest", &self.from_guest)
+            .field("to_guest", &self.to_guest)
+            .finish()
     }
 }
 

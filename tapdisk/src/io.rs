@@ -42,7 +42,13 @@ pub struct Transfer<'a> {
 
 impl Io {
     /// Starts to move all of `piece`; see [`Transfer::finish`].
-    pub fn start<'a>(&'a self, direction: Direction, file: &'a ImageFile, offset: u64, piece: Piece) -> Transfer<'a> {
+    pub fn start<'a>(
+        &'a self,
+        direction: Direction,
+        file: &'a ImageFile,
+        offset: u64,
+        piece: Piece,
+    ) -> Transfer<'a> {
         let op = self.op(direction, file, offset, piece);
         Transfer { io: self, file, direction, offset, piece, op }
     }

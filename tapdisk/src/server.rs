@@ -72,7 +72,10 @@ pub struct Server<X: Xen> {
 
 impl<X: Xen> std::fmt::Debug for Server<X> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Server").field("socket", &self.socket).field("vbds", &self.vbds).finish_non_exhaustive()
+        f.debug_struct("Server")
+            .field("socket", &self.socket)
+            .field("vbds", &self.vbds)
+            .finish_non_exhaustive()
     }
 }
 
@@ -125,7 +128,10 @@ impl<X: Xen> Server<X> {
     /// Serves until the last VBD is detached or a signal asks to end.
     pub fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(64);
-        while !(self.ending && self.vbds.is_empty() && self.clients.values().all(|client| client.out.is_empty())) {
+        while !(self.ending
+            && self.vbds.is_empty()
+            && self.clients.values().all(|client| client.out.is_empty()))
+        {
             match self.poll.poll(&mut events, None) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result?,
@@ -155,7 +161,8 @@ impl<X: Xen> Server<X> {
             let token = Token(self.next_token);
             self.next_token += 1;
             self.poll.registry().register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
-            self.clients.insert(token, Client { stream, decoder: Decoder::default(), out: Vec::new(), busy: false });
+            self.clients
+                .insert(token, Client { stream, decoder: Decoder::default(), out: Vec::new(), busy: false });
         }
         Ok(())
     }
@@ -192,7 +199,7 @@ impl<X: Xen> Server<X> {
 
     fn next_requests(&mut self, token: Token) {
         while let Some(client) = self.clients.get_mut(&token).filter(|client| !client.busy) {
-            match client.decoder.next::<Request>() {
+            match client.decoder.next_message::<Request>() {
                 Ok(None) => return,
                 Ok(Some(request)) => {
                     client.busy = true;
@@ -241,13 +248,13 @@ impl<X: Xen> Server<X> {
             Request::Detach { minor } => Some(self.detach(minor)),
             Request::Open { minor, params } => self.open(token, minor, params),
             Request::Close { minor } => self.close(token, minor),
-            Request::DiskInfo { minor } => {
-                Some(match self.open_vbd(minor).map(|open| open.info) {
-                    Ok(Some(info)) => Reply::DiskInfo(info),
-                    Ok(None) => refuse(Errno::EAGAIN, format!("the image of minor {minor} is still being opened")),
-                    Err(reply) => reply,
-                })
-            }
+            Request::DiskInfo { minor } => Some(match self.open_vbd(minor).map(|open| open.info) {
+                Ok(Some(info)) => Reply::DiskInfo(info),
+                Ok(None) => {
+                    refuse(Errno::EAGAIN, format!("the image of minor {minor} is still being opened"))
+                }
+                Err(reply) => reply,
+            }),
             Request::Connect { minor, ring } => {
                 self.command(token, minor, |answer| Command::Connect(ring, answer))
             }
@@ -301,11 +308,18 @@ impl<X: Xen> Server<X> {
         match self.vbd(minor) {
             Err(reply) => return Some(reply),
             Ok(Vbd { open: Some(open), .. }) => {
-                return Some(refuse(Errno::EALREADY, format!("minor {minor} has {} open already", open.image)));
+                return Some(refuse(
+                    Errno::EALREADY,
+                    format!("minor {minor} has {} open already", open.image),
+                ));
             }
             Ok(_) => {}
         }
-        log::info!("minor {minor}: opening {}{}", params.image, if params.readonly { " read-only" } else { "" });
+        log::info!(
+            "minor {minor}: opening {}{}",
+            params.image,
+            if params.readonly { " read-only" } else { "" }
+        );
         let image = params.image.clone();
         let tell = self.teller();
         let opened = Box::new(move |result| tell(Event::Opened(minor, token, result)));

@@ -40,13 +40,14 @@ impl Vbd {
     pub fn attach(dir: &ControlDir, minor: Minor) -> Result<Vbd, Reply> {
         let path = dir.marker(minor);
         let refuse = |errno: Errno, message: String| Reply::Error { errno: errno as i32, message };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&path)
-            .map_err(|e| refuse(Errno::EINVAL, format!("minor {minor} is not allocated: {}: {e}", path.display())))?;
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| {
+            refuse(Errno::EINVAL, format!("minor {minor} is not allocated: {}: {e}", path.display()))
+        })?;
         let marker = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-            refuse(Errno::EINVAL, format!("minor {minor} is served by another tapdisk: {}: {errno}", path.display()))
+            refuse(
+                Errno::EINVAL,
+                format!("minor {minor} is served by another tapdisk: {}: {errno}", path.display()),
+            )
         })?;
         Ok(Vbd { minor, _marker: marker, open: None, closed_before: false })
     }

@@ -38,14 +38,20 @@ impl OpenError {
                 "is in use by another process (its lock is held); an image can be written by one disk only: \
                  stop the other user, or attach both read-only"
             }
-            Mode::Shared => "is being written by another process (its lock is held), so it cannot be read meanwhile",
+            Mode::Shared => {
+                "is being written by another process (its lock is held), so it cannot be read meanwhile"
+            }
         };
         OpenError::new(path, Errno::EBUSY, message)
     }
 
     /// There is nothing to serve.
     pub fn empty(path: &Path) -> OpenError {
-        OpenError::new(path, Errno::EINVAL, "is empty (shorter than one sector of 512 bytes); a disk needs a size")
+        OpenError::new(
+            path,
+            Errno::EINVAL,
+            "is empty (shorter than one sector of 512 bytes); a disk needs a size",
+        )
     }
 
     /// The errno for programs.

@@ -212,7 +212,10 @@ impl Disk {
                 }
                 let result = self.io.fdatasync(file).await;
                 if let Err(errno) = result {
-                    log::error!("{}: flushing failed: {errno}; writes may be lost, the disk is stopped", file.path().display());
+                    log::error!(
+                        "{}: flushing failed: {errno}; writes may be lost, the disk is stopped",
+                        file.path().display()
+                    );
                     self.lost.set(true);
                 }
                 result
@@ -231,6 +234,9 @@ impl Disk {
         self.flush().await
     }
 }
+
+#[cfg(test)]
+mod tests;
 
 /// The transfers of one request.
 #[derive(Default)]

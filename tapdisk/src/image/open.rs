@@ -31,7 +31,12 @@ pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
     Ok(Disk::new(leaf, parents, io.clone(), params.readonly))
 }
 
-fn open_chain(file: ImageFile, mode: Mode, params: &OpenParams, io: &Io) -> Result<(Layer, Vec<Layer>), OpenError> {
+fn open_chain(
+    file: ImageFile,
+    mode: Mode,
+    params: &OpenParams,
+    io: &Io,
+) -> Result<(Layer, Vec<Layer>), OpenError> {
     let mut seen = vec![identity(&file)?];
     let mut child = canonical(file.path())?;
     let (leaf, mut parent) = open_vhd(file, mode == Mode::Exclusive, None, io)?;
@@ -48,16 +53,19 @@ fn open_chain(file: ImageFile, mode: Mode, params: &OpenParams, io: &Io) -> Resu
         let file = ImageFile::open(&path, Mode::Shared, !params.buffered)?;
         let identity = identity(&file)?;
         if seen.contains(&identity) {
-            return Err(OpenError::new(&path, Errno::ELOOP, "is its own ancestor: the chain of parents is a loop"));
+            return Err(OpenError::new(
+                &path,
+                Errno::ELOOP,
+                "is its own ancestor: the chain of parents is a loop",
+            ));
         }
         seen.push(identity);
-        let layer = match wanted.uuid {
-            Some(uuid) => {
-                let (layer, next) = open_vhd(file, false, Some((&child, uuid)), io)?;
-                parent = next;
-                layer
-            }
-            None => Layer::Raw(Raw::new(file)?),
+        let layer = if wanted.uuid.is_null() {
+            Layer::Raw(Raw::new(file)?)
+        } else {
+            let (layer, next) = open_vhd(file, false, Some((&child, wanted.uuid)), io)?;
+            parent = next;
+            layer
         };
         parents.push(layer);
         child = path;
@@ -76,7 +84,8 @@ fn open_vhd(
     let mut read = |offset: u64, bytes: &mut [u8]| file.read_exact_at(offset, bytes);
     let source = vhd::Source { size: file.len(), regular: file.is_regular(), read: &mut read };
     let options = vhd::OpenOptions { writable, ..vhd::OpenOptions::default() };
-    let core = vhd::Vhd::open(source, &options).map_err(|error| OpenError::new(&path, error.errno(), error.to_string()))?;
+    let core = vhd::Vhd::open(source, &options)
+        .map_err(|error| OpenError::new(&path, Errno::from_raw(error.errno()), error.to_string()))?;
     if let Some((child, uuid)) = expected
         && core.uuid() != uuid
     {
@@ -95,14 +104,15 @@ fn open_vhd(
 
 fn find_parent(child: &Path, wanted: &vhd::ParentRef) -> Result<PathBuf, OpenError> {
     let folder = child.parent().unwrap_or(Path::new("/"));
-    let candidates: Vec<PathBuf> = wanted.candidates.iter().map(|name| folder.join(name)).collect();
+    let candidates: Vec<PathBuf> = wanted.names.iter().map(|name| folder.join(&name.path)).collect();
     let found = candidates.iter().find_map(|path| path.canonicalize().ok());
     let Some(path) = found else {
         let names: Vec<String> = candidates.iter().map(|path| path.display().to_string()).collect();
-        let tried = if names.is_empty() { "it names none".into() } else { format!("tried {}", names.join(", ")) };
+        let tried =
+            if names.is_empty() { "it names none".into() } else { format!("tried {}", names.join(", ")) };
         return Err(OpenError::new(child, Errno::ENOENT, format!("its parent image is missing: {tried}")));
     };
-    if wanted.uuid.is_none() && !path.starts_with(folder) {
+    if wanted.uuid.is_null() && !path.starts_with(folder) {
         return Err(OpenError::new(
             child,
             Errno::EPERM,

@@ -10,11 +10,11 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
-use vhd::{BlockIndex, Lookup, Prepare, Vhd, WritePlan};
+use vhd::{BlockIndex, CloseStep, Lookup, MetaWrite, Prepare, Vhd, WritePlan};
 
 use super::Extent;
 use super::file::ImageFile;
-use crate::buf::Buf;
+use crate::buf::{Buf, Piece};
 use crate::io::{Direction, Io};
 use crate::sync::{Group, WaitSet};
 
@@ -50,7 +50,7 @@ impl VhdLayer {
     /// Where sectors lie: the longest prefix with one answer.
     pub async fn map(&self, io: &Io, sector: Sector, count: u32) -> Result<Extent, Errno> {
         loop {
-            let lookup = self.core.borrow_mut().map(vhd::Sector(sector.0), count).map_err(|e| self.errno(&e))?;
+            let lookup = self.core.borrow().map(sector.0, count).map_err(|e| self.errno(&e))?;
             match lookup {
                 Lookup::Data { offset, count } => return Ok(Extent::Data { offset, count }),
                 Lookup::Zero { count } => return Ok(Extent::Zero { count }),
@@ -75,28 +75,45 @@ impl VhdLayer {
         let mut publish = false;
         while !range.is_empty() {
             let count = u32::try_from(range.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
-            let plan = self.core.borrow_mut().plan_write(vhd::Sector(sector.0), count).map_err(|e| self.errno(&e))?;
+            let plan = self.core.borrow_mut().plan_write(sector.0, count).map_err(|e| self.errno(&e))?;
             match plan {
-                WritePlan::NeedBitmap { block, offset, len } => self.load_bitmap(io, block, offset, len).await?,
+                WritePlan::NeedBitmap { block, offset, len } => {
+                    self.load_bitmap(io, block, offset, len).await?
+                }
                 WritePlan::Wait { .. } => self.prepared.wait().await,
                 WritePlan::Write { offset, count, prepare, publish: publish_these } => {
                     self.dirty.set(true);
-                    if let Some(prepare) = prepare {
-                        self.prepare(io, prepare).await?;
-                    }
                     let bytes = count as usize * SECTOR_SIZE as usize;
                     let piece = buf.piece(range.start..range.start + bytes).ok_or(Errno::EINVAL)?;
-                    io.start(Direction::Write, &self.file, offset, piece).finish().await?;
+                    let done = self.write_planned(io, prepare, offset, piece).await;
                     if publish_these {
-                        self.core.borrow_mut().written(vhd::Sector(sector.0), count);
-                        publish = true;
+                        let mut core = self.core.borrow_mut();
+                        match done {
+                            Ok(()) => core.written(sector.0, count),
+                            Err(_) => core.write_failed(sector.0, count),
+                        }
+                        publish |= done.is_ok();
                     }
+                    done?;
                     sector = Sector(sector.0 + u64::from(count));
                     range.start += bytes;
                 }
             }
         }
         if publish { self.commit(io).await } else { Ok(()) }
+    }
+
+    async fn write_planned(
+        &self,
+        io: &Io,
+        prepare: Option<Prepare>,
+        offset: u64,
+        piece: Piece,
+    ) -> Result<(), Errno> {
+        if let Some(prepare) = prepare {
+            self.prepare(io, prepare).await?;
+        }
+        io.start(Direction::Write, &self.file, offset, piece).finish().await
     }
 
     async fn prepare(&self, io: &Io, prepare: Prepare) -> Result<(), Errno> {
@@ -115,15 +132,18 @@ impl VhdLayer {
     }
 
     async fn carry_out(&self, io: &Io, prepare: &Prepare) -> Result<(), Errno> {
-        // The length first and without waiting in between: no other writer may see the block before the file reaches
-        // around it, and bytes beyond the old end read as zeros only if stale ones were cut off before.
-        if let Some(len) = prepare.trim {
-            self.file.set_len(len)?;
-        }
-        if let Some(len) = prepare.file_len {
-            self.file.set_len(len)?;
-        } else {
-            io.zero_range(&self.file, prepare.body.start, prepare.body.end - prepare.body.start).await?;
+        match (prepare.trim, prepare.file_len) {
+            // A file: bytes beyond the end read as zeros once stale ones are cut off.
+            (trim, Some(len)) => {
+                if let Some(trim) = trim {
+                    self.file.set_len(trim)?;
+                }
+                self.file.set_len(len)?;
+            }
+            // A device: whatever was there before must not show through.
+            (_, None) => {
+                io.zero_range(&self.file, prepare.body.start, prepare.body.end - prepare.body.start).await?
+            }
         }
         let mut at = prepare.zero.start;
         while at < prepare.zero.end {
@@ -142,14 +162,17 @@ impl VhdLayer {
         let result = self
             .commits
             .run(async || {
-                let Some(commit) = self.core.borrow_mut().begin_commit() else { return Ok(()) };
+                let begun = self.core.borrow_mut().begin_commit();
+                let Some(commit) = begun else {
+                    return if self.core.borrow().is_poisoned() { Err(Errno::EIO) } else { Ok(()) };
+                };
                 // Barrier 1: what the metadata is going to point to must be on the disk before it.
                 let mut result = io.fdatasync(&self.file).await;
                 for write in &commit.writes {
                     if result.is_err() {
                         break;
                     }
-                    result = self.write_metadata(io, write.offset, &write.bytes).await;
+                    result = self.write_metadata(io, write).await;
                 }
                 let mut core = self.core.borrow_mut();
                 match result {
@@ -170,10 +193,10 @@ impl VhdLayer {
         result
     }
 
-    async fn write_metadata(&self, io: &Io, offset: u64, bytes: &[u8]) -> Result<(), Errno> {
-        let mut at = offset;
+    async fn write_metadata(&self, io: &Io, write: &MetaWrite) -> Result<(), Errno> {
+        let mut at = write.offset;
         let mut buf = io.pool.meta().await;
-        for chunk in bytes.chunks(buf.len()) {
+        for chunk in write.bytes.chunks(buf.len()) {
             buf.bytes_mut().get_mut(..chunk.len()).ok_or(Errno::EIO)?.copy_from_slice(chunk);
             let piece = buf.piece(0..chunk.len()).ok_or(Errno::EIO)?;
             io.start(Direction::Write, &self.file, at, piece).finish().await?;
@@ -190,9 +213,9 @@ impl VhdLayer {
         let steps = self.core.borrow().close_writes();
         for step in steps.steps {
             match step {
-                vhd::CloseStep::Write { offset, bytes } => self.write_metadata(io, offset, &bytes).await?,
-                vhd::CloseStep::SetLen(len) => self.file.set_len(len)?,
-                vhd::CloseStep::Flush => io.fdatasync(&self.file).await?,
+                CloseStep::Write(write) => self.write_metadata(io, &write).await?,
+                CloseStep::Truncate(len) => self.file.set_len(len)?,
+                CloseStep::Flush => io.fdatasync(&self.file).await?,
             }
         }
         Ok(())
@@ -200,6 +223,6 @@ impl VhdLayer {
 
     fn errno(&self, error: &vhd::Error) -> Errno {
         log::debug!("{}: {error}", self.file.path().display());
-        error.errno()
+        Errno::from_raw(error.errno())
     }
 }

@@ -62,12 +62,21 @@ impl Uring {
     }
 
     /// Queues a transfer. The caller keeps the buffer until the completion with `key` arrives (invariant 1).
-    pub(super) fn transfer(&mut self, what: Transfer, fd: RawFd, offset: u64, piece: Piece, key: u64) -> io::Result<()> {
+    pub(super) fn transfer(
+        &mut self,
+        what: Transfer,
+        fd: RawFd,
+        offset: u64,
+        piece: Piece,
+        key: u64,
+    ) -> io::Result<()> {
         let (fd, ptr, len) = (types::Fd(fd), piece.ptr.as_ptr(), piece.len);
         let entry = match (what, self.is_registered(piece)) {
             (Transfer::Read, true) => opcode::ReadFixed::new(fd, ptr, len, 0).offset(offset).build(),
             (Transfer::Read, false) => opcode::Read::new(fd, ptr, len).offset(offset).build(),
-            (Transfer::Write, true) => opcode::WriteFixed::new(fd, ptr.cast_const(), len, 0).offset(offset).build(),
+            (Transfer::Write, true) => {
+                opcode::WriteFixed::new(fd, ptr.cast_const(), len, 0).offset(offset).build()
+            }
             (Transfer::Write, false) => opcode::Write::new(fd, ptr.cast_const(), len).offset(offset).build(),
         };
         self.push(entry.user_data(key))
@@ -80,7 +89,14 @@ impl Uring {
     }
 
     /// Queues a `fallocate`.
-    pub(super) fn fallocate(&mut self, fd: RawFd, mode: i32, offset: u64, len: u64, key: u64) -> io::Result<()> {
+    pub(super) fn fallocate(
+        &mut self,
+        fd: RawFd,
+        mode: i32,
+        offset: u64,
+        len: u64,
+        key: u64,
+    ) -> io::Result<()> {
         let entry = opcode::Fallocate::new(types::Fd(fd), len).offset(offset).mode(mode).build();
         self.push(entry.user_data(key))
     }

@@ -80,10 +80,13 @@ impl Worker {
         opened: Box<dyn FnOnce(Result<DiskInfo, Reply>) + Send>,
     ) -> io::Result<Worker> {
         let (commands, receiver) = channel();
-        let wake = Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let wake =
+            Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let rings = Arc::new(Mutex::new(Vec::new()));
         let inbox = Inbox { commands: receiver, wake: wake.clone(), rings: rings.clone() };
-        std::thread::Builder::new().name("disk".into()).spawn(move || thread::run(xen, &params, inbox, opened))?;
+        std::thread::Builder::new()
+            .name("disk".into())
+            .spawn(move || thread::run(xen, &params, inbox, opened))?;
         Ok(Worker { commands, wake, rings })
     }
 

@@ -10,7 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::rc::Rc;
 
-use blkif::{BackRing, DomId, Geometry, Port, Request, RequestKind, Rejection, Status, VdevId};
+use blkif::{BackRing, DomId, Geometry, Port, Rejection, Request, RequestKind, Status, VdevId};
 use gntdev::GrantMap;
 
 use super::mapped::MappedRing;
@@ -151,8 +151,7 @@ impl<M: GrantMap> Ring<M> {
                     }
                 }
             };
-            let bytes = request.kind.data_len();
-            let buf = match bytes {
+            let buf = match data_len(&request) {
                 0 => None,
                 bytes => match pool.data(bytes) {
                     Some(buf) => Some(buf),
@@ -183,7 +182,7 @@ impl<M: GrantMap> Ring<M> {
         loop {
             match self.with_ring(BackRing::take)? {
                 Ok(None) => return None,
-                Ok(Some(raw)) => match blkif::parse(&raw, &self.geometry) {
+                Ok(Some(raw)) => match blkif::request::parse(&raw, &self.geometry) {
                     Ok(request) => return Some(request),
                     Err(Rejection { id, op, status, reason }) => {
                         log::debug!("{self:?}: request refused: {reason}");
@@ -262,6 +261,11 @@ impl<M: GrantMap> Ring<M> {
         }
     }
 
+    /// To be called before sleeping: whether the frontend must be notified although it did not ask in time.
+    pub fn nudge(&self) -> bool {
+        self.with_ring(BackRing::nudge).unwrap_or(false)
+    }
+
     /// Gives the guest's pages back. Nothing may be in flight.
     pub fn unmap(&self) {
         self.mapped.take();
@@ -277,5 +281,15 @@ impl<M: GrantMap> Ring<M> {
             }
         }
         self.ended.wake_all();
+    }
+}
+
+/// Bytes of data that a request moves.
+fn data_len(request: &Request) -> usize {
+    match &request.kind {
+        RequestKind::Read { segments, .. }
+        | RequestKind::Write { segments, .. }
+        | RequestKind::Barrier { segments, .. } => segments.bytes() as usize,
+        RequestKind::Flush => 0,
     }
 }

@@ -95,7 +95,9 @@ async fn write<G: Grants>(
     disk: &Disk,
     copier: &Copier<G>,
 ) -> Result<(), Errno> {
-    copier.queue(CopyDirection::FromGuest, pieces(CopyDirection::FromGuest, dom, segments, buf), buf)?.await?;
+    copier
+        .queue(CopyDirection::FromGuest, pieces(CopyDirection::FromGuest, dom, segments, buf), buf)?
+        .await?;
     disk.write(sector, buf).await
 }
 
@@ -115,9 +117,9 @@ fn pieces(
 ) -> impl Iterator<Item = CopySegment> {
     let mut at = 0;
     segments.iter().filter_map(move |segment| {
-        let len = segment.len();
+        let len = segment.bytes();
         let piece = buf.piece(at..at + usize::from(len))?;
         at += usize::from(len);
-        CopySegment::new(direction, dom, segment.gref, segment.offset(), len, piece.ptr).ok()
+        CopySegment::new(direction, dom, segment.gref(), segment.offset(), len, piece.ptr).ok()
     })
 }

@@ -6,6 +6,7 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 
 use blkif::{Abi, DomId, Geometry, Port, RingOrder, VdevId};
@@ -83,7 +84,10 @@ fn failure(errno: Errno, message: String) -> Reply {
 
 fn set_up<X: Xen>(xen: X, params: &OpenParams, inbox: Inbox) -> Result<(State<X>, DiskInfo), Reply> {
     let system = |what: &str, error: &io::Error| {
-        failure(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)), format!("cannot set up {what}: {error}"))
+        failure(
+            Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
+            format!("cannot set up {what}: {error}"),
+        )
     };
     let scheduler = Rc::new(Scheduler::default());
     let reactor = Reactor::new(scheduler.clone()).map_err(|e| system("io_uring", &e))?;
@@ -127,6 +131,9 @@ impl<X: Xen> State<X> {
         if self.ended.borrow().is_some() {
             return Ok(());
         }
+        if !busy {
+            self.nudge();
+        }
         let readable = self.io.reactor.turn(!busy)?;
         if readable.events {
             self.take_events()?;
@@ -157,6 +164,13 @@ impl<X: Xen> State<X> {
             if ring.push() {
                 notify(&*devices.events.borrow(), ring);
             }
+        }
+    }
+
+    fn nudge(&self) {
+        let Some(devices) = &self.devices else { return };
+        for ring in self.rings.borrow().iter().filter(|ring| ring.nudge()) {
+            notify(&*devices.events.borrow(), ring);
         }
     }
 
@@ -206,19 +220,27 @@ impl<X: Xen> State<X> {
         let [queue] = &params.queues[..] else {
             return Err(named(Errno::EINVAL, "exactly one queue is supported"));
         };
-        let abi = Abi::from_name(params.protocol.as_bytes())
-            .ok_or_else(|| named(Errno::EPROTONOSUPPORT, &format!("unknown protocol {:?}", params.protocol)))?;
+        let abi = Abi::from_protocol_key(Some(params.protocol.as_bytes()))
+            .map_err(|e| named(Errno::EPROTONOSUPPORT, &e.to_string()))?;
         let refs = queue.refs();
-        let order = RingOrder::from_pages(refs.len())
+        let order = RingOrder::all()
+            .find(|order| order.pages() == refs.len())
             .ok_or_else(|| named(Errno::EINVAL, "a ring has 1, 2, 4, 8 or 16 pages"))?;
         // The toolstack's mode reaches the descriptor itself; another ring may still be writing through it, though.
         if params.readonly && self.rings.borrow().is_empty() {
             self.disk.make_readonly().map_err(|e| named(e.errno(), &e.to_string()))?;
         }
-        let geometry = Geometry { sectors: self.disk.sectors(), readonly: params.readonly || self.disk.is_readonly() };
+        let geometry = Geometry {
+            capacity: self.disk.sectors(),
+            readonly: params.readonly || self.disk.is_readonly(),
+            flush: true,
+            barrier: true,
+        };
         let devices = match &self.devices {
             Some(devices) => devices,
-            None => self.devices.insert(open_devices(&self.xen, &self.io).map_err(|e| error("cannot open Xen's devices", e))?),
+            None => self.devices.insert(
+                open_devices(&self.xen, &self.io).map_err(|e| error("cannot open Xen's devices", e))?,
+            ),
         };
         let map = devices
             .copier
@@ -235,7 +257,10 @@ impl<X: Xen> State<X> {
         for slot in 0..ring.slots() {
             self.executor.spawn(serve::slot(ring.clone(), slot, self.disk.clone(), devices.copier.clone()));
         }
-        log::info!("device {vdev} of domain {dom}: ring of {} slots connected, event channel {port}", ring.slots());
+        log::info!(
+            "device {vdev} of domain {dom}: ring of {} slots connected, event channel {port}",
+            ring.slots()
+        );
         self.rings.borrow_mut().push(ring);
         publish(&self.rings.borrow(), &self.inbox);
         Ok(())
@@ -245,7 +270,10 @@ impl<X: Xen> State<X> {
         let (dom, vdev) = (DomId(entry.domid), VdevId(entry.vdev));
         let found = self.rings.borrow().iter().find(|ring| (ring.dom, ring.vdev) == (dom, vdev)).cloned();
         let (Some(ring), Some(devices)) = (found, &self.devices) else {
-            return answer.give(failure(Errno::ENODEV, format!("device {vdev} of domain {dom}: no ring is connected")));
+            return answer.give(failure(
+                Errno::ENODEV,
+                format!("device {vdev} of domain {dom}: no ring is connected"),
+            ));
         };
         let (rings, inbox, events) = (self.rings.clone(), self.inbox.clone(), devices.events.clone());
         self.executor.spawn(async move {

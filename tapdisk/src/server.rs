@@ -199,7 +199,7 @@ impl<X: Xen> Server<X> {
 
     fn next_requests(&mut self, token: Token) {
         while let Some(client) = self.clients.get_mut(&token).filter(|client| !client.busy) {
-            match client.decoder.next_message::<Request>() {
+            match client.decoder.next::<Request>() {
                 Ok(None) => return,
                 Ok(Some(request)) => {
                     client.busy = true;

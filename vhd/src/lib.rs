@@ -1,1 +1,64 @@
-//! placeholder
+//! The VHD image format, without I/O.
+//!
+//! [`Vhd`] is the state of an open image. It never touches a file: opening reads through a [`Source`], and from then on
+//! it answers where sectors lie ([`Vhd::map`]), what must be done to write some ([`Vhd::plan_write`]) and what must go
+//! to disk before a write counts as done ([`Vhd::begin_commit`]). The same code therefore serves an asynchronous data
+//! plane, command-line tools and tests in memory.
+//!
+//! Offsets and lengths in a file are in bytes; positions and lengths on the virtual disk are in sectors of 512 bytes.
+//!
+//! Sources of the format: Microsoft "Virtual Hard Disk Image Format Specification" 1.0, and XenServer's libvhd
+//! (xapi-project/blktap, `include/vhd.h`) for its extensions: batmap, hidden flag, raw parents, poison cookie.
+
+#![forbid(unsafe_code)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects
+    )
+)]
+
+mod alloc;
+pub mod bat;
+pub mod batmap;
+pub mod bitmap;
+mod cache;
+pub mod chain;
+mod close;
+pub mod create;
+mod error;
+pub mod footer;
+pub mod geometry;
+pub mod header;
+mod image;
+pub mod locator;
+mod open;
+pub mod time;
+mod uuid;
+mod write;
+
+pub use close::{CloseStep, CloseWrites};
+pub use create::{NewBytes, NewImage, NewParent};
+pub use error::Error;
+pub use footer::DiskType;
+pub use image::{Lookup, ParentRef, Vhd};
+pub use locator::ParentName;
+pub use open::{MAX_DISK_SIZE, OpenOptions, ReadAt, Source};
+pub use uuid::Uuid;
+pub use write::{Commit, MetaWrite, Prepare, WritePlan};
+
+/// Position on the virtual disk in sectors of 512 bytes.
+pub type Sector = u64;
+/// Number of a block of the virtual disk, from 0.
+pub type BlockIndex = u32;
+
+/// Bytes of a sector.
+pub const SECTOR_SIZE: u64 = 512;
+
+/// One's complement of the sum of all bytes, as footers and headers carry it.
+fn checksum(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(0_u32, |sum, &byte| sum.wrapping_add(byte.into()))
+}

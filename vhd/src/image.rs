@@ -1,0 +1,367 @@
+//! The state of an open image, and where its sectors are.
+
+use std::cmp::min;
+
+use crate::bat::{self, Bat, Extent, Layout};
+use crate::batmap::{Batmap, RawBatmapHeader};
+use crate::cache::BitmapCache;
+use crate::footer::{DiskType, RawFooter};
+use crate::header::RawHeader;
+use crate::locator::ParentName;
+use crate::write::Writes;
+use crate::{BlockIndex, Error, OpenOptions, SECTOR_SIZE, Sector, Source, Uuid, bitmap, open};
+
+/// Bitmaps kept in memory: 2 MiB of them, which cover 8 GiB of partly written blocks. Full blocks need none.
+const CACHED_BITMAPS: usize = 4096;
+
+/// An open image.
+///
+/// What the disk holds changes only by [`Vhd::commit_done`]: reserved blocks and sectors that are written but not
+/// committed are invisible to [`Vhd::map`].
+#[derive(Debug)]
+pub struct Vhd {
+    pub(crate) footer: RawFooter,
+    pub(crate) kind: DiskType,
+    pub(crate) sectors: u64,
+    pub(crate) writable: bool,
+    pub(crate) unclean: bool,
+    /// `None` for a fixed image.
+    pub(crate) dynamic: Option<Dynamic>,
+}
+
+/// What a differencing image says of its parent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParentRef {
+    /// The parent's identifier. The parent is a raw file if it is null.
+    pub uuid: Uuid,
+    /// Where to look for the parent, in the order in which to try.
+    pub names: Vec<ParentName>,
+}
+
+/// Where a run of sectors is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lookup {
+    /// In this file, one after another.
+    Data {
+        /// Byte offset of the first one.
+        offset: u64,
+        /// Number of sectors.
+        count: u32,
+    },
+    /// Nowhere: they read as zeros.
+    Zero {
+        /// Number of sectors.
+        count: u32,
+    },
+    /// In the parent, at the same position; behind the parent's end they read as zeros.
+    Parent {
+        /// Number of sectors.
+        count: u32,
+    },
+    /// Not known before the block's bitmap is read and given to [`Vhd::insert_bitmap`].
+    NeedBitmap {
+        /// The block.
+        block: BlockIndex,
+        /// Byte offset of its bitmap.
+        offset: u64,
+        /// Length of its bitmap in bytes.
+        len: u32,
+    },
+}
+
+/// What fixed images have not: blocks.
+#[derive(Debug)]
+pub(crate) struct Dynamic {
+    pub(crate) header: RawHeader,
+    pub(crate) names: Vec<ParentName>,
+    pub(crate) layout: Layout,
+    pub(crate) bat: Bat,
+    pub(crate) batmap: Option<Batmap>,
+    /// Bitmaps of blocks that are on disk, with the bits that are on disk.
+    pub(crate) cache: BitmapCache,
+    /// One bit for each block whose bitmap was seen to be all ones.
+    pub(crate) full: Vec<u8>,
+    /// First byte behind all blocks of the table.
+    pub(crate) end_of_data: u64,
+    /// First byte that the blocks of the table must not reach.
+    limit: u64,
+    pub(crate) writes: Writes,
+}
+
+/// What is known of a block.
+pub(crate) enum BlockState<'a> {
+    Absent,
+    Full(Extent),
+    Partial(Extent, &'a [u8]),
+    Unread(Extent),
+}
+
+impl Vhd {
+    /// Opens an image: reads and checks its metadata. Nothing is written, whatever the options.
+    ///
+    /// # Errors
+    /// Every malformation that [`Error`] names. A writable open refuses damage in the allocation table that a read-only
+    /// open reports only when the damaged block is used.
+    pub fn open(mut source: Source<'_>, options: &OpenOptions) -> Result<Self, Error> {
+        open::open(&mut source, options)
+    }
+
+    pub(crate) fn new(
+        footer: RawFooter,
+        kind: DiskType,
+        writable: bool,
+        unclean: bool,
+        dynamic: Option<Dynamic>,
+    ) -> Self {
+        let sectors = footer.current_size.get() / SECTOR_SIZE;
+        Self { footer, kind, sectors, writable, unclean, dynamic }
+    }
+
+    /// How the image stores its disk.
+    pub fn kind(&self) -> DiskType {
+        self.kind
+    }
+
+    /// Size of the virtual disk in sectors.
+    pub fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    /// Sectors of a block; a fixed image has none and answers 0.
+    pub fn block_sectors(&self) -> u32 {
+        self.dynamic.as_ref().map_or(0, |dynamic| dynamic.layout.block_sectors)
+    }
+
+    /// The identifier of the image.
+    pub fn uuid(&self) -> Uuid {
+        self.footer.uuid
+    }
+
+    /// The footer that counts.
+    pub fn footer(&self) -> &RawFooter {
+        &self.footer
+    }
+
+    /// The dynamic header; `None` for a fixed image.
+    pub fn header(&self) -> Option<&RawHeader> {
+        self.dynamic.as_ref().map(|dynamic| &dynamic.header)
+    }
+
+    /// The batmap's header and map; `None` if the image has none.
+    pub fn batmap(&self) -> Option<(&RawBatmapHeader, &[u8])> {
+        let batmap = self.dynamic.as_ref()?.batmap.as_ref()?;
+        Some((&batmap.header, batmap.map()))
+    }
+
+    /// The parent of a differencing image.
+    pub fn parent(&self) -> Option<ParentRef> {
+        let dynamic = self.dynamic.as_ref().filter(|_| self.kind == DiskType::Differencing)?;
+        Some(ParentRef { uuid: dynamic.header.parent_uuid, names: dynamic.names.clone() })
+    }
+
+    /// True if the image was not closed after its last writer: the footer at its end is missing or not its own.
+    pub fn was_unclean(&self) -> bool {
+        self.unclean
+    }
+
+    /// First byte behind the data, where the footer of a file belongs, by the allocation table as it is on disk.
+    pub fn end_of_data(&self) -> u64 {
+        match &self.dynamic {
+            Some(dynamic) => dynamic.end_of_data,
+            None => self.footer.current_size.get(),
+        }
+    }
+
+    /// First byte behind the metadata at the beginning; 0 for a fixed image.
+    pub fn end_of_headers(&self) -> u64 {
+        self.dynamic.as_ref().map_or(0, |dynamic| dynamic.layout.end_of_headers)
+    }
+
+    /// The sector at which the bitmap of `block` begins, `None` if the block is not allocated.
+    pub fn block_entry(&self, block: BlockIndex) -> Option<u32> {
+        self.dynamic.as_ref()?.bat.get(block)
+    }
+
+    /// Number of blocks of the virtual disk.
+    pub fn blocks(&self) -> u32 {
+        self.dynamic.as_ref().map_or(0, |dynamic| dynamic.bat.entries())
+    }
+
+    /// Number of allocated blocks.
+    pub fn allocated_blocks(&self) -> usize {
+        self.dynamic.as_ref().map_or(0, |dynamic| dynamic.bat.iter().count())
+    }
+
+    /// Where the sectors are: the answer for the longest prefix of `count` sectors from `sector` that has one answer.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`]; [`Error::Corrupt`] if the first sector's block lies outside the file.
+    pub fn map(&self, sector: Sector, count: u32) -> Result<Lookup, Error> {
+        self.check_range(sector, count)?;
+        let Some(dynamic) = &self.dynamic else {
+            return Ok(Lookup::Data { offset: sector.saturating_mul(SECTOR_SIZE), count });
+        };
+        let mut absent = 0_u32;
+        while absent < count {
+            let piece = dynamic.piece(sector.saturating_add(absent.into()), count.saturating_sub(absent));
+            let state = match dynamic.state(piece.block) {
+                Ok(state) => state,
+                Err(_) if absent > 0 => break,
+                Err(error) => return Err(error),
+            };
+            let (answer, run) = dynamic.look(state, &piece);
+            match answer {
+                None => absent = absent.saturating_add(run),
+                Some(answer) if absent == 0 => return Ok(answer),
+                Some(_) => break,
+            }
+        }
+        Ok(match self.kind {
+            DiskType::Differencing => Lookup::Parent { count: absent },
+            _ => Lookup::Zero { count: absent },
+        })
+    }
+
+    /// Takes the bitmap that [`Lookup::NeedBitmap`] or [`crate::WritePlan::NeedBitmap`] asked for.
+    ///
+    /// At most one read of a block's bitmap may be under way at a time: bytes that were read before a commit and arrive
+    /// after it would be out of date. Bytes for a block whose bitmap is already known are ignored.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the bytes are not as many as were asked for or the block is not allocated.
+    pub fn insert_bitmap(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<(), Error> {
+        let Some(dynamic) = &mut self.dynamic else {
+            return Err(Error::invalid("bitmap", "a fixed image has none"));
+        };
+        if u32::try_from(bytes.len()) != Ok(dynamic.layout.bitmap_bytes()) || dynamic.bat.get(block).is_none()
+        {
+            return Err(Error::invalid(
+                "bitmap",
+                format!("{} bytes for block {block} do not fit", bytes.len()),
+            ));
+        }
+        if !dynamic.is_full(block) && dynamic.cache.get(block).is_none() {
+            dynamic.learn(block, bytes);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_range(&self, sector: Sector, count: u32) -> Result<(), Error> {
+        match sector.checked_add(count.into()) {
+            Some(end) if end <= self.sectors && count > 0 => Ok(()),
+            _ => Err(Error::OutOfRange { sector, count, sectors: self.sectors }),
+        }
+    }
+}
+
+/// A run of sectors within one block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Piece {
+    pub(crate) block: BlockIndex,
+    /// First sector, counted from the block's beginning.
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+}
+
+impl Piece {
+    pub(crate) fn bits(&self) -> std::ops::Range<u32> {
+        self.first..self.first.saturating_add(self.count)
+    }
+}
+
+impl Dynamic {
+    #[expect(clippy::too_many_arguments, reason = "the parts that opening has found, each used once")]
+    pub(crate) fn new(
+        header: RawHeader,
+        names: Vec<ParentName>,
+        layout: Layout,
+        bat: Bat,
+        batmap: Option<Batmap>,
+        end_of_data: u64,
+        limit: u64,
+        source: &Source<'_>,
+    ) -> Self {
+        let full = vec![0; usize::try_from(bat.entries().div_ceil(8)).unwrap_or(0)];
+        let cache = BitmapCache::new(CACHED_BITMAPS);
+        let writes = Writes::new(source.regular, source.size, end_of_data, limit);
+        Self { header, names, layout, bat, batmap, cache, full, end_of_data, limit, writes }
+    }
+
+    /// The part of `count` sectors from `sector` that lies in one block.
+    pub(crate) fn piece(&self, sector: Sector, count: u32) -> Piece {
+        let in_block = u64::from(self.layout.block_sectors.max(1));
+        let block = sector.checked_div(in_block).unwrap_or(0);
+        let first = sector.checked_rem(in_block).unwrap_or(0);
+        // Both fit: the disk has at most 2^32 sectors, a block at most 4096.
+        let first = u32::try_from(first).unwrap_or(0);
+        Piece {
+            block: BlockIndex::try_from(block).unwrap_or(BlockIndex::MAX),
+            first,
+            count: min(count, self.layout.block_sectors.saturating_sub(first)),
+        }
+    }
+
+    /// What is known of a block.
+    pub(crate) fn state(&self, block: BlockIndex) -> Result<BlockState<'_>, Error> {
+        let Some(entry) = self.bat.get(block) else { return Ok(BlockState::Absent) };
+        let extent = self.layout.extent(entry);
+        if let Some(reason) = bat::misplaced(extent, &self.layout, self.limit) {
+            return Err(Error::Corrupt { block, reason });
+        }
+        Ok(if self.is_full(block) {
+            BlockState::Full(extent)
+        } else if let Some(bits) = self.cache.get(block) {
+            BlockState::Partial(extent, bits)
+        } else {
+            BlockState::Unread(extent)
+        })
+    }
+
+    /// The answer for the first sectors of a piece, `None` if they are not in this file; and how many they are.
+    fn look(&self, state: BlockState<'_>, piece: &Piece) -> (Option<Lookup>, u32) {
+        let data = |extent: Extent, count| Some(Lookup::Data { offset: data_offset(extent, piece), count });
+        match state {
+            BlockState::Absent => (None, piece.count),
+            BlockState::Full(extent) => (data(extent, piece.count), piece.count),
+            BlockState::Partial(extent, bits) => match bitmap::run(bits, piece.bits()) {
+                (true, count) => (data(extent, count), count),
+                (false, count) => (None, count),
+            },
+            BlockState::Unread(extent) => {
+                let len = self.layout.bitmap_bytes();
+                (Some(Lookup::NeedBitmap { block: piece.block, offset: extent.bitmap, len }), piece.count)
+            }
+        }
+    }
+
+    pub(crate) fn is_full(&self, block: BlockIndex) -> bool {
+        bitmap::get(&self.full, block)
+    }
+
+    /// Notes the bitmap of an allocated block as it is on disk.
+    pub(crate) fn learn(&mut self, block: BlockIndex, bits: &[u8]) {
+        if bitmap::all_set(bits, self.layout.block_sectors) {
+            bitmap::set(&mut self.full, block..block.saturating_add(1));
+            self.cache.remove(block);
+            if let Some(batmap) = &mut self.batmap {
+                batmap.set(block);
+            }
+        } else {
+            let writes = &self.writes;
+            self.cache.insert(block, bits, |block| writes.touches(block));
+        }
+    }
+
+    /// Makes a new block part of the table in memory.
+    pub(crate) fn publish(&mut self, block: BlockIndex, entry: u32) {
+        let end = self.layout.extent(entry).end;
+        self.bat.set(block, entry);
+        self.end_of_data = self.end_of_data.max(end);
+        self.limit = self.limit.max(end);
+    }
+}
+
+/// Byte offset of a piece's first sector.
+pub(crate) fn data_offset(extent: Extent, piece: &Piece) -> u64 {
+    extent.data.saturating_add(u64::from(piece.first).saturating_mul(SECTOR_SIZE))
+}

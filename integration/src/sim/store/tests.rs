@@ -161,6 +161,25 @@ fn equal_events_that_wait_become_one() {
 }
 
 #[test]
+fn different_events_that_find_no_room_are_sent_when_there_is_some() {
+    let world = World::new();
+    let mut client = world.dom0();
+    client.watch("/a", "t").expect("watching");
+    events(&mut client);
+    for number in 0..2000 {
+        world.store.write(&format!("/a/{number}"), "1");
+    }
+    // Nothing is sent to the daemon meanwhile: that would make it look at the connection anyway.
+    let mut seen = 0;
+    while seen < 2000 {
+        let fd = PollFd::new(client.as_fd(), PollFlags::POLLIN);
+        assert_eq!(poll(&mut [fd], PollTimeout::from(30_000u16)).expect("poll works"), 1, "after {seen}");
+        seen += client.poll_events().expect("connected");
+    }
+    assert_eq!(seen, 2000);
+}
+
+#[test]
 fn a_readable_descriptor_announces_events() {
     let world = World::new();
     let mut client = world.dom0();
@@ -317,17 +336,24 @@ fn a_directory_above_one_message_is_complete() {
 }
 
 #[test]
-fn lists_just_at_the_limit_of_one_message_are_complete() {
+fn lists_around_the_limit_of_one_message_are_complete() {
     let world = World::new();
     let mut client = world.dom0();
-    // 4 names of 1024 bytes with their NULs fill a message exactly; one byte more needs parts.
-    for last in [1022, 1023, 1024] {
-        world.store.rm("/dir");
-        for (letter, len) in [("a", 1023), ("b", 1023), ("c", 1023), ("d", last)] {
-            world.store.mkdir(&format!("/dir/{}", letter.repeat(len)));
+    // With the fourth name the list grows over everything that a message can hold: with and without the generation
+    // and the end mark of a part, and with the list itself still fitting or not.
+    for fourth in 1005..=1025 {
+        for fifth in [0, 1] {
+            world.store.rm("/dir");
+            let lengths: [usize; 5] = [1023, 1023, 1023, fourth, fifth];
+            for (letter, len) in
+                ["a", "b", "c", "d", "e"].into_iter().zip(lengths).filter(|&(_, len)| len > 0)
+            {
+                world.store.mkdir(&format!("/dir/{}", letter.repeat(len)));
+            }
+            let names = client.directory(NONE, "/dir").expect("there");
+            let expected: Vec<usize> = lengths.into_iter().filter(|&len| len > 0).collect();
+            assert_eq!(names.iter().map(Vec::len).collect::<Vec<_>>(), expected);
         }
-        let names = client.directory(NONE, "/dir").expect("there");
-        assert_eq!(names.iter().map(Vec::len).collect::<Vec<_>>(), [1023, 1023, 1023, last]);
     }
 }
 
@@ -357,6 +383,21 @@ fn read_access_of_a_guest_is_read_access_only() {
     assert_eq!(errno(guest.write(NONE, "/shared", "2")), Errno::EACCES);
     assert_eq!(errno(guest.set_perms(NONE, "/shared", &[Permission::new(7, Access::None)])), Errno::EACCES);
     assert_eq!(errno(other.read(NONE, "/shared")), Errno::EACCES);
+}
+
+#[test]
+fn write_access_lets_a_guest_create_its_own_nodes_but_not_change_permissions() {
+    let world = World::new();
+    let shared = [Permission::new(0, Access::None), Permission::new(7, Access::ReadWrite)];
+    world.store.mkdir("/shared");
+    world.store.set_perms("/shared", &shared);
+    let mut guest = world.guest(7);
+    guest.write(NONE, "/shared/x/y", "1").expect("granted");
+    let created = [Permission::new(7, Access::None), Permission::new(7, Access::ReadWrite)];
+    for path in ["/shared/x", "/shared/x/y"] {
+        assert_eq!(world.store.perms(path).expect("there"), created, "{path}");
+    }
+    assert_eq!(errno(guest.set_perms(NONE, "/shared", &shared)), Errno::EACCES);
 }
 
 #[test]
@@ -533,4 +574,5 @@ fn several_values_written_at_once_come_as_one_step() {
     assert_eq!(events(&mut client), ["/b/online t", "/b/state t"]);
 }
 
+mod model;
 mod raw;

@@ -60,7 +60,7 @@ impl Client {
         self.remaining(deadline)?;
         self.stream.write_all(&line).map_err(|error| self.failed(error, deadline))?;
         loop {
-            match self.decoder.next_message().map_err(|source| Error::Frame { pid, source })? {
+            match self.decoder.next().map_err(|source| Error::Frame { pid, source })? {
                 Some(Reply::Error { errno, message }) => return Err(Error::Refused { errno, message }),
                 Some(reply) => return Ok(reply),
                 None => self.receive(deadline)?,

@@ -44,7 +44,11 @@ impl Decoder {
     }
 
     /// The next whole message, or `None` until more bytes arrive.
-    pub fn next_message<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "it is generic in the message, which an iterator cannot be"
+    )]
+    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
         let Some(end) = self.buffer.iter().position(|&b| b == b'\n') else {
             return if self.buffer.len() >= MAX_LINE { Err(FrameError::TooLong) } else { Ok(None) };
         };
@@ -68,24 +72,24 @@ mod tests {
         let bytes = encode(&request).unwrap();
         for byte in &bytes[..bytes.len() - 1] {
             decoder.feed(&[*byte]);
-            assert!(decoder.next_message::<Request>().unwrap().is_none());
+            assert!(decoder.next::<Request>().unwrap().is_none());
         }
         decoder.feed(&bytes[bytes.len() - 1..]);
-        assert_eq!(decoder.next_message::<Request>().unwrap(), Some(request));
-        assert!(decoder.next_message::<Request>().unwrap().is_none());
+        assert_eq!(decoder.next::<Request>().unwrap(), Some(request));
+        assert!(decoder.next::<Request>().unwrap().is_none());
     }
 
     #[test]
     fn an_endless_line_is_refused() {
         let mut decoder = Decoder::default();
         decoder.feed(&vec![b'x'; MAX_LINE]);
-        assert!(matches!(decoder.next_message::<Request>(), Err(FrameError::TooLong)));
+        assert!(matches!(decoder.next::<Request>(), Err(FrameError::TooLong)));
     }
 
     #[test]
     fn a_line_that_is_no_message_is_refused() {
         let mut decoder = Decoder::default();
         decoder.feed(b"{\"request\":\"reboot\"}\n");
-        assert!(matches!(decoder.next_message::<Request>(), Err(FrameError::Malformed(_))));
+        assert!(matches!(decoder.next::<Request>(), Err(FrameError::Malformed(_))));
     }
 }

@@ -25,9 +25,6 @@ use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
 use crate::sync::Group;
 
-/// Longest chain, the leaf included. XenServer's storage manager keeps to the same limit.
-pub const MAX_DEPTH: usize = 30;
-
 /// Transfers that one request has in flight at most.
 const MAX_TRANSFERS: usize = 16;
 

@@ -5,18 +5,20 @@
 //! child without it has a raw parent.
 //!
 //! **Which files a name inside an image may open**: a VHD parent anywhere, because only a VHD that carries the UUID the
-//! child asks for is accepted, which nobody's private file does; a raw parent, which any file would pass for, only below
-//! the child's own folder.
+//! child asks for is accepted, which nobody's private file does; a raw parent, which any file would pass for, only in the
+//! leaf's own folder or below.
 
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use tap_ctl::proto::{ImageType, OpenParams};
+use vhd::chain::{Policy, Visited, candidates, check_identity};
+use vhd::{ParentRef, Vhd};
 
 use super::file::{ImageFile, Mode};
 use super::raw::Raw;
 use super::vhd::VhdLayer;
-use super::{Disk, Layer, MAX_DEPTH, OpenError};
+use super::{Disk, Layer, OpenError};
 use crate::io::Io;
 
 /// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails.
@@ -26,46 +28,34 @@ pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
     let file = ImageFile::open(path, mode, !params.buffered)?;
     let (leaf, parents) = match params.image.kind {
         ImageType::Aio => (Layer::Raw(Raw::new(file)?), Vec::new()),
-        ImageType::Vhd => open_chain(file, mode, params, io)?,
+        ImageType::Vhd => open_chain(file, params, io)?,
     };
     Ok(Disk::new(leaf, parents, io.clone(), params.readonly))
 }
 
-fn open_chain(
-    file: ImageFile,
-    mode: Mode,
-    params: &OpenParams,
-    io: &Io,
-) -> Result<(Layer, Vec<Layer>), OpenError> {
-    let mut seen = vec![identity(&file)?];
+fn open_chain(file: ImageFile, params: &OpenParams, io: &Io) -> Result<(Layer, Vec<Layer>), OpenError> {
     let mut child = canonical(file.path())?;
-    let (leaf, mut parent) = open_vhd(file, mode == Mode::Exclusive, None, io)?;
+    let policy = Policy::beside(&child);
+    let mut visited = Visited::default();
+    let core = read_vhd(&file, !params.readonly)?;
+    enter(&mut visited, &file, Some(&core))?;
+    let mut wanted = core.parent();
+    let leaf = Layer::Vhd(Box::new(VhdLayer::new(file, core, io)));
     let mut parents = Vec::new();
-    while let Some(wanted) = parent.take() {
-        if parents.len() + 1 >= MAX_DEPTH {
-            return Err(OpenError::new(
-                &child,
-                Errno::ELOOP,
-                format!("its chain of parents is longer than {MAX_DEPTH} images; coalesce it first"),
-            ));
-        }
-        let path = find_parent(&child, &wanted)?;
+    while let Some(parent) = wanted.take() {
+        let path = find(&child, &parent)?;
+        let is_raw = parent.uuid.is_null();
+        policy.permit(&path, is_raw).map_err(|error| refuse(&child, &error))?;
         let file = ImageFile::open(&path, Mode::Shared, !params.buffered)?;
-        let identity = identity(&file)?;
-        if seen.contains(&identity) {
-            return Err(OpenError::new(
-                &path,
-                Errno::ELOOP,
-                "is its own ancestor: the chain of parents is a loop",
-            ));
-        }
-        seen.push(identity);
-        let layer = if wanted.uuid.is_null() {
+        let layer = if is_raw {
+            enter(&mut visited, &file, None)?;
             Layer::Raw(Raw::new(file)?)
         } else {
-            let (layer, next) = open_vhd(file, false, Some((&child, wanted.uuid)), io)?;
-            parent = next;
-            layer
+            let core = read_vhd(&file, false)?;
+            check_identity(&parent, core.uuid()).map_err(|error| refuse(&path, &error))?;
+            enter(&mut visited, &file, Some(&core))?;
+            wanted = core.parent();
+            Layer::Vhd(Box::new(VhdLayer::new(file, core, io)))
         };
         parents.push(layer);
         child = path;
@@ -73,57 +63,39 @@ fn open_chain(
     Ok((leaf, parents))
 }
 
-/// Opens one VHD. `expected` is the child that names it as its parent and the UUID it must have.
-fn open_vhd(
-    file: ImageFile,
-    writable: bool,
-    expected: Option<(&Path, vhd::Uuid)>,
-    io: &Io,
-) -> Result<(Layer, Option<vhd::ParentRef>), OpenError> {
-    let path = file.path().to_owned();
+fn read_vhd(file: &ImageFile, writable: bool) -> Result<Vhd, OpenError> {
     let mut read = |offset: u64, bytes: &mut [u8]| file.read_exact_at(offset, bytes);
     let source = vhd::Source { size: file.len(), regular: file.is_regular(), read: &mut read };
     let options = vhd::OpenOptions { writable, ..vhd::OpenOptions::default() };
-    let core = vhd::Vhd::open(source, &options)
-        .map_err(|error| OpenError::new(&path, Errno::from_raw(error.errno()), error.to_string()))?;
-    if let Some((child, uuid)) = expected
-        && core.uuid() != uuid
-    {
-        return Err(OpenError::new(
-            &path,
-            Errno::EINVAL,
-            format!("parent UUID changed: {} wants {uuid}, this image is {}", child.display(), core.uuid()),
-        ));
-    }
+    let core = Vhd::open(source, &options).map_err(|error| refuse(file.path(), &error))?;
     if core.was_unclean() {
-        log::warn!("{}: was not closed cleanly; the header copy at its start is used", path.display());
+        log::warn!("{}: was not closed cleanly; the footer copy at its start is used", file.path().display());
     }
-    let parent = core.parent();
-    Ok((Layer::Vhd(Box::new(VhdLayer::new(file, core, io))), parent))
+    Ok(core)
 }
 
-fn find_parent(child: &Path, wanted: &vhd::ParentRef) -> Result<PathBuf, OpenError> {
+fn enter(visited: &mut Visited, file: &ImageFile, core: Option<&Vhd>) -> Result<(), OpenError> {
+    let (device, inode) =
+        file.identity().map_err(|error| OpenError::io(file.path(), "cannot stat", &error))?;
+    visited.enter(device, inode, core.map(Vhd::uuid)).map_err(|error| refuse(file.path(), &error))
+}
+
+/// The canonical path of the parent that `child` names.
+fn find(child: &Path, parent: &ParentRef) -> Result<PathBuf, OpenError> {
     let folder = child.parent().unwrap_or(Path::new("/"));
-    let candidates: Vec<PathBuf> = wanted.names.iter().map(|name| folder.join(&name.path)).collect();
-    let found = candidates.iter().find_map(|path| path.canonicalize().ok());
-    let Some(path) = found else {
-        let names: Vec<String> = candidates.iter().map(|path| path.display().to_string()).collect();
-        let tried =
-            if names.is_empty() { "it names none".into() } else { format!("tried {}", names.join(", ")) };
-        return Err(OpenError::new(child, Errno::ENOENT, format!("its parent image is missing: {tried}")));
-    };
-    if wanted.uuid.is_null() && !path.starts_with(folder) {
-        return Err(OpenError::new(
+    let tried = candidates(folder, parent).map_err(|error| refuse(child, &error))?;
+    tried.iter().find_map(|path| path.canonicalize().ok()).ok_or_else(|| {
+        let names: Vec<String> = tried.iter().map(|path| path.display().to_string()).collect();
+        OpenError::new(
             child,
-            Errno::EPERM,
-            format!("its raw parent {} is outside its own folder, which is not allowed", path.display()),
-        ));
-    }
-    Ok(path)
+            Errno::ENOENT,
+            format!("its parent image is missing: tried {}", names.join(", ")),
+        )
+    })
 }
 
-fn identity(file: &ImageFile) -> Result<(u64, u64), OpenError> {
-    file.identity().map_err(|error| OpenError::io(file.path(), "cannot stat", &error))
+fn refuse(path: &Path, error: &vhd::Error) -> OpenError {
+    OpenError::new(path, Errno::from_raw(error.errno()), error.to_string())
 }
 
 fn canonical(path: &Path) -> Result<PathBuf, OpenError> {

@@ -1,6 +1,9 @@
 use std::future::Future;
 use std::path::Path;
+use std::rc::Rc;
 
+use ::vhd::DiskType;
+use ::vhd::create::{NewImage, NewParent};
 use proptest::prelude::*;
 use tap_ctl::proto::{ImageSpec, ImageType, OpenParams};
 
@@ -8,7 +11,6 @@ use super::*;
 use crate::buf::Pool;
 use crate::executor::{Executor, Scheduler};
 use crate::reactor::Reactor;
-use std::rc::Rc;
 
 /// Runs a task on an executor and a reactor of its own.
 pub(crate) fn run<F: Future<Output = ()> + 'static>(task: impl FnOnce(Io) -> F) {
@@ -74,7 +76,10 @@ fn an_empty_file_is_refused_with_its_name() {
     run(move |io| async move {
         let error = open(&params(ImageType::Aio, &path, false), &io).unwrap_err();
         assert_eq!(error.errno(), Errno::EINVAL);
-        assert!(error.to_string().contains(path.to_str().unwrap()) && error.to_string().contains("empty"), "{error}");
+        assert!(
+            error.to_string().contains(path.to_str().unwrap()) && error.to_string().contains("empty"),
+            "{error}"
+        );
     });
 }
 
@@ -130,12 +135,12 @@ fn a_chain_longer_than_the_limit_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = |n: usize| dir.path().join(format!("{n}.vhd"));
     make(&path(0), 2);
-    for n in 1..=MAX_DEPTH {
+    for n in 1..=CHAIN {
         // Each must hold something, or the snapshot skips it.
         touch(&path(n - 1));
         snapshot(&path(n), &path(n - 1));
     }
-    let (good, bad) = (path(MAX_DEPTH - 1), path(MAX_DEPTH));
+    let (good, bad) = (path(CHAIN - 1), path(CHAIN));
     run(move |io| async move {
         drop(open(&params(ImageType::Vhd, &good, false), &io).unwrap());
         assert_eq!(open(&params(ImageType::Vhd, &bad, false), &io).unwrap_err().errno(), Errno::ELOOP);
@@ -162,17 +167,42 @@ fn a_parent_in_use_by_a_reader_can_be_shared_but_not_written() {
 
 /// Creates a dynamic VHD of `mib` MiB.
 fn make(path: &Path, mib: u64) {
-    vhd_util(&["create", "-n", path.to_str().unwrap(), "-s", &mib.to_string()]);
+    create(path, DiskType::Dynamic, mib << 20, None);
 }
 
 fn snapshot(child: &Path, parent: &Path) {
-    vhd_util(&["snapshot", "-n", child.to_str().unwrap(), "-p", parent.to_str().unwrap()]);
+    let file = std::fs::File::open(parent).unwrap();
+    let mut read =
+        |offset: u64, bytes: &mut [u8]| std::os::unix::fs::FileExt::read_exact_at(&file, bytes, offset);
+    let source = ::vhd::Source { size: file.metadata().unwrap().len(), regular: true, read: &mut read };
+    let core = ::vhd::Vhd::open(source, &::vhd::OpenOptions::default()).unwrap();
+    let name = parent.file_name().unwrap().to_str().unwrap().to_owned();
+    let parent = NewParent { uuid: core.uuid(), timestamp: 0, path: format!("./{name}"), name };
+    create(child, DiskType::Differencing, core.sectors() * 512, Some(parent));
 }
 
-fn vhd_util(args: &[&str]) {
-    let args = args.iter().map(std::ffi::OsString::from);
-    let code = ::vhd::util::run(args, &mut std::io::sink(), &mut std::io::stderr());
-    assert_eq!(code, 0);
+fn create(path: &Path, kind: DiskType, size: u64, parent: Option<NewParent>) {
+    // The names of a test's images differ, and so do their hashes.
+    let mut id = [0; 16];
+    for (place, byte) in path.as_os_str().as_encoded_bytes().iter().enumerate() {
+        id[place % 16] ^= byte.wrapping_mul(place as u8 | 1);
+    }
+    let image = NewImage {
+        kind,
+        size,
+        max_size: size,
+        block_size: 2 << 20,
+        uuid: ::vhd::Uuid::from_random(id),
+        timestamp: 0,
+        parent,
+        key: None,
+    };
+    let bytes = image.build(None).unwrap();
+    let file = std::fs::File::create(path).unwrap();
+    file.set_len(bytes.len).unwrap();
+    for write in bytes.writes {
+        std::os::unix::fs::FileExt::write_all_at(&file, &write.bytes, write.offset).unwrap();
+    }
 }
 
 /// Writes something through a disk.
@@ -187,14 +217,24 @@ fn touch(path: &Path) {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Write { sector: u64, sectors: usize, byte: u8 },
+    Write {
+        sector: u64,
+        sectors: usize,
+        byte: u8,
+    },
     /// Several at once, as slots do.
     Writes(Vec<(u64, usize, u8)>),
-    Read { sector: u64, sectors: usize },
+    Read {
+        sector: u64,
+        sectors: usize,
+    },
     Flush,
     Reopen,
     Snapshot,
 }
+
+/// The longest chain.
+const CHAIN: usize = ::vhd::chain::MAX_DEPTH as usize;
 
 const SECTORS: u64 = 6 * 4096;
 
@@ -288,7 +328,11 @@ async fn join(futures: impl Iterator<Item = impl Future<Output = ()>>) {
                 *place = None;
             }
         }
-        if futures.iter().all(Option::is_none) { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        if futures.iter().all(Option::is_none) {
+            std::task::Poll::Ready(())
+        } else {
+            std::task::Poll::Pending
+        }
     })
     .await;
 }

@@ -1,6 +1,6 @@
 //! Event channels: how a frontend and we wake each other.
 //!
-//! [`EventChannel`] is the seam between the data plane and the hypervisor: the real one is `device::EvtchnDev` over
+//! [`EventChannel`] is the seam between the data plane and the hypervisor: the real one is [`device::EvtchnDev`] over
 //! `/dev/xen/evtchn`, the simulated one lives in `integration`.
 //!
 //! Rules of the device that every implementation keeps (Linux `drivers/xen/evtchn.c`):
@@ -10,6 +10,8 @@
 //! - the descriptor becomes readable when the queue goes from empty to non-empty: read until [`EventChannel::pending`]
 //!   returns 0 before waiting again;
 //! - order: take pending ports, drain the ring including its final check, then unmask.
+
+pub mod device;
 
 use std::io;
 use std::os::fd::AsFd;

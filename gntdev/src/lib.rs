@@ -1,6 +1,6 @@
 //! Grants: access to the pages another domain shares with us.
 //!
-//! [`Grants`] is the seam between the data plane and the hypervisor: the real one is `device::GntDev` over
+//! [`Grants`] is the seam between the data plane and the hypervisor: the real one is [`device::GntDev`] over
 //! `/dev/xen/gntdev`, the simulated one lives in `integration`. Two ways to reach a guest's page:
 //!
 //! - **map** it into our address space ([`Grants::map`]): for rings, which live as long as the connection;
@@ -12,6 +12,7 @@
 //! Facts about the device are from Linux `include/uapi/xen/gntdev.h` and `drivers/xen/gntdev.c`.
 
 pub mod copy;
+pub mod device;
 
 use std::io;
 use std::ptr::NonNull;

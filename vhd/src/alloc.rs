@@ -95,8 +95,10 @@ impl Allocator {
                 zero: start..extent.data,
                 body: extent.data..extent.end,
                 trim: self.stale_from,
-                file_len: (self.regular && (self.file_len < extent.end || self.stale_from.is_some()))
-                    .then_some(extent.end),
+                file_len: self.regular.then(|| match self.stale_from {
+                    Some(_) => extent.end,
+                    None => self.file_len.max(extent.end),
+                }),
             },
         ))
     }
@@ -212,7 +214,7 @@ mod tests {
         alloc.prepared(1, &LAYOUT);
         // The block that failed keeps its place, in a file that is long enough by now.
         let retry = prepare(alloc.admit(0, &LAYOUT).unwrap());
-        assert_eq!((retry.trim, retry.file_len, retry.body), (None, None, 4096..8192));
+        assert_eq!((retry.trim, retry.file_len, retry.body), (None, Some(16384), 4096..8192));
     }
 
     #[test]

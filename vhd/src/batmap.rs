@@ -131,6 +131,12 @@ impl Batmap {
         &self.map
     }
 
+    /// Sets the marker, to be written even if it was the same.
+    pub(crate) fn set_marker(&mut self, marker: u8) {
+        self.header.marker = marker;
+        self.changed = true;
+    }
+
     /// Notes that `block` is completely written.
     pub(crate) fn set(&mut self, block: u32) {
         if block < self.covered_bits && !bitmap::get(&self.map, block) {

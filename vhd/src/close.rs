@@ -3,7 +3,7 @@
 use zerocopy::IntoBytes;
 
 use crate::write::MetaWrite;
-use crate::{DiskType, SECTOR_SIZE, Vhd};
+use crate::{Error, SECTOR_SIZE, Vhd};
 
 /// What remains to be done when a writable image is closed, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,21 +41,29 @@ impl Vhd {
     }
 
     fn close_footers(&self, steps: &mut Vec<CloseStep>) {
-        let Some(dynamic) = self.dynamic.as_ref().filter(|d| self.unclean || d.writes.moved_end()) else {
-            return;
-        };
-        debug_assert_ne!(self.kind, DiskType::Fixed);
+        if self.dynamic.as_ref().is_some_and(|dynamic| self.unclean || dynamic.writes.moved_end()) {
+            self.footer_steps(steps);
+        }
+    }
+
+    /// Writes the footer to all its places, the deciding one first.
+    fn footer_steps(&self, steps: &mut Vec<CloseStep>) {
         let mut footer = self.footer.clone();
         footer.seal();
         let bytes = footer.as_bytes().to_vec();
-        steps.push(CloseStep::Write(MetaWrite { offset: 0, bytes: bytes.clone() }));
-        steps.push(CloseStep::Flush);
-        match dynamic.writes.alloc.device_footer() {
-            Some(offset) => steps.push(CloseStep::Write(MetaWrite { offset, bytes })),
-            None => {
-                let offset = dynamic.end_of_data;
-                steps.push(CloseStep::Write(MetaWrite { offset, bytes }));
-                steps.push(CloseStep::Truncate(offset.saturating_add(SECTOR_SIZE)));
+        let write = |offset| CloseStep::Write(MetaWrite { offset, bytes: bytes.clone() });
+        match &self.dynamic {
+            None => steps.push(write(self.fixed_footer)),
+            Some(dynamic) => {
+                steps.extend([write(0), CloseStep::Flush]);
+                match dynamic.writes.alloc.device_footer() {
+                    Some(offset) => steps.push(write(offset)),
+                    None => {
+                        let offset = dynamic.end_of_data;
+                        steps
+                            .extend([write(offset), CloseStep::Truncate(offset.saturating_add(SECTOR_SIZE))]);
+                    }
+                }
             }
         }
         steps.push(CloseStep::Flush);
@@ -67,5 +75,35 @@ impl Vhd {
         let map = MetaWrite { offset: header.offset.get(), bytes: map.to_vec() };
         let header = MetaWrite { offset: batmap.offset, bytes: header.as_bytes().to_vec() };
         steps.extend([CloseStep::Write(map), CloseStep::Write(header), CloseStep::Flush]);
+    }
+
+    /// Sets the flag that hides the image from storage managers, and returns the steps that put it on disk.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`].
+    pub fn set_hidden(&mut self, hidden: u8) -> Result<CloseWrites, Error> {
+        if !self.writable {
+            return Err(Error::ReadOnly);
+        }
+        self.footer.hidden = hidden;
+        let mut steps = Vec::new();
+        self.footer_steps(&mut steps);
+        Ok(CloseWrites { steps })
+    }
+
+    /// Sets the storage managers' marker, and returns the steps that put it on disk.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], and [`Error::Invalid`] if the image has no batmap, in which the marker lies.
+    pub fn set_marker(&mut self, marker: u8) -> Result<CloseWrites, Error> {
+        if !self.writable {
+            return Err(Error::ReadOnly);
+        }
+        let batmap = self.dynamic.as_mut().and_then(|dynamic| dynamic.batmap.as_mut());
+        let batmap = batmap.ok_or_else(|| Error::invalid("image", "it has no batmap to hold a marker"))?;
+        batmap.set_marker(marker);
+        let mut steps = Vec::new();
+        self.close_batmap(&mut steps);
+        Ok(CloseWrites { steps })
     }
 }

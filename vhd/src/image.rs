@@ -1,6 +1,9 @@
 //! The state of an open image, and where its sectors are.
 
+use std::cell::RefCell;
 use std::cmp::min;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use crate::bat::{self, Bat, Extent, Layout};
 use crate::batmap::{Batmap, RawBatmapHeader};
@@ -25,6 +28,8 @@ pub struct Vhd {
     pub(crate) sectors: u64,
     pub(crate) writable: bool,
     pub(crate) unclean: bool,
+    /// Byte offset of the footer of a fixed image.
+    pub(crate) fixed_footer: u64,
     /// `None` for a fixed image.
     pub(crate) dynamic: Option<Dynamic>,
 }
@@ -79,6 +84,9 @@ pub(crate) struct Dynamic {
     pub(crate) batmap: Option<Batmap>,
     /// Bitmaps of blocks that are on disk, with the bits that are on disk.
     pub(crate) cache: BitmapCache,
+    /// Bitmaps asked for and not delivered yet, and how often. A read that failed stays here, at the cost of a bitmap that
+    /// is not evicted.
+    loads: RefCell<BTreeMap<BlockIndex, u32>>,
     /// One bit for each block whose bitmap was seen to be all ones.
     pub(crate) full: Vec<u8>,
     /// First byte behind all blocks of the table.
@@ -111,10 +119,11 @@ impl Vhd {
         kind: DiskType,
         writable: bool,
         unclean: bool,
+        fixed_footer: u64,
         dynamic: Option<Dynamic>,
     ) -> Self {
         let sectors = footer.current_size.get() / SECTOR_SIZE;
-        Self { footer, kind, sectors, writable, unclean, dynamic }
+        Self { footer, kind, sectors, writable, unclean, fixed_footer, dynamic }
     }
 
     /// How the image stores its disk.
@@ -212,7 +221,12 @@ impl Vhd {
             let (answer, run) = dynamic.look(state, &piece);
             match answer {
                 None => absent = absent.saturating_add(run),
-                Some(answer) if absent == 0 => return Ok(answer),
+                Some(answer) if absent == 0 => {
+                    if let Lookup::NeedBitmap { block, .. } = answer {
+                        dynamic.load_began(block);
+                    }
+                    return Ok(answer);
+                }
                 Some(_) => break,
             }
         }
@@ -224,8 +238,8 @@ impl Vhd {
 
     /// Takes the bitmap that [`Lookup::NeedBitmap`] or [`crate::WritePlan::NeedBitmap`] asked for.
     ///
-    /// At most one read of a block's bitmap may be under way at a time: bytes that were read before a commit and arrive
-    /// after it would be out of date. Bytes for a block whose bitmap is already known are ignored.
+    /// Several reads of one bitmap may be under way at a time. The first to arrive counts: while others are missing the
+    /// bitmap stays in memory, so that they, who may have read before a commit, cannot bring back old bits.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the bytes are not as many as were asked for or the block is not allocated.
@@ -243,6 +257,7 @@ impl Vhd {
         if !dynamic.is_full(block) && dynamic.cache.get(block).is_none() {
             dynamic.learn(block, bytes);
         }
+        dynamic.load_ended(block);
         Ok(())
     }
 
@@ -284,7 +299,19 @@ impl Dynamic {
         let full = vec![0; usize::try_from(bat.entries().div_ceil(8)).unwrap_or(0)];
         let cache = BitmapCache::new(CACHED_BITMAPS);
         let writes = Writes::new(source.regular, source.size, end_of_data, limit);
-        Self { header, names, layout, bat, batmap, cache, full, end_of_data, limit, writes }
+        Self {
+            header,
+            names,
+            layout,
+            bat,
+            batmap,
+            cache,
+            loads: RefCell::default(),
+            full,
+            end_of_data,
+            limit,
+            writes,
+        }
     }
 
     /// The part of `count` sectors from `sector` that lies in one block.
@@ -347,8 +374,23 @@ impl Dynamic {
                 batmap.set(block);
             }
         } else {
-            let writes = &self.writes;
-            self.cache.insert(block, bits, |block| writes.touches(block));
+            let (writes, loads) = (&self.writes, self.loads.borrow());
+            self.cache.insert(block, bits, |block| writes.touches(block) || loads.contains_key(&block));
+        }
+    }
+
+    pub(crate) fn load_began(&self, block: BlockIndex) {
+        let mut loads = self.loads.borrow_mut();
+        let count = loads.entry(block).or_default();
+        *count = count.saturating_add(1);
+    }
+
+    fn load_ended(&mut self, block: BlockIndex) {
+        if let Entry::Occupied(mut load) = self.loads.get_mut().entry(block) {
+            *load.get_mut() = load.get().saturating_sub(1);
+            if *load.get() == 0 {
+                load.remove();
+            }
         }
     }
 

@@ -27,6 +27,7 @@ pub mod batmap;
 pub mod bitmap;
 mod cache;
 pub mod chain;
+pub mod check;
 mod close;
 pub mod create;
 mod error;
@@ -36,7 +37,9 @@ pub mod header;
 mod image;
 pub mod locator;
 mod open;
+pub mod print;
 pub mod time;
+pub mod util;
 mod uuid;
 mod write;
 

@@ -204,10 +204,11 @@ pub(crate) fn open(source: &mut Source<'_>, options: &OpenOptions) -> Result<Vhd
     let kind = DiskType::from_raw(footer.disk_type.get())
         .ok_or_else(|| Error::invalid("footer", "unknown disk type"))?;
     if kind == DiskType::Fixed {
-        return Ok(Vhd::new(footer, kind, options.writable, false, None));
+        let offset = end.map_or(0, |end| end.offset);
+        return Ok(Vhd::new(footer, kind, options.writable, false, offset, None));
     }
     let (footer, unclean, dynamic) = open_dynamic(source, options, footer, end, kind)?;
-    Ok(Vhd::new(footer, kind, options.writable, unclean, Some(dynamic)))
+    Ok(Vhd::new(footer, kind, options.writable, unclean, 0, Some(dynamic)))
 }
 
 fn open_dynamic(

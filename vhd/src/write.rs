@@ -57,12 +57,12 @@ pub struct Prepare {
     pub block: BlockIndex,
     /// Byte range to be filled with zeros: the gap before the bitmap, where an old footer may be, and the bitmap.
     pub zero: Range<u64>,
-    /// Byte range of the data. It must read as zeros afterwards: on a block device it has to be zeroed, in a file it is
-    /// new.
+    /// Byte range of the data. It must read as zeros afterwards: on a block device it has to be zeroed, in a file it
+    /// is new.
     pub body: Range<u64>,
     /// In a file: truncate to this length first. Drops what an unclean end has left.
     pub trim: Option<u64>,
-    /// In a file: then grow to this length.
+    /// In a file, always: then grow to this length, which is never less than what other blocks need.
     pub file_len: Option<u64>,
 }
 
@@ -279,6 +279,7 @@ impl Dynamic {
             BlockState::Absent => return self.plan_new(piece),
             BlockState::Unread(extent) => {
                 let len = self.layout.bitmap_bytes();
+                self.load_began(block);
                 return Ok(WritePlan::NeedBitmap { block, offset: extent.bitmap, len });
             }
             BlockState::Full(extent) => (extent, false),

@@ -1,0 +1,251 @@
+//! Images in files and on block devices, with their parents, for the command-line tools.
+
+use std::fs::{File, OpenOptions as FileOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::chain::{self, Policy, Visited};
+use crate::write::MetaWrite;
+use crate::{CloseStep, Error, Lookup, OpenOptions, SECTOR_SIZE, Source, Vhd};
+
+/// A file or block device that holds an image.
+#[derive(Debug)]
+pub struct Disk {
+    file: File,
+    /// Its canonical path.
+    pub path: PathBuf,
+    /// Its length in bytes.
+    pub size: u64,
+    /// True for a file, false for a block device.
+    pub regular: bool,
+    /// Device and inode number.
+    pub identity: (u64, u64),
+    /// Time of the last change in Unix seconds.
+    pub changed: i64,
+}
+
+impl Disk {
+    /// Opens a file or block device, to write too if `writable`.
+    ///
+    /// # Errors
+    /// Those of the operating system, and `EINVAL` for anything else, on which it does not block.
+    pub fn open(path: &Path, writable: bool) -> io::Result<Self> {
+        let path = path.canonicalize()?;
+        let mut options = FileOptions::new();
+        options.read(true).write(writable).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
+        Self::new(options.open(&path)?, path)
+    }
+
+    /// Takes an open file.
+    pub(super) fn new(mut file: File, path: PathBuf) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let kind = metadata.file_type();
+        let regular = kind.is_file();
+        if !regular && !kind.is_block_device() {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let size = file.seek(SeekFrom::End(0))?;
+        let identity = (metadata.dev(), metadata.ino());
+        Ok(Self { file, path, size, regular, identity, changed: metadata.mtime() })
+    }
+
+    /// Gives a view of the image to `use_source`.
+    pub fn with_source<T>(&self, use_source: impl FnOnce(&mut Source<'_>) -> T) -> T {
+        let mut read = |offset, buf: &mut [u8]| self.file.read_exact_at(buf, offset);
+        use_source(&mut Source { size: self.size, regular: self.regular, read: &mut read })
+    }
+
+    /// Opens the image in it.
+    ///
+    /// # Errors
+    /// Those of [`Vhd::open`].
+    pub fn vhd(&self, options: &OpenOptions) -> Result<Vhd, Error> {
+        self.with_source(|source| {
+            Vhd::open(Source { size: source.size, regular: source.regular, read: source.read }, options)
+        })
+    }
+
+    /// The folder that it lies in.
+    pub fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("/"))
+    }
+
+    pub(super) fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    pub(super) fn write(&self, write: &MetaWrite) -> io::Result<()> {
+        self.file.write_all_at(&write.bytes, write.offset)
+    }
+
+    /// Carries out steps in their order.
+    pub(super) fn carry_out(&self, steps: &[CloseStep]) -> io::Result<()> {
+        for step in steps {
+            match step {
+                CloseStep::Write(write) => self.write(write)?,
+                CloseStep::Truncate(len) => self.file.set_len(*len)?,
+                CloseStep::Flush => self.file.sync_data()?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills a range with zeros.
+    pub(super) fn zero(&self, mut offset: u64, end: u64) -> io::Result<()> {
+        let zeros = vec![0; 1 << 20];
+        while offset < end {
+            let len = usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX).min(zeros.len());
+            self.file.write_all_at(zeros.get(..len).unwrap_or(&zeros), offset)?;
+            offset = offset.saturating_add(len as u64);
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    /// Makes the file and its name durable.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()?;
+        if self.regular { File::open(self.folder())?.sync_all() } else { Ok(()) }
+    }
+}
+
+/// An image or raw file of a chain.
+#[derive(Debug)]
+pub struct Layer {
+    /// The file.
+    pub disk: Disk,
+    /// The image in it; `None` for a raw file.
+    pub vhd: Option<Vhd>,
+}
+
+/// Opens the parent of an image.
+///
+/// # Errors
+/// `None` of a layer without parent is no error. Otherwise those of [`chain`], and the last one met on the paths tried.
+pub fn open_parent(disk: &Disk, vhd: &Vhd, options: &OpenOptions) -> Result<Option<Layer>, Error> {
+    let Some(parent) = vhd.parent() else { return Ok(None) };
+    let io = |source| Error::Io { what: "parent image", offset: 0, source };
+    let mut last = Error::NoParentName;
+    for path in chain::candidates(disk.folder(), &parent)? {
+        let found = match Disk::open(&path, false) {
+            Ok(found) => found,
+            Err(error) => {
+                last = io(error);
+                continue;
+            }
+        };
+        Policy::trusting().permit(&found.path, parent.uuid.is_null())?;
+        if parent.uuid.is_null() {
+            return Ok(Some(Layer { disk: found, vhd: None }));
+        }
+        let vhd = found.vhd(options)?;
+        chain::check_identity(&parent, vhd.uuid())?;
+        return Ok(Some(Layer { disk: found, vhd: Some(vhd) }));
+    }
+    Err(last)
+}
+
+/// Opens the chain of an image, the image itself first.
+///
+/// # Errors
+/// As [`open_parent`], [`Error::Loop`] and [`Error::TooDeep`].
+pub fn open_chain(disk: Disk, vhd: Vhd, options: &OpenOptions) -> Result<Vec<Layer>, Error> {
+    let mut visited = Visited::default();
+    let mut layers = Vec::new();
+    let mut next = Some(Layer { disk, vhd: Some(vhd) });
+    while let Some(layer) = next {
+        let (device, inode) = layer.disk.identity;
+        visited.enter(device, inode, layer.vhd.as_ref().map(Vhd::uuid))?;
+        next = match &layer.vhd {
+            Some(vhd) => open_parent(&layer.disk, vhd, options)?,
+            None => None,
+        };
+        layers.push(layer);
+    }
+    Ok(layers)
+}
+
+/// Reads whole sectors of a chain into `buf`, whose length is a multiple of 512.
+///
+/// # Errors
+/// Those of the layers.
+pub fn read_chain(layers: &mut [Layer], sector: u64, buf: &mut [u8]) -> Result<(), Error> {
+    let mut done = 0_usize;
+    while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+        let at = sector.saturating_add(done as u64 / SECTOR_SIZE);
+        let wanted = u32::try_from(rest.len() as u64 / SECTOR_SIZE).unwrap_or(u32::MAX);
+        let found = locate(layers, at, wanted)?;
+        let len = usize::try_from(u64::from(found.count).saturating_mul(SECTOR_SIZE)).unwrap_or(usize::MAX);
+        let part = rest.get_mut(..len).unwrap_or_default();
+        match found.place {
+            None => part.fill(0),
+            Some((disk, offset)) => {
+                disk.read_at(offset, part).map_err(|source| data_error(offset, source))?
+            }
+        }
+        done = done.saturating_add(len);
+    }
+    Ok(())
+}
+
+/// A run of sectors with the place of its data, `None` for zeros.
+struct Found<'a> {
+    place: Option<(&'a Disk, u64)>,
+    count: u32,
+}
+
+/// Goes down a chain until a layer has the sector.
+fn locate(layers: &mut [Layer], sector: u64, wanted: u32) -> Result<Found<'_>, Error> {
+    let mut count = wanted;
+    for Layer { disk, vhd } in layers {
+        let Some(vhd) = vhd else { return Ok(locate_raw(disk, sector, count)) };
+        // A parent may be smaller than its child; behind its end there are zeros.
+        count = match within(vhd.sectors(), sector, count) {
+            0 => break,
+            within => within,
+        };
+        loop {
+            match vhd.map(sector, count)? {
+                Lookup::Data { offset, count } => return Ok(Found { place: Some((disk, offset)), count }),
+                Lookup::Zero { count } => return Ok(Found { place: None, count }),
+                Lookup::Parent { count: absent } => {
+                    count = absent;
+                    break;
+                }
+                Lookup::NeedBitmap { block, offset, len } => {
+                    let mut bits = vec![0; usize::try_from(len).unwrap_or(0)];
+                    disk.read_at(offset, &mut bits).map_err(|source| data_error(offset, source))?;
+                    vhd.insert_bitmap(block, &bits)?;
+                }
+            }
+        }
+    }
+    Ok(Found { place: None, count })
+}
+
+fn locate_raw(disk: &Disk, sector: u64, count: u32) -> Found<'_> {
+    match within(disk.size / SECTOR_SIZE, sector, count) {
+        0 => Found { place: None, count },
+        count => Found { place: Some((disk, sector.saturating_mul(SECTOR_SIZE))), count },
+    }
+}
+
+/// How many of `count` sectors from `sector` are on a disk of `sectors`.
+fn within(sectors: u64, sector: u64, count: u32) -> u32 {
+    u32::try_from(sectors.saturating_sub(sector)).unwrap_or(u32::MAX).min(count)
+}
+
+fn data_error(offset: u64, source: io::Error) -> Error {
+    Error::Io { what: "data", offset, source }
+}
+
+/// Random bytes of the operating system.
+pub(super) fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
+}

@@ -1,0 +1,29 @@
+//! `vhd-util set`: fields that storage managers use.
+
+use std::io::Write;
+
+use super::args::Args;
+use super::disk::Disk;
+use super::{Failure, errno_of, wrong_usage};
+use crate::OpenOptions;
+
+pub(super) const OPTIONS: &str = "n:f:v:";
+pub(super) const USAGE: &str =
+    "options: <-n name> <-f field> <-v value> [-h help]\nfields: hidden, marker (0 to 255)";
+
+pub(super) fn run(args: &Args, _out: &mut dyn Write) -> Result<(), Failure> {
+    let path = args.path('n').ok_or_else(wrong_usage)?;
+    let value = args.number::<u8>('v')?.ok_or_else(wrong_usage)?;
+    let failure = |errno: i32| Failure::new(errno, format!("error opening {}: -{errno}", path.display()));
+    let field = args.text('f').and_then(|field| field.to_str()).ok_or_else(wrong_usage)?;
+    let disk = Disk::open(path, true).map_err(|error| failure(errno_of(&error)))?;
+    let options = OpenOptions { writable: true, allow_encrypted: true, ..OpenOptions::default() };
+    let mut vhd = disk.vhd(&options).map_err(|error| failure(error.errno()))?;
+    let steps = match field {
+        "hidden" => vhd.set_hidden(value)?,
+        "marker" => vhd.set_marker(value)?,
+        _ => return Err(wrong_usage()),
+    };
+    disk.carry_out(&steps.steps)?;
+    Ok(())
+}

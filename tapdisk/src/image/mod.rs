@@ -25,6 +25,11 @@ use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
 use crate::sync::Group;
 
+/// Bytes of so many sectors.
+const fn bytes(sectors: u32) -> usize {
+    sectors as usize * 512
+}
+
 /// Transfers that one request has in flight at most.
 const MAX_TRANSFERS: usize = 16;
 
@@ -162,7 +167,7 @@ impl Disk {
             let here = Sector(sector.0 + at as u64 / SECTOR_SIZE);
             let count = u32::try_from((total - at) as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
             let (place, count) = self.resolve(here, count).await?;
-            let end = at + count as usize * SECTOR_SIZE as usize;
+            let end = at + bytes(count);
             match place {
                 None => buf.zero(at..end),
                 Some((layer, offset)) => {

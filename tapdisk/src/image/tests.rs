@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "positions on small test disks")]
+
 use std::future::Future;
 use std::path::Path;
 use std::rc::Rc;

@@ -83,7 +83,7 @@ impl VhdLayer {
                 WritePlan::Wait { .. } => self.prepared.wait().await,
                 WritePlan::Write { offset, count, prepare, publish: publish_these } => {
                     self.dirty.set(true);
-                    let bytes = count as usize * SECTOR_SIZE as usize;
+                    let bytes = super::bytes(count);
                     let piece = buf.piece(range.start..range.start + bytes).ok_or(Errno::EINVAL)?;
                     let done = self.write_planned(io, prepare, offset, piece).await;
                     if publish_these {

@@ -275,7 +275,7 @@ mod tests {
                 let (reactor, pool, file, done) = (reactor.clone(), pool.clone(), file.clone(), done.clone());
                 async move {
                     let mut out = pool.data(8192).unwrap();
-                    out.bytes_mut().iter_mut().enumerate().for_each(|(i, b)| *b = (i % 251) as u8);
+                    out.bytes_mut().iter_mut().zip((0..251).cycle()).for_each(|(to, byte)| *to = byte);
                     let wrote = reactor.write(file.as_fd(), 512, out.piece(0..8192).unwrap()).await;
                     assert_eq!(wrote, Ok(8192));
                     assert_eq!(reactor.fdatasync(file.as_fd()).await, Ok(0));

@@ -1,5 +1,6 @@
 //! `vhd-util check`.
 
+use std::cmp::Ordering;
 use std::io::Write;
 use std::path::Path;
 
@@ -73,12 +74,17 @@ fn check_one(args: &Args, path: &Path, name: &str, out: &mut dyn Write) -> Resul
 }
 
 fn usage_text(usage: check::Usage) -> String {
-    // Hundredths of a percent, rounded as printf rounds.
-    let hundredths = usage
-        .written
-        .saturating_mul(20_000)
+    // Hundredths of a percent; a half goes to the even neighbour, as printf does it.
+    let scaled = usage.written.saturating_mul(10_000);
+    let (down, rest) = scaled
         .checked_div(usage.allocated)
-        .map_or(0, |doubled| doubled.saturating_add(1) / 2);
+        .map_or((0, 0), |down| (down, scaled.checked_rem(usage.allocated).unwrap_or(0)));
+    let up = match rest.saturating_mul(2).cmp(&usage.allocated) {
+        Ordering::Less => false,
+        Ordering::Equal => usage.allocated > 0 && down % 2 == 1,
+        Ordering::Greater => true,
+    };
+    let hundredths = down.saturating_add(u64::from(up));
     format!(
         "secs allocated: {:#x} secs written: {:#x} ({}.{:02}%)",
         usage.allocated,
@@ -117,6 +123,7 @@ mod tests {
         let text = |allocated, written| usage_text(check::Usage { allocated, written });
         assert_eq!(text(0, 0), "secs allocated: 0x0 secs written: 0x0 (0.00%)");
         assert_eq!(text(0x4000, 0x108a), "secs allocated: 0x4000 secs written: 0x108a (25.84%)");
+        assert_eq!(text(0x2000, 0x900), "secs allocated: 0x2000 secs written: 0x900 (28.12%)");
         assert_eq!(text(3, 2), "secs allocated: 0x3 secs written: 0x2 (66.67%)");
     }
 }

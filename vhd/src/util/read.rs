@@ -40,7 +40,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
         bitmap_of_block(&disk, &vhd, block, out)?;
     }
     if args.has('B') {
-        allocation(&vhd, count, out)?;
+        allocation(&vhd, out)?;
     }
     match args.number('r')? {
         Some(sector) => data(disk, sector, count.unwrap_or(1), out),
@@ -118,9 +118,9 @@ fn bitmap_of_block(disk: &Disk, vhd: &Vhd, block: u32, out: &mut dyn Write) -> R
     Ok(())
 }
 
-/// One bit for each of the first `count` blocks, set if the block is allocated.
-fn allocation(vhd: &Vhd, count: Option<u64>, out: &mut dyn Write) -> Result<(), Failure> {
-    let blocks = count.and_then(|count| u32::try_from(count).ok()).unwrap_or(u32::MAX).min(vhd.blocks());
+/// One bit for each block, set if the block is allocated.
+fn allocation(vhd: &Vhd, out: &mut dyn Write) -> Result<(), Failure> {
+    let blocks = vhd.blocks();
     let mut bits = vec![0; usize::try_from(blocks.div_ceil(8)).unwrap_or(0)];
     for block in (0..blocks).filter(|&block| vhd.block_entry(block).is_some()) {
         bitmap::set(&mut bits, block..block.saturating_add(1));

@@ -1,0 +1,102 @@
+#!/bin/bash
+# Process 1 of dom0: starts what a Xen host needs, runs the scenarios of /testbed/plan one after the other, powers off.
+#
+# Everything that the host has to know goes over the second serial port, one event a line:
+#   ready | broken REASON | start NAME | pass NAME SECONDS | fail NAME SECONDS REASON | end
+set -u
+export PATH=/usr/sbin:/usr/bin LANG=C HOME=/root TERM=dumb
+
+event() {
+    echo "$*" >/dev/ttyS1
+}
+
+power_off() {
+    sync
+    echo o >/proc/sysrq-trigger
+    sleep 60
+}
+
+# must WHAT COMMAND...: without it no scenario makes sense.
+must() {
+    local what=$1
+    shift
+    "$@" || {
+        event "broken $what"
+        power_off
+    }
+}
+
+mount_all() {
+    mount -t tmpfs -o mode=755 run /run
+    mkdir -p /run/{xen,xenstored,lock} /dev/{shm,pts} /var/{lib,log}/xen /var/log/xen/console /var/lib/xen/dump
+    mount -t tmpfs shm /dev/shm
+    mount -t tmpfs tmp /tmp
+    mount -t devpts devpts /dev/pts
+    modprobe xenfs
+    mount -t xenfs xenfs /proc/xen
+    # Without udev nobody else makes these; the hotplug scripts' locking spins for ever without /dev/stdin.
+    ln -s /proc/self/fd /dev/fd
+    ln -s fd/0 /dev/stdin
+    ln -s fd/1 /dev/stdout
+    ln -s fd/2 /dev/stderr
+    mount -o remount,rw /
+    # Another /proc/mounts in /etc/mtab's place keeps libmount from warning.
+    ln -sfn /proc/self/mounts /etc/mtab
+    echo testbed >/proc/sys/kernel/hostname
+}
+
+start_toolstack() {
+    local xen=/usr/lib/xen-4.20/bin module
+    for module in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd loop ext4; do
+        must "cannot load $module" modprobe "$module"
+    done
+    must "xenstored does not start" "$xen/xenstored" --pid-file /run/xen/xenstored.pid
+    must "dom0 cannot be set up" "$xen/xen-init-dom0"
+    must "xenconsoled does not start" "$xen/xenconsoled" --log=guest --log-dir=/var/log/xen/console --pid-file=/run/xen/xenconsoled.pid
+}
+
+# The binaries under test come from the host at every run, so that the disk's image need not be made anew.
+install_binaries() {
+    local program
+    for program in /testbed/bin/*; do
+        case ${program##*/} in
+        tapdisk) install -D "$program" /usr/libexec/xenio/tapdisk ;;
+        *) install "$program" /usr/sbin/ ;;
+        esac
+    done
+}
+
+# run_scenario NAME LIMIT: in a session of its own, so that what it leaves behind can be found and ended.
+run_scenario() {
+    local name=$1 limit=$2 started=$SECONDS status=0 reason
+    event "start $name"
+    SCENARIO=$name timeout --kill-after=5 "$limit" bash /testbed/dom0/scenario.sh "$name" \
+        </dev/null >"/tmp/$name.log" 2>&1 || status=$?
+    case $status in
+    0) reason= ;;
+    124 | 137) reason="not done after $limit s" ;;
+    *) reason=$(grep -a '^FAILED: ' "/tmp/$name.log" | head -n 1 | cut -c 9-200) ;;
+    esac
+    # The state that it leaves is evidence when it failed, and must be gone before the next one starts.
+    if ! timeout --kill-after=5 90 bash /testbed/dom0/reset.sh "$status" >>"/tmp/$name.log" 2>&1; then
+        [ "$status" != 0 ] || reason="the machine could not be cleaned afterwards"
+        status=1
+    fi
+    cp "/tmp/$name.log" "/out/$name.log"
+    if [ "$status" = 0 ]; then
+        event "pass $name $((SECONDS - started))"
+    else
+        event "fail $name $((SECONDS - started)) ${reason:-status $status}"
+    fi
+}
+
+mount_all
+start_toolstack
+install_binaries
+event ready
+while read -r name limit; do
+    run_scenario "$name" "$limit"
+done </testbed/plan
+cp /var/log/xen/*.log /out/ 2>/dev/null
+event end
+power_off

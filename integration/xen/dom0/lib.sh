@@ -1,0 +1,159 @@
+# What scenarios are written with. A scenario ends with status 0 or has failed; "fail" says why.
+# shellcheck shell=bash
+
+export WORK=/srv/work
+export SRV=/srv/testbed
+export CONSOLES=/var/log/xen/console
+export HOTPLUG_LOG=/var/log/xen/xen-hotplug.log
+BACKEND=/local/domain/0/backend/vbd3
+XENIO_LOG=$WORK/xenio.log
+
+step() {
+    printf '[%3ds] %s\n' "$SECONDS" "$*"
+}
+
+fail() {
+    echo "FAILED: $*"
+    exit 1
+}
+
+# within SECONDS WHAT COMMAND...: waits until the command succeeds.
+within() {
+    local limit=$1 what=$2 end
+    shift 2
+    end=$((SECONDS + limit))
+    until "$@"; do
+        [ $SECONDS -lt $end ] || fail "$what: not within $limit s"
+        read -r -t 0.1 <> <(:) || true
+    done
+}
+
+# --- the backend ---
+
+# start_xenio: in the foreground of its own job, with its debug messages in a file. Sets XENIO_PID.
+start_xenio() {
+    xenio -D >>"$XENIO_LOG" 2>&1 &
+    XENIO_PID=$!
+}
+
+stop_xenio() {
+    kill "$XENIO_PID"
+    wait "$XENIO_PID" || true
+}
+
+# What a disk that is gone must not leave behind.
+leftovers() {
+    pgrep -a -x tapdisk || true
+    find /run/blktap-control -mindepth 1 ! -type d 2>/dev/null || true
+    find /dev/shm -name 'td3-*' || true
+    xenstore-ls -f "$BACKEND" 2>/dev/null | grep '/state = ' || true
+}
+
+nothing_left() {
+    [ -z "$(leftovers)" ]
+}
+
+assert_nothing_left() {
+    within 5 "left behind: $(leftovers | tr '\n' ' ')" nothing_left
+}
+
+# --- guests ---
+
+# guest NAME TYPE DISK... <<JOB: writes NAME.cfg for a guest (pv or pvh) that runs the job, a shell script, and powers off.
+guest() {
+    local name=$1 type=$2 disk disks='' root
+    shift 2
+    root=$WORK/$name.root
+    mkdir "$root"
+    cat >"$root/job.sh"
+    pack_guest "$name"
+    for disk in "$@"; do
+        disks+="'$disk', "
+    done
+    write_config "$name" "$type" "[ ${disks%, } ]"
+}
+
+# debian_guest NAME TYPE DISK: the guest boots the Debian on its first disk.
+debian_guest() {
+    mkdir "$WORK/$1.root"
+    echo /dev/xvda >"$WORK/$1.root/root-disk"
+    pack_guest "$1"
+    write_config "$1" "$2" "[ '$3' ]"
+}
+
+# The kernel unpacks archives that follow one another as one.
+pack_guest() {
+    (cd "$WORK/$1.root" && find . -type f | busybox cpio -o -H newc 2>/dev/null) | cat "$SRV/guest.initrd" - >"$WORK/$1.initrd"
+}
+
+write_config() {
+    cat >"$WORK/$1.cfg" <<END
+name = "$1"
+type = "$2"
+memory = 160
+vcpus = 1
+kernel = "$SRV/vmlinux"
+ramdisk = "$WORK/$1.initrd"
+cmdline = "console=hvc0 quiet mitigations=off ${GUEST_CMDLINE-}"
+disk = $3
+on_poweroff = "destroy"
+on_crash = "destroy"
+END
+}
+
+create() {
+    step "xl create $1"
+    timeout 90 xl create "$WORK/$1.cfg" >"$WORK/$1-create.log" 2>&1 || {
+        cat "$WORK/$1-create.log"
+        fail "xl create $1"
+    }
+}
+
+domid() {
+    xl domid "$1" 2>/dev/null
+}
+
+says() {
+    grep -a -q -E "$2" "$CONSOLES/guest-$1.log" 2>/dev/null
+}
+
+# wait_console NAME REGEX SECONDS
+wait_console() {
+    local ends
+    ends=$((SECONDS + $3))
+    until says "$1" "$2"; do
+        ! says "$1" 'GUEST FAILED|Kernel panic' || says "$1" "$2" || fail "guest $1: $(grep -a -m 1 -E 'GUEST FAILED|Kernel panic' "$CONSOLES/guest-$1.log" | tr -d '\r')"
+        [ $SECONDS -lt $ends ] || fail "guest $1 did not say '$2' within $3 s"
+        read -r -t 0.1 <> <(:) || true
+    done
+    step "guest $1 said: $(grep -a -m 1 -E "$2" "$CONSOLES/guest-$1.log" | tr -d '\r')"
+}
+
+gone() {
+    ! domid "$1" >/dev/null
+}
+
+# finish NAME SECONDS: the guest's job succeeds and the guest goes away.
+finish() {
+    wait_console "$1" 'GUEST DONE' "$2"
+    within 40 "end of guest $1" gone "$1"
+}
+
+# --- images ---
+
+# raw_of VHD RAW: the content as independent readers see it: QEMU for a single image, libvhdi for a chain.
+raw_of() {
+    qemu-img convert -f vpc -O raw "$1" "$2"
+}
+
+raw_of_chain() {
+    python3 /testbed/dom0/read-chain.py "$@"
+}
+
+# verify_files RAW: every file of the filesystem has the hash that SHA256SUMS says.
+verify_files() {
+    mkdir -p "$WORK/mnt"
+    mount -o loop,ro "$1" "$WORK/mnt"
+    (cd "$WORK/mnt" && sha256sum --quiet --check SHA256SUMS)
+    umount "$WORK/mnt"
+}

@@ -1,0 +1,41 @@
+#!/bin/bash
+# reset.sh STATUS: shows what a failed scenario (STATUS not 0) left to look at, then brings dom0 back to how it booted.
+set -u
+. /testbed/dom0/lib.sh
+
+show_evidence() {
+    local file
+    echo "=== xl list, processes, XenStore"
+    xl list
+    ps -eo pid,ppid,stat,wchan:20,args | grep -v ' \[.*\]$'
+    xenstore-ls -f /local/domain/0/backend
+    find /run/blktap-control -ls 2>/dev/null
+    dmesg | tail -n 15
+    for file in "$HOTPLUG_LOG" "$WORK"/*.cfg "$WORK"/*.log /var/log/xen/{xenio,tapdisk}.log "$CONSOLES"/guest-*.log \
+        /var/log/xen/xl-*.log; do
+        [ ! -s "$file" ] || { echo "=== $file"; tail -n 60 "$file"; }
+    done
+}
+
+destroy_all() {
+    local name
+    # A guest without a name is one that libxl is still taking away.
+    for name in $(xl list | awk 'NR > 1 && $1 != "Domain-0" { print $2 }'); do
+        timeout 30 xl destroy "$name"
+    done
+    for name in xenio tapdisk; do
+        pkill -KILL -x "$name" || true
+    done
+    pkill -f '^xl create' || true
+}
+
+[ "$1" = 0 ] || show_evidence
+destroy_all >/dev/null 2>&1
+rm -rf /run/blktap-control /dev/shm/td3-* /run/xenio* "$WORK" /var/log/xen/{xenio,tapdisk}.log
+rm -f "$CONSOLES"/guest-*.log /var/log/xen/xl-*.log
+: >"$HOTPLUG_LOG"
+losetup -D
+xenstore-rm /local/domain/0/backend/vbd3 2>/dev/null
+xenstore-rm /local/domain/0/error 2>/dev/null
+left=$(xl list | awk 'NR > 1 && $1 != "Domain-0"')
+[ -z "$left" ] || { echo "still there: $left"; exit 1; }

@@ -1,0 +1,9 @@
+#!/bin/bash
+# scenario.sh NAME: one scenario, with the helpers of lib.sh and an empty work folder.
+set -euo pipefail
+. /testbed/dom0/lib.sh
+rm -rf "$WORK"
+mkdir -p "$WORK"
+cd "$WORK"
+trap 'echo "FAILED: line $LINENO of $1: $BASH_COMMAND (status $?)"' ERR
+. "/testbed/scenarios/$1.sh"

@@ -1,0 +1,29 @@
+# build_images: makes what is missing in $CACHE and sets $WORLD, $BOOT and $DOM0 to the folders with the results.
+# shellcheck shell=bash
+
+# shellcheck source=integration/xen/images/lib.sh
+. "$HERE/images/lib.sh"
+# shellcheck source=integration/xen/images/world.sh
+. "$HERE/images/world.sh"
+# shellcheck source=integration/xen/images/boot.sh
+. "$HERE/images/boot.sh"
+# shellcheck source=integration/xen/images/fixtures.sh
+. "$HERE/images/fixtures.sh"
+# shellcheck source=integration/xen/images/dom0.sh
+. "$HERE/images/dom0.sh"
+
+build_images() {
+    local in=$HERE/images
+    mkdir -p "$CACHE"
+    artefact world build_world "$in/world.sh"
+    WORLD=$artefact
+    artefact guestworld build_guestworld "$in/world.sh"
+    GUESTWORLD=$artefact
+    artefact boot build_boot "$WORLD" "$in/boot.sh" "$in/lib.sh" "$in/dom0-init" "$in/guest-init"
+    BOOT=$artefact
+    artefact fixtures build_fixtures "$WORLD" "$GUESTWORLD" "$in/fixtures.sh" "$in/lib.sh" \
+        "$in/make-files" "$in/debian-inittab" "$in/debian-job"
+    FIXTURES=$artefact
+    artefact dom0 build_dom0 "$WORLD" "$BOOT" "$FIXTURES" "$in/dom0.sh" "$in/lib.sh"
+    DOM0=$artefact
+}

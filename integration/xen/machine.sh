@@ -1,0 +1,145 @@
+# The emulated machine: starts it, follows its events, ends it when it hangs.
+# shellcheck shell=bash
+
+LOGS=$CACHE/logs
+PAYLOAD=$CACHE/payload
+PASSED=0
+FAILED=0
+QEMU_PID=
+
+# prepare_machine SCENARIO...: the folders that dom0 mounts: what it runs (read-only) and where its logs go.
+prepare_machine() {
+    local program
+    exec {LOCK}>"$CACHE/lock"
+    flock --nonblock "$LOCK" || die "another testbed is running with $CACHE"
+    rm -rf "$PAYLOAD" "$LOGS"
+    mkdir -p "$PAYLOAD/bin" "$LOGS"
+    cp -r "$HERE/dom0" "$HERE/scenarios" "$PAYLOAD/"
+    for program in "${PROGRAMS[@]}"; do
+        if [ -x "$BIN/$program" ]; then
+            install -s "$BIN/$program" "$PAYLOAD/bin/"
+        else
+            say "warning: $BIN/$program is missing (cargo build --release makes it)"
+        fi
+    done
+    trap stop_qemu EXIT
+}
+
+# run_machine SCENARIO...: one boot for all that can share one; "# machine: counted" asks for a boot of its own kind.
+run_machine() {
+    local name plain=() counted=()
+    for name in "$@"; do
+        if [ "$(header "$name" machine)" = counted ]; then counted+=("$name"); else plain+=("$name"); fi
+    done
+    [ ${#plain[@]} = 0 ] || boot_and_follow plain "${plain[@]}"
+    [ ${#counted[@]} = 0 ] || boot_and_follow counted "${counted[@]}"
+}
+
+# The CPU: PVH guests need SVM with nested paging, which "max" emulates. Xen 4.20 cannot start dom0 with its SMAP, and
+# guests die early with its RDTSCP.
+start_qemu() {
+    local kind=$1 accel=(-accel "tcg,thread=multi,tb-size=1024")
+    # One instruction is one nanosecond of the machine's time: figures that do not depend on the host.
+    [ "$kind" = plain ] || accel=(-accel tcg -icount "shift=0,sleep=off")
+    exec {EVENTS}< <(exec "$WORLD/usr/lib64/ld-linux-x86-64.so.2" --library-path "$WORLD/usr/lib/x86_64-linux-gnu" \
+        "$WORLD/usr/bin/qemu-system-x86_64" -L "$WORLD/usr/share/qemu" -L "$WORLD/usr/share/seabios" \
+        "${accel[@]}" -machine q35 -cpu max,-smap,-la57,-rdtscp,-umip -smp 2 -m 3072 \
+        -nodefaults -no-user-config -display none -vga none \
+        -chardev "file,id=console,path=$LOGS/console-$kind.log" -serial chardev:console \
+        -chardev stdio,id=events,signal=off -serial chardev:events \
+        -kernel "$BOOT/xen" \
+        -append "dom0_mem=1280M,max:1280M dom0_max_vcpus=1 com1=115200,8n1 console=com1 loglvl=warning \
+guest_loglvl=warning ucode=no smt=0 spec-ctrl=no" \
+        -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off,$BOOT/dom0.initrd" \
+        -drive "file=$DOM0/disk.img,if=virtio,format=raw,cache=unsafe,snapshot=on" \
+        -virtfs "local,path=$PAYLOAD,mount_tag=testbed,security_model=none,readonly=on" \
+        -virtfs "local,path=$LOGS,mount_tag=out,security_model=none" \
+        </dev/null 2>"$LOGS/qemu-$kind.log")
+    QEMU_PID=$!
+}
+
+stop_qemu() {
+    [ -z "$QEMU_PID" ] || kill -KILL "$QEMU_PID" 2>/dev/null || true
+    QEMU_PID=
+}
+
+# boot_and_follow KIND SCENARIO...: every scenario named gets its line, also when the machine stops half way.
+boot_and_follow() {
+    local kind=$1 name limit current='' todo=() line word
+    shift
+    todo=("$@")
+    for name in "$@"; do
+        echo "$name $(header "$name" limit)"
+    done >"$PAYLOAD/plan"
+    say "booting Xen in QEMU ..."
+    start_qemu "$kind"
+    limit=$BOOT_LIMIT
+    while IFS= read -r -t "$limit" -u "$EVENTS" line; do
+        read -r word name line <<<"${line//$'\r'/}"
+        case $word in
+        broken)
+            say "dom0 could not be set up: $name $line"
+            break
+            ;;
+        ready)
+            say "dom0 is up"
+            limit=60
+            ;;
+        start)
+            current=$name
+            printf 'scenario %s ... ' "$name"
+            # Its own limit is kept inside; this one also covers cleaning up, and a machine that stands still.
+            limit=$(($(header "$name" limit) + 150))
+            ;;
+        pass | fail)
+            outcome "$word" "$name" "$line"
+            todo=("${todo[@]:1}")
+            current=
+            limit=60
+            ;;
+        end) break ;;
+        esac
+    done
+    stop_qemu
+    [ ${#todo[@]} = 0 ] || stopped "$kind" "$current" "${todo[@]}"
+}
+
+# outcome pass|fail NAME "SECONDS [REASON]"
+outcome() {
+    local seconds reason
+    read -r seconds reason <<<"$3"
+    if [ "$1" = pass ]; then
+        echo "ok ($seconds s)"
+        PASSED=$((PASSED + 1))
+        [ -z "$(header "$2" show)" ] || sed 's/^/    /' "$LOGS/$2.log"
+    else
+        echo "FAILED ($seconds s): $reason"
+        FAILED=$((FAILED + 1))
+        sed 's/^/    /' "$LOGS/$2.log"
+    fi
+}
+
+# stopped KIND CURRENT SCENARIO...: the machine ended or hung before these were through.
+stopped() {
+    local kind=$1 current=$2 name
+    shift 2
+    [ -z "$current" ] || echo "FAILED: the machine stopped or hung"
+    for name in "$@"; do
+        [ "$name" = "$current" ] || echo "scenario $name ... FAILED: not run, the machine had stopped or hung"
+        FAILED=$((FAILED + 1))
+    done
+    echo "the end of the console ($LOGS/console-$kind.log):"
+    tail -n 40 "$LOGS/console-$kind.log" | sed 's/^/    /'
+    [ ! -s "$LOGS/qemu-$kind.log" ] || sed 's/^/    qemu: /' "$LOGS/qemu-$kind.log"
+}
+
+# report KEEP: the last line of a run; the exit status says the same.
+report() {
+    if [ "$FAILED" -gt 0 ] || [ -n "$1" ]; then
+        say "logs: $LOGS"
+    else
+        rm -rf "$LOGS" "$PAYLOAD"
+    fi
+    echo "$PASSED passed, $FAILED failed"
+    [ "$FAILED" = 0 ]
+}

@@ -1,0 +1,83 @@
+#!/bin/bash
+# The real-Xen testbed: boots Xen with a Debian dom0 in QEMU (plain emulation), runs scenarios there, reports each.
+#
+#   run.sh [--list] [--keep] [SCENARIO...]
+#
+# Without names all scenarios run, except those marked "extra". --keep leaves the machine's folder with the console and
+# all logs in place when everything passed (it always stays when something failed).
+#
+# XENIO_TESTBED_CACHE  where images are kept (default: target/xen-testbed)
+# XENIO_BIN_DIR        where the programs under test are (default: cargo's target/release)
+set -euo pipefail
+
+HERE=$(cd "$(dirname "$0")" && pwd)
+TOP=$(cd "$HERE/../.." && pwd)
+CACHE=${XENIO_TESTBED_CACHE:-$TOP/target/xen-testbed}
+BIN=${XENIO_BIN_DIR:-${CARGO_TARGET_DIR:-$TOP/target}/release}
+PROGRAMS=(xenio tapdisk tap-ctl vhd-util)
+# Longest silence of dom0 outside of a scenario: the boot, on a loaded machine.
+BOOT_LIMIT=240
+
+# shellcheck source=integration/xen/images/build.sh
+. "$HERE/images/build.sh"
+# shellcheck source=integration/xen/machine.sh
+. "$HERE/machine.sh"
+
+# header NAME KEY: the value of "# KEY: value" in a scenario's file.
+header() {
+    sed -n "s/^# $2: //p" "$HERE/scenarios/$1.sh" | head -n 1
+}
+
+scenarios() {
+    local file
+    for file in "$HERE"/scenarios/*.sh; do
+        basename "$file" .sh
+    done
+}
+
+list() {
+    local name
+    for name in $(scenarios); do
+        printf '%-16s %s%s\n' "$name" "$(header "$name" about)" "$([ -z "$(header "$name" extra)" ] || echo ' (extra)')"
+    done
+}
+
+choose() {
+    local name
+    if [ $# -gt 0 ]; then
+        printf '%s\n' "$@"
+        return
+    fi
+    for name in $(scenarios); do
+        [ -n "$(header "$name" extra)" ] || echo "$name"
+    done
+}
+
+usage() {
+    echo "usage: run.sh [--list] [--keep] [SCENARIO...]" >&2
+    exit 2
+}
+
+main() {
+    local keep='' names=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --list) list && exit ;;
+        --keep) keep=1 ;;
+        -*) usage ;;
+        *)
+            [ -f "$HERE/scenarios/$1.sh" ] || { echo "run.sh: there is no scenario '$1' (see --list)" >&2 && exit 2; }
+            names+=("$1")
+            ;;
+        esac
+        shift
+    done
+    mapfile -t names < <(choose "${names[@]}")
+    "$HERE/deps.sh"
+    build_images
+    prepare_machine "${names[@]}"
+    run_machine "${names[@]}"
+    report "$keep"
+}
+
+main "$@"

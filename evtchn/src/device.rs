@@ -1,147 +1,282 @@
 //! `/dev/xen/evtchn`.
 //!
-//! Facts are from Linux `include/uapi/xen/evtchn.h` (layouts, numbers) and `drivers/xen/evtchn.c` (behaviour).
+//! # Invariants of this file
 //!
-//! Invariant this file owns: every ioctl gets a pointer to a structure of exactly the size in its number, valid for the
-//! call.
-#![expect(unsafe_code, reason = "ioctls of the event channel device")]
+//! - Every ioctl gets a pointer to a live argument of the layout its number stands for, or none where it takes none
+//!   (see [`ioctl`]).
+#![expect(unsafe_code, reason = "ioctls; see the invariant above")]
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
+use nix::errno::Errno;
+
+use crate::ioctl;
 use crate::{DomId, EventChannel, Port};
 
-/// Ports taken by one read: the device gives at most a page of them.
+/// The device's path on Linux.
+pub const PATH: &str = "/dev/xen/evtchn";
+
+/// Ports taken from the device in one read.
 const PORTS_PER_READ: usize = 64;
 
-/// The number of an ioctl of this device: no direction bits, the argument's size, type 'E'.
-pub const fn ioctl_number(nr: u32, size: usize) -> u64 {
-    ((size as u64) << 16) | ((b'E' as u64) << 8) | nr as u64
-}
-
-const BIND_INTERDOMAIN: u64 = ioctl_number(1, size_of::<BindInterdomain>());
-const UNBIND: u64 = ioctl_number(3, size_of::<PortArgument>());
-const NOTIFY: u64 = ioctl_number(4, size_of::<PortArgument>());
-const RESET: u64 = ioctl_number(5, 0);
-
-#[repr(C)]
-struct BindInterdomain {
-    remote_domain: u32,
-    remote_port: u32,
-}
-
-#[repr(C)]
-struct PortArgument {
-    port: u32,
-}
-
-/// An open event channel device. Closing it unbinds all its ports.
+/// An open event channel device with the ports bound through it. Dropping it unbinds them all.
+///
+/// # Overflow
+///
+/// The kernel's queue of fired ports has room for every bound port, so it does not overflow; should it do so all the
+/// same, it says `EFBIG`, drops events and leaves their ports masked. [`EventChannel::pending`] then resets the queue
+/// and reports **every** bound port once. Callers need no case of their own: they look at a ring that may hold nothing
+/// and unmask its port, both of which are harmless.
 #[derive(Debug)]
 pub struct EvtchnDev {
-    file: File,
-    bound: Vec<Port>,
+    fd: OwnedFd,
+    ports: RefCell<Ports>,
 }
 
 impl EvtchnDev {
-    /// Opens the device.
+    /// Opens the device, not blocking.
     pub fn open() -> io::Result<EvtchnDev> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open("/dev/xen/evtchn")
-            .map_err(|error| {
-                io::Error::new(
-                    error.kind(),
-                    format!("/dev/xen/evtchn: {error} (is this a Xen dom0 with xen-evtchn loaded?)"),
-                )
-            })?;
-        Ok(EvtchnDev { file, bound: Vec::new() })
+        EvtchnDev::open_at(Path::new(PATH))
     }
 
-    /// # Safety
+    /// [`EvtchnDev::open`] for a device node elsewhere.
+    pub fn open_at(path: &Path) -> io::Result<EvtchnDev> {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let opened = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
+        let file = opened.map_err(|error| {
+            let advice = "is this a Xen domain, is the module xen-evtchn loaded, and may we open it?";
+            io::Error::new(error.kind(), format!("cannot open {}: {error}; {advice}", path.display()))
+        })?;
+        Ok(EvtchnDev { fd: file.into(), ports: RefCell::default() })
+    }
+
+    /// Limits this descriptor to ports of domain `dom`, for good; what is bound stays bound.
     ///
-    /// `argument` is the structure that `number` stands for; these contain no pointers.
-    unsafe fn ioctl<T>(&self, number: u64, argument: &mut T) -> io::Result<i32> {
-        // SAFETY: by the caller's promise; the descriptor is open.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), number, std::ptr::from_mut(argument)) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    /// # Errors
+    ///
+    /// `EACCES` if it is limited already; `EINVAL` for domain 0 and for Xen's reserved domain ids.
+    pub fn restrict(&self, dom: DomId) -> io::Result<()> {
+        // SAFETY: the argument is a live u16.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::RESTRICT_DOMID, &raw const dom.0) };
+        Errno::result(result)?;
+        Ok(())
     }
 
-    /// Empties the device's queue after an overflow, which the kernel promises not to happen: it grows the queue with the
-    /// number of ports. Queued ports stay masked, so all count as fired.
-    fn recover(&self) -> io::Result<()> {
-        // SAFETY: RESET takes no argument.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), RESET) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    fn on_port(&self, request: libc::c_ulong, local: Port) -> io::Result<()> {
+        // SAFETY: the argument is a live u32, as both requests that come here take.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request, &raw const local.0) };
+        Errno::result(result)?;
+        Ok(())
+    }
+
+    fn reset(&self) -> io::Result<()> {
+        // SAFETY: the request takes no argument.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::RESET) };
+        Errno::result(result)?;
+        Ok(())
+    }
+
+    /// Reads up to `out.len()` ports; an overflow is an error here.
+    fn read_ports(&self, out: &mut [Port]) -> Result<usize, Errno> {
+        let mut buffer = [0; PORTS_PER_READ * size_of::<u32>()];
+        let wanted = out.len().min(PORTS_PER_READ) * size_of::<u32>();
+        let Some(buffer) = buffer.get_mut(..wanted).filter(|buffer| !buffer.is_empty()) else { return Ok(0) };
+        let got = loop {
+            match nix::unistd::read(&self.fd, buffer) {
+                Ok(got) => break got,
+                Err(Errno::EAGAIN) => return Ok(0),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        };
+        let (ports, _) = buffer.get(..got).unwrap_or_default().as_chunks();
+        for (to, from) in out.iter_mut().zip(ports) {
+            *to = Port(u32::from_ne_bytes(*from));
+        }
+        Ok(ports.len())
     }
 }
 
 impl AsFd for EvtchnDev {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.fd.as_fd()
     }
 }
 
 impl EventChannel for EvtchnDev {
     fn bind(&mut self, dom: DomId, remote: Port) -> io::Result<Port> {
-        let mut bind = BindInterdomain { remote_domain: u32::from(dom.0), remote_port: remote.0 };
-        // SAFETY: the structure is BIND_INTERDOMAIN's.
-        let local = unsafe { self.ioctl(BIND_INTERDOMAIN, &mut bind) }?;
-        let local = Port(u32::try_from(local).map_err(io::Error::other)?);
-        self.bound.push(local);
+        let argument = ioctl::Remote { domain: u32::from(dom.0), port: remote.0 };
+        // SAFETY: the argument is of the ioctl's layout.
+        let result =
+            unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::BIND_INTERDOMAIN, &raw const argument) };
+        let local = Errno::result(result)?;
+        // A result that is no error is not negative.
+        let local = Port(local.unsigned_abs());
+        self.ports.get_mut().bound.insert(local);
         Ok(local)
     }
 
     fn unbind(&mut self, local: Port) -> io::Result<()> {
-        let mut argument = PortArgument { port: local.0 };
-        // SAFETY: the structure is UNBIND's.
-        unsafe { self.ioctl(UNBIND, &mut argument) }?;
-        self.bound.retain(|&port| port != local);
+        self.on_port(ioctl::UNBIND, local)?;
+        self.ports.get_mut().forget(local);
         Ok(())
     }
 
     fn pending(&self, out: &mut [Port]) -> io::Result<usize> {
-        let mut bytes = [0; PORTS_PER_READ * size_of::<u32>()];
-        let room = out.len().min(PORTS_PER_READ) * size_of::<u32>();
-        let count = match (&self.file).read(bytes.get_mut(..room).unwrap_or_default()) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(0),
-            Err(error) if error.raw_os_error() == Some(libc::EFBIG) => {
-                self.recover()?;
-                let count = self.bound.len().min(out.len());
-                out.iter_mut().zip(&self.bound).for_each(|(to, from)| *to = *from);
-                return Ok(count);
+        let mut ports = self.ports.borrow_mut();
+        if ports.suspects.is_empty() {
+            match self.read_ports(out) {
+                Ok(got) => return Ok(got),
+                Err(Errno::EFBIG) => {
+                    self.reset()?;
+                    ports.suspect_all();
+                }
+                Err(errno) => return Err(errno.into()),
             }
-            Err(error) => return Err(error),
-        };
-        let (ports, _) = bytes.get(..count).unwrap_or_default().as_chunks::<4>();
-        out.iter_mut().zip(ports).for_each(|(to, from)| *to = Port(u32::from_ne_bytes(*from)));
-        Ok(ports.len())
+        }
+        Ok(ports.take_suspects(out))
     }
 
     fn unmask(&self, local: Port) -> io::Result<()> {
-        (&self.file).write_all(&local.0.to_ne_bytes())
+        loop {
+            match nix::unistd::write(&self.fd, &local.0.to_ne_bytes()) {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
     }
 
     fn notify(&self, local: Port) -> io::Result<()> {
-        let mut argument = PortArgument { port: local.0 };
-        // SAFETY: the structure is NOTIFY's.
-        unsafe { self.ioctl(NOTIFY, &mut argument) }.map(drop)
+        self.on_port(ioctl::NOTIFY, local)
+    }
+}
+
+/// The ports bound, and those whose events an overflow may have swallowed and that are still to be reported.
+#[derive(Debug, Default)]
+struct Ports {
+    bound: BTreeSet<Port>,
+    suspects: BTreeSet<Port>,
+}
+
+impl Ports {
+    fn forget(&mut self, port: Port) {
+        self.bound.remove(&port);
+        self.suspects.remove(&port);
+    }
+
+    fn suspect_all(&mut self) {
+        self.suspects.clone_from(&self.bound);
+    }
+
+    fn take_suspects(&mut self, out: &mut [Port]) -> usize {
+        let mut taken = 0;
+        for to in out {
+            let Some(port) = self.suspects.pop_first() else { break };
+            *to = port;
+            taken += 1;
+        }
+        taken
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
+    /// The device's read and write sides, as a socket whose other end the test holds.
+    fn device() -> (EvtchnDev, UnixStream) {
+        let (ours, kernel) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        (EvtchnDev { fd: ours.into(), ports: RefCell::default() }, kernel)
+    }
+
     #[test]
-    fn ioctl_numbers_are_the_kernels() {
-        assert_eq!(BIND_INTERDOMAIN, 0x0008_4501);
-        assert_eq!(UNBIND, 0x0004_4503);
-        assert_eq!(NOTIFY, 0x0004_4504);
-        assert_eq!(RESET, 0x0000_4505);
+    fn fired_ports_are_read_until_none_is_left() {
+        let (device, mut kernel) = device();
+        for port in [7u32, 8, 0x0102_0304] {
+            kernel.write_all(&port.to_ne_bytes()).unwrap();
+        }
+        let mut out = [Port(0); 2];
+        assert_eq!(device.pending(&mut []).unwrap(), 0);
+        assert_eq!(device.pending(&mut out).unwrap(), 2);
+        assert_eq!(out, [Port(7), Port(8)]);
+        assert_eq!(device.pending(&mut out).unwrap(), 1);
+        assert_eq!(out[0], Port(0x0102_0304));
+        assert_eq!(device.pending(&mut out).unwrap(), 0);
+    }
+
+    #[test]
+    fn more_room_than_one_read_takes_is_no_fault() {
+        let (device, mut kernel) = device();
+        for port in 0..100u32 {
+            kernel.write_all(&port.to_ne_bytes()).unwrap();
+        }
+        let mut out = [Port(0); 200];
+        let first = device.pending(&mut out).unwrap();
+        assert_eq!(first, PORTS_PER_READ);
+        assert_eq!(device.pending(&mut out[first..]).unwrap(), 100 - first);
+        assert!(out.iter().take(100).enumerate().all(|(i, port)| port.0 as usize == i));
+    }
+
+    #[test]
+    fn unmask_writes_the_port() {
+        let (device, mut kernel) = device();
+        device.unmask(Port(9)).unwrap();
+        let mut word = [0; 4];
+        kernel.read_exact(&mut word).unwrap();
+        assert_eq!(u32::from_ne_bytes(word), 9);
+    }
+
+    #[test]
+    fn after_an_overflow_every_bound_port_is_reported_once() {
+        let mut ports = Ports::default();
+        ports.bound.extend([Port(3), Port(1), Port(2), Port(4)]);
+        ports.suspect_all();
+        ports.forget(Port(2));
+        let mut out = [Port(0); 2];
+        assert_eq!((ports.take_suspects(&mut out), out), (2, [Port(1), Port(3)]));
+        assert_eq!((ports.take_suspects(&mut out), out[0]), (1, Port(4)));
+        assert_eq!(ports.take_suspects(&mut out), 0);
+        assert_eq!(ports.bound.len(), 3);
+    }
+
+    #[test]
+    fn suspects_come_before_the_queue() {
+        let (mut device, mut kernel) = device();
+        kernel.write_all(&5u32.to_ne_bytes()).unwrap();
+        device.ports.get_mut().bound.extend([Port(1)]);
+        device.ports.get_mut().suspect_all();
+        let mut out = [Port(0); 4];
+        assert_eq!((device.pending(&mut out).unwrap(), out[0]), (1, Port(1)));
+        assert_eq!((device.pending(&mut out).unwrap(), out[0]), (1, Port(5)));
+    }
+
+    #[test]
+    fn errors_of_the_device_reach_the_caller() {
+        let (mut device, _kernel) = device();
+        for error in [
+            device.bind(DomId(1), Port(1)).unwrap_err(),
+            device.notify(Port(1)).unwrap_err(),
+            device.restrict(DomId(1)).unwrap_err(),
+        ] {
+            assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
+        }
+    }
+
+    #[test]
+    fn missing_device_is_named() {
+        let error = EvtchnDev::open_at(Path::new("/nonexistent/evtchn")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(error.to_string().contains("/nonexistent/evtchn"), "{error}");
     }
 }

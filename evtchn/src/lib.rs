@@ -12,6 +12,7 @@
 //! - order: take pending ports, drain the ring including its final check, then unmask.
 
 pub mod device;
+pub mod ioctl;
 
 use std::io;
 use std::os::fd::AsFd;

@@ -1,182 +1,221 @@
 //! `/dev/xen/gntdev`.
 //!
-//! Facts are from Linux `include/uapi/xen/gntdev.h` (layouts, numbers) and `drivers/xen/gntdev.c` (behaviour).
+//! # Invariants of this file
 //!
-//! Invariants this file owns:
-//!
-//! 1. every ioctl gets a pointer to a structure of exactly the size in its number, valid for the call;
-//! 2. a mapping is created at the offset and with the length that MAP_GRANT_REF gave, and ends in this order: `munmap`,
-//!    then UNMAP_GRANT_REF (the ioctl only removes the record; the pages go with the last mapping);
-//! 3. the descriptor outlives its mappings: each [`DeviceMap`] holds a share of it.
-#![expect(unsafe_code, reason = "ioctls and mmap of the grant device")]
+//! - Every ioctl gets a pointer to a live argument of the layout its number stands for (see [`ioctl`]).
+//! - A [`Mapping`] owns exactly one `mmap` of this device, and the record behind it; both are given back once, on drop:
+//!   the mapping first, because the device forgets a record only when nothing maps it any more.
+//! - No reference to mapped memory is ever made here.
+#![expect(unsafe_code, reason = "ioctls and mmap; see the invariants above")]
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::ptr::NonNull;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use blkif::ids::PAGE_SIZE;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
+use crate::ioctl::{self, MapRef};
 use crate::{Access, CopyDirection, CopySegment, DomId, GrantMap, GrantRef, Grants};
 
-/// Most pages in one mapping: the largest ring has 16.
-const MAX_PAGES: usize = 16;
-
-/// The number of an ioctl of this device: no direction bits, the argument's size, type 'G'.
-pub const fn ioctl_number(nr: u32, size: usize) -> u64 {
-    ((size as u64) << 16) | ((b'G' as u64) << 8) | nr as u64
-}
-
-/// MAP_GRANT_REF declares room for one reference; more follow behind it.
-const MAP_GRANT_REF: u64 = ioctl_number(0, 24);
-const UNMAP_GRANT_REF: u64 = ioctl_number(1, size_of::<UnmapGrantRef>());
-const GRANT_COPY: u64 = ioctl_number(8, size_of::<GrantCopy>());
-
-#[repr(C)]
-struct MapGrantRef {
-    count: u32,
-    pad: u32,
-    index: u64,
-    refs: [MapRef; MAX_PAGES],
-}
-
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct MapRef {
-    domid: u32,
-    gref: u32,
-}
-
-#[repr(C)]
-struct UnmapGrantRef {
-    index: u64,
-    count: u32,
-    pad: u32,
-}
-
-#[repr(C)]
-struct GrantCopy {
-    count: u32,
-    pad: u32,
-    segments: *mut CopySegment,
-}
+/// The device's path on Linux.
+pub const PATH: &str = "/dev/xen/gntdev";
 
 /// An open grant device.
-#[derive(Debug)]
+///
+/// Mappings keep it open. Closing it for good, also by a crash, unmaps everything mapped through it.
+#[derive(Clone, Debug)]
 pub struct GntDev {
-    file: Rc<File>,
+    fd: Arc<OwnedFd>,
 }
 
 impl GntDev {
-    /// Opens the device and checks that it copies (Linux 4.8 and later).
+    /// Opens the device and makes sure that it can copy.
+    ///
+    /// # Errors
+    ///
+    /// The device is missing or not ours to open; `Unsupported` if the kernel has no grant copy (before Linux 4.8).
     pub fn open() -> io::Result<GntDev> {
-        let file = OpenOptions::new().read(true).write(true).open("/dev/xen/gntdev").map_err(|error| {
+        GntDev::open_at(Path::new(PATH))
+    }
+
+    /// [`GntDev::open`] for a device node elsewhere.
+    pub fn open_at(path: &Path) -> io::Result<GntDev> {
+        let device = path.display();
+        let file =
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path).map_err(
+                |error| {
+                    let advice = "is this a Xen domain, is the module xen-gntdev loaded, and may we open it?";
+                    io::Error::new(error.kind(), format!("cannot open {device}: {error}; {advice}"))
+                },
+            )?;
+        let gntdev = GntDev { fd: Arc::new(file.into()) };
+        gntdev.probe().map_err(|error| {
+            let advice = "a kernel from Linux 4.8 on is needed";
             io::Error::new(
-                error.kind(),
-                format!("/dev/xen/gntdev: {error} (is this a Xen dom0 with xen-gntdev loaded?)"),
+                io::ErrorKind::Unsupported,
+                format!("{device} cannot copy grants: {error}; {advice}"),
             )
         })?;
-        let device = GntDev { file: Rc::new(file) };
-        let mut none = GrantCopy { count: 0, pad: 0, segments: std::ptr::null_mut() };
-        // SAFETY: invariant 1; with a count of 0 no segment is looked at.
-        unsafe { device.ioctl(GRANT_COPY, &mut none) }?;
-        Ok(device)
+        Ok(gntdev)
     }
 
-    /// # Safety
-    ///
-    /// `argument` is the structure that `number` stands for, and every pointer in it is good for what the ioctl does.
-    unsafe fn ioctl<T>(&self, number: u64, argument: &mut T) -> io::Result<()> {
-        // SAFETY: by the caller's promise; the descriptor is open.
-        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), number, std::ptr::from_mut(argument)) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    /// A copy of nothing, which succeeds exactly if the device knows the ioctl.
+    fn probe(&self) -> io::Result<()> {
+        self.copy_raw(&mut [])
     }
 
-    fn unmap_record(&self, index: u64, count: u32) -> io::Result<()> {
-        let mut unmap = UnmapGrantRef { index, count, pad: 0 };
-        // SAFETY: invariant 1; there is no pointer in it.
-        unsafe { self.ioctl(UNMAP_GRANT_REF, &mut unmap) }
+    fn copy_raw(&self, segments: &mut [CopySegment]) -> io::Result<()> {
+        let count = count(segments.len())?;
+        let mut argument = ioctl::Copy { count, segments: segments.as_mut_ptr() };
+        // SAFETY: the argument is of the ioctl's layout and names `count` live segments, which have the kernel's layout
+        // (copy.rs). That the segments' own addresses are valid is the promise of `Grants::copy`'s caller.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::GRANT_COPY, &raw mut argument) };
+        nix::errno::Errno::result(result)?;
+        Ok(())
     }
-}
 
-impl Grants for GntDev {
-    type Map = DeviceMap;
+    /// Tells the device which grants the next `mmap` is about; returns the offset for it.
+    fn record(&self, dom: DomId, refs: &[GrantRef]) -> io::Result<u64> {
+        let mut argument = MapArgument::new(dom, refs)?;
+        // SAFETY: the argument is of the ioctl's layout: a header that counts the references behind it.
+        let result =
+            unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::MAP_GRANT_REF, argument.0.as_mut_ptr()) };
+        nix::errno::Errno::result(result)?;
+        Ok(argument.index())
+    }
 
-    fn map(&self, dom: DomId, refs: &[GrantRef], access: Access) -> io::Result<DeviceMap> {
-        let too_many = || io::Error::new(io::ErrorKind::InvalidInput, "a mapping has 1 to 16 pages");
-        let count = u32::try_from(refs.len()).map_err(|_| too_many())?;
-        let mut map = MapGrantRef { count, pad: 0, index: 0, refs: [MapRef::default(); MAX_PAGES] };
-        let places = map.refs.get_mut(..refs.len()).ok_or_else(too_many)?;
-        for (place, gref) in places.iter_mut().zip(refs) {
-            *place = MapRef { domid: u32::from(dom.0), gref: gref.0 };
-        }
-        let len = NonZeroUsize::new(refs.len() * PAGE_SIZE).ok_or_else(too_many)?;
-        // SAFETY: invariant 1: `count` references follow the header.
-        unsafe { self.ioctl(MAP_GRANT_REF, &mut map) }?;
-        let device = GntDev { file: self.file.clone() };
+    fn forget(&self, index: u64, count: u32) -> io::Result<()> {
+        let argument = ioctl::Unmap { index, count, pad: 0 };
+        // SAFETY: the argument is of the ioctl's layout.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::UNMAP_GRANT_REF, &raw const argument) };
+        nix::errno::Errno::result(result)?;
+        Ok(())
+    }
+
+    /// Maps what was recorded at `index`. The hypervisor sees the grants only now.
+    fn map_recorded(&self, index: u64, pages: usize, access: Access) -> io::Result<NonNull<u8>> {
+        let bytes = pages
+            .checked_mul(PAGE_SIZE)
+            .and_then(NonZeroUsize::new)
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let offset = libc::off_t::try_from(index).map_err(io::Error::other)?;
         let protection = match access {
             Access::ReadOnly => ProtFlags::PROT_READ,
             Access::ReadWrite => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
         };
-        let offset = i64::try_from(map.index).map_err(io::Error::other)?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours (invariant 2).
-        let mapped = unsafe { mmap(None, len, protection, MapFlags::MAP_SHARED, &*self.file, offset) };
-        match mapped {
-            Ok(base) => {
-                let map = DeviceMap { base: base.cast(), len, index: map.index, count, device };
-                // A forked child must not inherit the guest's pages: on an HVM dom0 they are ordinary memory to fork.
-                // SAFETY: the range is our new mapping.
-                unsafe { madvise(base, len.get(), MmapAdvise::MADV_DONTFORK) }?;
-                Ok(map)
-            }
-            Err(errno) => {
-                device.unmap_record(map.index, count)?;
-                Err(errno.into())
+        // SAFETY: the kernel picks a free range of addresses, so no existing mapping changes.
+        let base = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, &self.fd, offset) }?;
+        // A child must not inherit the pages: the grants would stay in use after we gave them back.
+        // SAFETY: `base` is the mapping just made, of that length.
+        let advised = unsafe { madvise(base, bytes.get(), MmapAdvise::MADV_DONTFORK) };
+        if let Err(errno) = advised {
+            // SAFETY: the mapping just made, of which nobody knows yet.
+            unsafe { munmap(base, bytes.get()) }?;
+            return Err(errno.into());
+        }
+        Ok(base.cast())
+    }
+}
+
+impl Grants for GntDev {
+    type Map = Mapping;
+
+    fn map(&self, dom: DomId, refs: &[GrantRef], access: Access) -> io::Result<Mapping> {
+        let count = count(refs.len())?;
+        let index = self.record(dom, refs)?;
+        match self.map_recorded(index, refs.len(), access) {
+            Ok(base) => Ok(Mapping { device: self.clone(), base, pages: refs.len(), index, count }),
+            Err(error) => {
+                self.forget(index, count)?;
+                Err(error)
             }
         }
     }
 
-    unsafe fn copy(&self, _: CopyDirection, segments: &mut [CopySegment]) -> io::Result<()> {
-        let count = u32::try_from(segments.len()).map_err(io::Error::other)?;
-        let mut copy = GrantCopy { count, pad: 0, segments: segments.as_mut_ptr() };
-        // SAFETY: `segments` has `count` elements of the kernel's own layout; what they point to is the caller's promise.
-        unsafe { self.ioctl(GRANT_COPY, &mut copy) }
+    unsafe fn copy(&self, direction: CopyDirection, segments: &mut [CopySegment]) -> io::Result<()> {
+        debug_assert!(segments.iter().all(|segment| segment.direction() == direction));
+        self.copy_raw(segments)
     }
 }
 
-/// Granted pages in our address space.
-#[derive(Debug)]
-pub struct DeviceMap {
-    base: NonNull<u8>,
-    len: NonZeroUsize,
-    index: u64,
-    count: u32,
-    device: GntDev,
+impl AsFd for GntDev {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
-impl GrantMap for DeviceMap {
+/// Granted pages in our address space. Dropping it unmaps them.
+///
+/// The kernel gives a page back to its domain only when no I/O refers to it any more, which may be after the drop.
+#[derive(Debug)]
+pub struct Mapping {
+    device: GntDev,
+    base: NonNull<u8>,
+    pages: usize,
+    index: u64,
+    count: u32,
+}
+
+impl GrantMap for Mapping {
     fn as_ptr(&self) -> NonNull<u8> {
         self.base
     }
 
     fn len(&self) -> usize {
-        self.len.get()
+        self.pages * PAGE_SIZE
     }
 }
 
-impl Drop for DeviceMap {
+impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: invariant 2: base and length are of this mapping, and its users are gone.
-        if let Err(errno) = unsafe { munmap(self.base.cast(), self.len.get()) } {
-            log::error!("unmapping {} granted pages failed: {errno}", self.count);
+        let bytes = self.len();
+        // SAFETY: the mapping is ours alone, and whoever used its pointer does no longer (GrantMap's contract).
+        let unmapped = unsafe { munmap(self.base.cast(), bytes) };
+        if let Err(errno) = unmapped {
+            log::error!("cannot unmap {} granted pages: {errno}; they stay in use until we exit", self.pages);
+            return;
         }
-        if let Err(error) = self.device.unmap_record(self.index, self.count) {
-            log::error!("giving up {} granted pages failed: {error}", self.count);
+        if let Err(error) = self.device.forget(self.index, self.count) {
+            log::error!("{PATH} does not forget {} unmapped pages: {error}", self.pages);
         }
     }
+}
+
+/// The argument of [`ioctl::MAP_GRANT_REF`]: two 64-bit words of header, then one for each reference.
+struct MapArgument(Vec<[u32; 2]>);
+
+const _: () = {
+    assert!(size_of::<ioctl::MapHeader>() == 2 * size_of::<[u32; 2]>());
+    assert!(std::mem::offset_of!(ioctl::MapHeader, index) == size_of::<[u32; 2]>());
+    assert!(size_of::<MapRef>() == size_of::<[u32; 2]>());
+    assert!(std::mem::offset_of!(MapRef, gref) == size_of::<u32>());
+};
+
+impl MapArgument {
+    fn new(dom: DomId, refs: &[GrantRef]) -> io::Result<MapArgument> {
+        let mut words = Vec::with_capacity(refs.len().saturating_add(2));
+        words.push([count(refs.len())?, 0]);
+        words.push([0, 0]);
+        words.extend(refs.iter().map(|gref| [u32::from(dom.0), gref.0]));
+        Ok(MapArgument(words))
+    }
+
+    /// What the device stored in the second word.
+    fn index(&self) -> u64 {
+        let [a, b] = self.0.get(1).copied().unwrap_or_default();
+        let ([a, b, c, d], [e, f, g, h]) = (a.to_ne_bytes(), b.to_ne_bytes());
+        u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+    }
+}
+
+fn count(len: usize) -> io::Result<u32> {
+    u32::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
 }
 
 #[cfg(test)]
@@ -184,18 +223,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ioctl_numbers_are_the_kernels() {
-        assert_eq!(MAP_GRANT_REF, 0x0018_4700);
-        assert_eq!(UNMAP_GRANT_REF, 0x0010_4701);
-        assert_eq!(GRANT_COPY, 0x0010_4708);
+    fn map_argument_has_the_kernels_layout() {
+        let mut argument = MapArgument::new(DomId(5), &[GrantRef(8), GrantRef(0xffff_fff0)]).unwrap();
+        assert_eq!(argument.0, [[2, 0], [0, 0], [5, 8], [5, 0xffff_fff0]]);
+        argument.0[1] = [0x1000, 3];
+        assert_eq!(
+            argument.index(),
+            if cfg!(target_endian = "little") { 0x3_0000_1000 } else { 0x1000_0000_0003 }
+        );
     }
 
     #[test]
-    fn layouts_are_the_kernels() {
-        assert_eq!(std::mem::offset_of!(MapGrantRef, index), 8);
-        assert_eq!(std::mem::offset_of!(MapGrantRef, refs), 16);
-        assert_eq!(size_of::<MapRef>(), 8);
-        assert_eq!(std::mem::offset_of!(GrantCopy, segments), 8);
-        assert_eq!(size_of::<CopySegment>(), 24);
+    fn missing_device_is_named() {
+        let error = GntDev::open_at(Path::new("/nonexistent/gntdev")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert!(error.to_string().contains("/nonexistent/gntdev"), "{error}");
+    }
+
+    #[test]
+    fn device_that_cannot_copy_is_refused_at_open() {
+        let error = GntDev::open_at(Path::new("/dev/null")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn errors_of_the_device_reach_the_caller() {
+        let null = OpenOptions::new().read(true).write(true).open("/dev/null").unwrap();
+        let gntdev = GntDev { fd: Arc::new(null.into()) };
+        let error = gntdev.map(DomId(1), &[GrantRef(8)], Access::ReadWrite).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOTTY));
     }
 }

@@ -13,6 +13,7 @@
 
 pub mod copy;
 pub mod device;
+pub mod ioctl;
 
 use std::io;
 use std::ptr::NonNull;

@@ -378,14 +378,18 @@ fn read_batmap(
     let raw = RawBatmapHeader::from_slice(&source.bytes("batmap header", table_end, batmap::LEN as u64)?);
     let size = footer.current_size.get();
     if raw.cookie == batmap::COOKIE
-        && let Some(map) = read_map(source, &raw, map_offset, limit)
+        && let Some(map) = read_map(source, &raw, map_offset)
     {
+        // A block in the place of the map would have spoilt its checksum: with a good one it is the block's entry that is
+        // wrong.
         if raw.checksum.get() == raw.expected_checksum(&map, size) {
             return Ok(Some(Batmap::new(raw, table_end, map, size, false)));
         }
-        log::warn!("batmap checksum is wrong; the map is started anew");
-        let empty = vec![0; map.len()];
-        return Ok(Some(Batmap::new(raw, table_end, empty, size, true)));
+        if batmap::map_end(&raw).is_some_and(|end| end <= limit) {
+            log::warn!("batmap checksum is wrong; the map is started anew");
+            let empty = vec![0; map.len()];
+            return Ok(Some(Batmap::new(raw, table_end, empty, size, true)));
+        }
     }
     let sectors = batmap::sectors_for(header.table_entries.get());
     let fresh = RawBatmapHeader::new(map_offset, sectors);
@@ -403,11 +407,11 @@ fn read_batmap(
     Ok(Some(Batmap::new(fresh, table_end, empty, size, true)))
 }
 
-/// The map that a batmap header describes, if it lies between the header and the blocks.
-fn read_map(source: &mut Source<'_>, raw: &RawBatmapHeader, min: u64, limit: u64) -> Option<Vec<u8>> {
+/// The map that a batmap header describes, if it lies behind the header and in the file.
+fn read_map(source: &mut Source<'_>, raw: &RawBatmapHeader, min: u64) -> Option<Vec<u8>> {
     let offset = raw.offset.get();
     let end = batmap::map_end(raw)?;
-    if raw.sectors.get() == 0 || offset < min || !offset.is_multiple_of(SECTOR_SIZE) || end > limit {
+    if raw.sectors.get() == 0 || offset < min || !offset.is_multiple_of(SECTOR_SIZE) {
         return None;
     }
     source.bytes("batmap", offset, end.checked_sub(offset)?).ok()

@@ -1,0 +1,7 @@
+//! The format's core against images in memory: random use, stops at any moment, malformed images.
+
+mod crash;
+mod malformed;
+mod model;
+mod qemu;
+mod support;

@@ -16,6 +16,11 @@ impl Bucket {
         Bucket { interval, span: interval * burst.saturating_sub(1), full_at: now }
     }
 
+    /// When the next token is there; not in the future if it is there already.
+    pub fn next(&self) -> Instant {
+        self.full_at.checked_sub(self.span).unwrap_or(self.full_at)
+    }
+
     /// Takes a token, or tells when the next one is there.
     ///
     /// # Errors

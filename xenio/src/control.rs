@@ -1,0 +1,417 @@
+//! All devices: looking at one, deciding, acting, until there is nothing left to do.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Instant;
+
+use blkif::{DomId, XenbusState, keys};
+use mio::Token;
+use nix::errno::Errno;
+use tap_ctl::{ControlDir, Request};
+use xenstore::value::{parse_u16, parse_u64};
+use xenstore::{Client, Error, TxId};
+
+use crate::connect;
+use crate::device::{Device, Pending};
+use crate::features;
+use crate::input::{self, Backend};
+use crate::machine::{Action, Frontend, Own, Phase, View, decide};
+use crate::paths::{self, DeviceId, Paths};
+use crate::problem::Problem;
+use crate::publish::{self, Change, Outcome, Place};
+use crate::tapdisk::{LinkError, Links, Ticket};
+
+/// After so many actions in a row a device waits for its next turn: others have theirs in between.
+const STEPS: usize = 16;
+
+/// All devices and the connections to their tapdisks.
+#[derive(Debug)]
+pub struct Control {
+    paths: Paths,
+    dir: ControlDir,
+    own_domid: u16,
+    links: Links,
+    devices: BTreeMap<DeviceId, Device>,
+    tickets: HashMap<Ticket, DeviceId>,
+    generation: u64,
+}
+
+/// A device as it was just seen.
+struct Look {
+    backend: Backend,
+    /// The frontend's directory; empty for a defective device, which is never connected.
+    frontend_path: Vec<u8>,
+    frontend: Frontend,
+    view: View,
+}
+
+/// Whether a device has come to rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// Until something changes.
+    Yes,
+    /// It wants another turn.
+    No,
+}
+
+impl Control {
+    /// No devices yet.
+    pub fn new(paths: Paths, dir: ControlDir, links: Links) -> Control {
+        Control {
+            paths,
+            dir,
+            own_domid: 0,
+            links,
+            devices: BTreeMap::new(),
+            tickets: HashMap::new(),
+            generation: 0,
+        }
+    }
+
+    /// A new connection to XenStore: sets the watch on all devices, and forgets which frontends are watched. Everything
+    /// has to be looked at again.
+    ///
+    /// # Errors
+    ///
+    /// Those of XenStore.
+    pub fn attach(&mut self, store: &mut Client) -> Result<(), Error> {
+        // Only a domain's own toolstack area has this key; dom0's may lack it.
+        let domid = input::optional(store, TxId::NONE, "domid")?;
+        self.own_domid = domid.and_then(|value| parse_u16(&value).ok()).unwrap_or(0);
+        // A daemon that came back with an empty tree has lost its memory, not our devices.
+        let lost = input::optional(store, TxId::NONE, self.paths.root())?.is_none();
+        for device in self.devices.values_mut() {
+            device.watched = None;
+            device.unconfirmed = lost;
+        }
+        store.watch(self.paths.root(), "backend")
+    }
+
+    /// The devices there may be: those known and those with a directory; of one domain, or of all.
+    ///
+    /// # Errors
+    ///
+    /// Those of XenStore.
+    pub fn scan(&self, store: &mut Client, only: Option<DomId>) -> Result<Vec<DeviceId>, Error> {
+        let known = self.devices.keys().copied().filter(|id| only.is_none_or(|domid| id.domid == domid));
+        let mut found: Vec<DeviceId> = known.collect();
+        let domains = match only {
+            Some(domid) => vec![domid],
+            None => {
+                children(store, self.paths.root())?.iter().filter_map(|name| paths::domid(name)).collect()
+            }
+        };
+        for domid in domains {
+            let names = children(store, &self.paths.domain(domid))?;
+            found.extend(
+                names.iter().filter_map(|name| paths::vdev(name)).map(|vdev| DeviceId { domid, vdev }),
+            );
+        }
+        Ok(found)
+    }
+
+    /// Which device an event of a frontend's watch is about, if that device still is the one that set the watch.
+    pub fn frontend_of(&self, token: &[u8]) -> Option<DeviceId> {
+        let mut parts = token.strip_prefix(b"frontend/")?.split(|&byte| byte == b'/');
+        let id = DeviceId { domid: paths::domid(parts.next()?)?, vdev: paths::vdev(parts.next()?)? };
+        let generation = parse_u64(parts.next()?).ok()?;
+        self.devices.get(&id).filter(|device| device.generation == generation).map(|_| id)
+    }
+
+    /// Whether any device of a domain is known.
+    pub fn knows(&self, domid: DomId) -> bool {
+        self.devices.keys().any(|id| id.domid == domid)
+    }
+
+    /// Does what the readiness of a tapdisk's connection allows; gives the devices to look at.
+    pub fn link_ready(&mut self, token: Token) -> Vec<DeviceId> {
+        let Some(report) = self.links.ready(token) else {
+            return Vec::new();
+        };
+        let mut touched = Vec::new();
+        for (ticket, reply) in report.replies {
+            let Some(id) = self.tickets.remove(&ticket) else { continue };
+            touched.push(id);
+            let follow = self.devices.get_mut(&id).and_then(|device| device.answered(ticket, reply));
+            if let Some((request, pending)) = follow {
+                self.send(id, &request, pending);
+            }
+        }
+        if let Some(reason) = report.ended {
+            log::info!("{reason}");
+            touched.extend(self.bury(report.pid, &reason));
+        }
+        touched
+    }
+
+    /// A tapdisk is gone: so are all its rings and disks.
+    fn bury(&mut self, pid: i32, reason: &LinkError) -> Vec<DeviceId> {
+        let problem = Problem::new(Errno::ENXIO, reason.to_string());
+        let served = |device: &&mut Device| device.vbd().is_some_and(|vbd| vbd.pid == pid);
+        let mut touched = Vec::new();
+        for device in self.devices.values_mut().filter(served) {
+            device.died(pid, problem.clone());
+            touched.push(device.id());
+        }
+        self.tickets.retain(|_, id| !touched.contains(id));
+        touched
+    }
+
+    /// Looks at a device, decides and acts until it is at rest.
+    ///
+    /// # Errors
+    ///
+    /// Those of XenStore; the device then wants another look later.
+    pub fn evaluate(&mut self, store: &mut Client, id: DeviceId) -> Result<Rest, Error> {
+        for _ in 0..STEPS {
+            let Some(look) = self.look(store, id)? else {
+                return Ok(Rest::Yes);
+            };
+            let Some(action) = decide(&look.view) else {
+                return Ok(Rest::Yes);
+            };
+            self.act(store, id, &look, action)?;
+        }
+        Ok(Rest::No)
+    }
+
+    /// `None`: there is nothing to decide about.
+    fn look(&mut self, store: &mut Client, id: DeviceId) -> Result<Option<Look>, Error> {
+        let backend = input::backend(store, &self.paths.device(id), id, &self.dir)?;
+        let Some(device) = self.device(id, &backend) else {
+            return Ok(None);
+        };
+        let (frontend_path, frontend) = match &backend.frontend {
+            Ok(path) if backend.own != Own::Absent => {
+                watch(store, device, path)?;
+                let (frontend, odd) = input::frontend(store, path)?;
+                if let Some(value) = odd
+                    && device.chatter.take(Instant::now()).is_ok()
+                {
+                    log::warn!("device {id}: ignoring the frontend's state \"{value}\"");
+                }
+                (path.clone(), frontend)
+            }
+            _ => (Vec::new(), Frontend::Gone),
+        };
+        device.observe(&backend, frontend);
+        let moved = match device.params() {
+            Some(params) if frontend == Frontend::Is(XenbusState::Initialised) => {
+                let shown = connect::ring(store, id, &frontend_path, backend.role.writable)?;
+                shown.is_ok_and(|shown| shown != *params)
+            }
+            _ => false,
+        };
+        let view = device.view(&backend, frontend, moved);
+        if device.changed(&view) {
+            log::debug!("device {id}: {:?}, frontend {:?}, ring {:?}", view.own, view.frontend, view.ring);
+        }
+        Ok(Some(Look { backend, frontend_path, frontend, view }))
+    }
+
+    /// The record of a device, a new one if it appears.
+    fn device(&mut self, id: DeviceId, backend: &Backend) -> Option<&mut Device> {
+        if backend.own == Own::Absent {
+            return self.devices.get_mut(&id).filter(|device| !device.unconfirmed);
+        }
+        let generation = &mut self.generation;
+        let device = self.devices.entry(id).or_insert_with(|| {
+            *generation = generation.wrapping_add(1);
+            Device::new(id, *generation, Instant::now())
+        });
+        device.unconfirmed = false;
+        Some(device)
+    }
+
+    fn act(&mut self, store: &mut Client, id: DeviceId, look: &Look, action: Action) -> Result<(), Error> {
+        log::debug!("device {id}: {action:?}");
+        match action {
+            Action::Ask => self.send(id, &Request::List, Pending::List),
+            Action::Connect => self.connect(store, id, look)?,
+            Action::Disconnect => self.disconnect(id),
+            Action::Forget => self.forget(store, id)?,
+            Action::Fail => self.fail(store, id, look)?,
+            Action::InitWait => {
+                if self.write(store, id, look, Some(Phase::InitWait))? == Outcome::Done {
+                    self.with(id, Device::settled);
+                }
+            }
+            Action::Publish => {
+                if self.write(store, id, look, None)? == Outcome::Done {
+                    self.with(id, Device::published);
+                }
+            }
+            Action::Announce => {
+                // A frontend that waits for Connected while it stands there already is told again.
+                let told = look.view.own == Own::Is(Phase::Connected)
+                    && look.frontend != Frontend::Is(XenbusState::Initialised);
+                let state = (!told).then_some(Phase::Connected);
+                if self.write(store, id, look, state)? == Outcome::Done {
+                    self.with(id, Device::announced);
+                    log::info!("device {id}: connected");
+                }
+            }
+            Action::Closing => drop(self.set_state(store, id, look, Phase::Closing)?),
+            Action::Closed => {
+                if self.set_state(store, id, look, Phase::Closed)? == Outcome::Done {
+                    self.with(id, Device::settled);
+                    log::info!("device {id}: closed");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn with(&mut self, id: DeviceId, change: impl FnOnce(&mut Device)) {
+        if let Some(device) = self.devices.get_mut(&id) {
+            change(device);
+        }
+    }
+
+    fn place(&self, id: DeviceId) -> Place {
+        Place { dir: self.paths.device(id), own_domid: self.own_domid, id }
+    }
+
+    /// Publishes all that is known, with a state.
+    fn write(
+        &self,
+        store: &mut Client,
+        id: DeviceId,
+        look: &Look,
+        state: Option<Phase>,
+    ) -> Result<Outcome, Error> {
+        let mut entries = features::offered();
+        let device = self.devices.get(&id);
+        if let Some((info, vbd)) = device.and_then(|device| Some((device.disk()?, device.vbd()?))) {
+            entries.extend(features::disk(info, look.backend.role, vbd.pid));
+        }
+        self.apply(store, id, look, Change { entries, error: None, state })
+    }
+
+    fn set_state(
+        &self,
+        store: &mut Client,
+        id: DeviceId,
+        look: &Look,
+        state: Phase,
+    ) -> Result<Outcome, Error> {
+        self.apply(store, id, look, Change { entries: Vec::new(), error: None, state: Some(state) })
+    }
+
+    fn apply(&self, store: &mut Client, id: DeviceId, look: &Look, change: Change) -> Result<Outcome, Error> {
+        match look.view.own {
+            Own::Is(phase) => publish::apply(store, &self.place(id), phase, &change),
+            Own::Absent | Own::Odd => Ok(Outcome::Stale),
+        }
+    }
+
+    fn connect(&mut self, store: &mut Client, id: DeviceId, look: &Look) -> Result<(), Error> {
+        match connect::ring(store, id, &look.frontend_path, look.backend.role.writable)? {
+            Err(problem) => self.with(id, |device| device.trouble(problem)),
+            Ok(params) => {
+                let Some(vbd) = self.devices.get(&id).and_then(Device::vbd) else { return Ok(()) };
+                let request = Request::Connect { minor: vbd.minor, ring: params.clone() };
+                self.send(id, &request, Pending::Connect(params));
+            }
+        }
+        Ok(())
+    }
+
+    fn disconnect(&mut self, id: DeviceId) {
+        if let Some(vbd) = self.devices.get(&id).and_then(Device::vbd) {
+            let request = Request::Disconnect { minor: vbd.minor, domid: id.domid.0, vdev: id.vdev.0 };
+            self.send(id, &request, Pending::Disconnect);
+        }
+    }
+
+    /// Sends a request to the device's tapdisk. A tapdisk that is not there has let go of everything.
+    fn send(&mut self, id: DeviceId, request: &Request, pending: Pending) {
+        let Some(device) = self.devices.get_mut(&id) else { return };
+        let Some(vbd) = device.vbd() else { return };
+        match self.links.send(vbd.pid, request) {
+            Ok(ticket) => {
+                device.sent(ticket, pending);
+                self.tickets.insert(ticket, id);
+            }
+            Err(reason) => {
+                log::info!("device {id}: {reason}");
+                device.died(vbd.pid, Problem::new(Errno::ENXIO, reason.to_string()));
+            }
+        }
+    }
+
+    /// As Linux's `xenbus_dev_fatal`: the reason into the `error` node, and Closing.
+    fn fail(&mut self, store: &mut Client, id: DeviceId, look: &Look) -> Result<(), Error> {
+        let Some(device) = self.devices.get_mut(&id) else { return Ok(()) };
+        let problem = device.cause(&look.backend);
+        if device.chatter.take(Instant::now()).is_ok() {
+            log::error!("device {id}: {}", problem.message);
+        }
+        let error = Some((self.paths.error(id), problem.to_string()));
+        let state = (look.view.own != Own::Is(Phase::Closing)).then_some(Phase::Closing);
+        if self.apply(store, id, look, Change { entries: Vec::new(), error, state })? == Outcome::Done {
+            self.with(id, Device::failed);
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, store: &mut Client, id: DeviceId) -> Result<(), Error> {
+        let Some(device) = self.devices.get(&id) else { return Ok(()) };
+        if let Some(path) = &device.watched {
+            ignore_missing(
+                store.unwatch(input::frontend_key(path, keys::STATE), token(id, device.generation)),
+            )?;
+        }
+        if device.reported {
+            remove_error(store, &self.paths.error(id))?;
+        }
+        self.devices.remove(&id);
+        self.tickets.retain(|_, owner| *owner != id);
+        let devices = &self.devices;
+        let uses = |pid| devices.values().any(|device| device.vbd().is_some_and(|vbd| vbd.pid == pid));
+        self.links.retain(uses);
+        log::info!("device {id}: gone");
+        Ok(())
+    }
+}
+
+fn token(id: DeviceId, generation: u64) -> String {
+    format!("frontend/{id}/{generation}")
+}
+
+/// Watches the frontend's `state`, and nothing else there: the guest decides how much there is and how often it changes.
+fn watch(store: &mut Client, device: &mut Device, path: &[u8]) -> Result<(), Error> {
+    if device.watched.as_deref() == Some(path) {
+        return Ok(());
+    }
+    let token = token(device.id(), device.generation);
+    if let Some(old) = device.watched.take() {
+        ignore_missing(store.unwatch(input::frontend_key(&old, keys::STATE), &token))?;
+    }
+    store.watch(input::frontend_key(path, keys::STATE), &token)?;
+    device.watched = Some(path.to_vec());
+    Ok(())
+}
+
+fn children(store: &mut Client, dir: &str) -> Result<Vec<Vec<u8>>, Error> {
+    match store.directory(TxId::NONE, dir) {
+        Err(error) if error.is_not_found() => Ok(Vec::new()),
+        other => other,
+    }
+}
+
+fn ignore_missing(result: Result<(), Error>) -> Result<(), Error> {
+    match result {
+        Err(error) if error.is_not_found() => Ok(()),
+        other => other,
+    }
+}
+
+/// Removes an error message, and the domain's directory above it if it was the last one in there.
+fn remove_error(store: &mut Client, dir: &str) -> Result<(), Error> {
+    ignore_missing(store.rm(TxId::NONE, dir))?;
+    let Some((parent, _)) = dir.rsplit_once('/') else { return Ok(()) };
+    if children(store, parent)?.is_empty() {
+        ignore_missing(store.rm(TxId::NONE, parent))?;
+    }
+    Ok(())
+}

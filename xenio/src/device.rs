@@ -1,0 +1,347 @@
+//! The record of one device: what XenStore does not tell, and how the tapdisk's answers change it. No I/O here.
+
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use tap_ctl::proto::{DiskInfo, RingParams, VbdEntry};
+use tap_ctl::{Minor, Reply, Request};
+
+use crate::input::{Backend, Named};
+use crate::limit::Bucket;
+use crate::machine::{Frontend, Own, Phase, Ring, Tap, View};
+use crate::paths::DeviceId;
+use crate::problem::Problem;
+use crate::tapdisk::Ticket;
+use blkif::XenbusState;
+
+/// A VBD of a tapdisk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vbd {
+    /// The tapdisk's process id.
+    pub pid: i32,
+    /// The minor.
+    pub minor: Minor,
+}
+
+/// What is known of the disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Disk {
+    Unnamed,
+    New,
+    Asking,
+    Ready(DiskInfo),
+    Lost(Problem),
+}
+
+/// A request that the tapdisk has not answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pending {
+    /// Which VBDs and rings are there?
+    List,
+    /// How large is the disk?
+    DiskInfo,
+    /// Connect this ring.
+    Connect(RingParams),
+    /// Let go of the ring.
+    Disconnect,
+}
+
+/// What xenio remembers of a device between two looks at it. Nothing of it needs to survive xenio.
+#[derive(Debug)]
+pub struct Device {
+    id: DeviceId,
+    /// Tells apart two devices that had the same name one after the other.
+    pub generation: u64,
+    /// The frontend directory whose `state` is being watched.
+    pub watched: Option<Vec<u8>>,
+    /// Absence of the directory proves nothing: the daemon has restarted with an empty tree.
+    pub unconfirmed: bool,
+    /// Messages that the guest can cause.
+    pub chatter: Bucket,
+    /// An `error` node of ours may exist.
+    pub reported: bool,
+    seen: bool,
+    vbd: Option<Vbd>,
+    disk: Disk,
+    ring: Ring,
+    /// The connected ring, unless an earlier xenio connected it.
+    params: Option<RingParams>,
+    announced: bool,
+    published: bool,
+    problem: Option<Problem>,
+    failed: bool,
+    pending: Option<(Ticket, Pending)>,
+    shown: Option<(Own, Frontend, Ring)>,
+}
+
+impl Device {
+    /// A device that was never looked at.
+    pub fn new(id: DeviceId, generation: u64, now: Instant) -> Device {
+        Device {
+            id,
+            generation,
+            watched: None,
+            unconfirmed: false,
+            chatter: Bucket::new(Duration::from_secs(1), 10, now),
+            reported: false,
+            seen: false,
+            vbd: None,
+            disk: Disk::Unnamed,
+            ring: Ring::Down,
+            params: None,
+            announced: false,
+            published: false,
+            problem: None,
+            failed: false,
+            pending: None,
+            shown: None,
+        }
+    }
+
+    /// Its name.
+    pub fn id(&self) -> DeviceId {
+        self.id
+    }
+
+    /// The VBD in use.
+    pub fn vbd(&self) -> Option<Vbd> {
+        self.vbd
+    }
+
+    /// The disk, once the tapdisk has told.
+    pub fn disk(&self) -> Option<&DiskInfo> {
+        match &self.disk {
+            Disk::Ready(info) => Some(info),
+            _ => None,
+        }
+    }
+
+    /// Takes in what was just read.
+    pub fn observe(&mut self, backend: &Backend, frontend: Frontend) {
+        if !self.seen && backend.own != Own::Absent {
+            self.seen = true;
+            self.adopt(&backend.named);
+            let served =
+                [Phase::InitWait, Phase::Connected, Phase::Closing].map(Own::Is).contains(&backend.own);
+            if served && self.vbd.is_some() {
+                self.ring = Ring::Unknown;
+            }
+        }
+        if backend.own == Own::Is(Phase::Initialising) {
+            // The directory is new, whatever there was before it.
+            self.published = false;
+            self.failed = false;
+        }
+        if self.ring == Ring::Down && self.differs(&backend.named) {
+            self.adopt(&backend.named);
+        }
+        let closes = [Frontend::Gone, Frontend::Is(XenbusState::Closing), Frontend::Is(XenbusState::Closed)];
+        if closes.contains(&frontend) {
+            self.failed = false;
+        }
+    }
+
+    fn differs(&self, named: &Named) -> bool {
+        match named {
+            Named::Nobody => self.vbd.is_some() || self.disk != Disk::Unnamed,
+            Named::Tapdisk(pid, minor) => self.vbd != Some(Vbd { pid: *pid, minor: *minor }),
+            Named::Malformed(_) => self.disk != malformed(named),
+        }
+    }
+
+    fn adopt(&mut self, named: &Named) {
+        (self.vbd, self.disk) = match named {
+            Named::Nobody => (None, Disk::Unnamed),
+            Named::Tapdisk(pid, minor) => (Some(Vbd { pid: *pid, minor: *minor }), Disk::New),
+            Named::Malformed(_) => (None, malformed(named)),
+        };
+        self.pending = None;
+        self.problem = None;
+        self.published = false;
+        self.failed = false;
+    }
+
+    /// All that a decision depends on. `moved` as in [`View`].
+    pub fn view(&self, backend: &Backend, frontend: Frontend, moved: bool) -> View {
+        View {
+            own: backend.own,
+            frontend,
+            online: backend.online,
+            hotplug: backend.hotplug,
+            defect: backend.frontend.is_err(),
+            tap: match self.disk {
+                Disk::Unnamed => Tap::Unnamed,
+                Disk::New => Tap::New,
+                Disk::Asking => Tap::Asking,
+                Disk::Ready(_) => Tap::Ready,
+                Disk::Lost(_) => Tap::Lost,
+            },
+            ring: self.ring,
+            moved,
+            announced: self.announced,
+            published: self.published,
+            problem: self.problem.is_some(),
+            failed: self.failed,
+        }
+    }
+
+    /// Whether own state, frontend's state or ring differ from the last call's.
+    pub fn changed(&mut self, view: &View) -> bool {
+        let now = Some((view.own, view.frontend, view.ring));
+        std::mem::replace(&mut self.shown, now) != now
+    }
+
+    /// The ring to compare with what a frontend shows that claims to have connected anew.
+    pub fn params(&self) -> Option<&RingParams> {
+        self.params.as_ref().filter(|_| self.ring == Ring::Up && self.announced)
+    }
+
+    /// A request was sent.
+    pub fn sent(&mut self, ticket: Ticket, pending: Pending) {
+        match &pending {
+            Pending::List | Pending::DiskInfo => self.disk = Disk::Asking,
+            Pending::Connect(_) | Pending::Disconnect => self.ring = Ring::Busy,
+        }
+        self.pending = Some((ticket, pending));
+    }
+
+    /// The disk was published.
+    pub fn published(&mut self) {
+        self.published = true;
+    }
+
+    /// Connected was written.
+    pub fn announced(&mut self) {
+        self.announced = true;
+        self.published = true;
+    }
+
+    /// InitWait or Closed was written: what went wrong before is over.
+    pub fn settled(&mut self) {
+        self.problem = None;
+    }
+
+    /// Something is wrong; the machine will want it reported.
+    pub fn trouble(&mut self, problem: Problem) {
+        self.problem = Some(problem);
+    }
+
+    /// What to report.
+    pub fn cause(&self, backend: &Backend) -> Problem {
+        match (&backend.frontend, &self.problem, &self.disk) {
+            (Err(defect), _, _) => defect.clone(),
+            (_, Some(problem), _) | (_, None, Disk::Lost(problem)) => problem.clone(),
+            _ => Problem::new(Errno::EIO, "the device cannot be served"),
+        }
+    }
+
+    /// The failure was reported.
+    pub fn failed(&mut self) {
+        self.failed = true;
+        self.problem = None;
+        self.reported = true;
+    }
+
+    /// The tapdisk `pid` is not there any more; with it all it held.
+    pub fn died(&mut self, pid: i32, problem: Problem) {
+        if self.vbd.is_some_and(|vbd| vbd.pid == pid) {
+            self.lose(problem);
+        }
+    }
+
+    fn lose(&mut self, problem: Problem) {
+        self.disk = Disk::Lost(problem);
+        self.ring = Ring::Down;
+        self.params = None;
+        self.announced = false;
+        self.pending = None;
+    }
+
+    /// Takes the tapdisk's answer in; gives the request that follows from it. Answers to requests that do not matter
+    /// any more are ignored.
+    pub fn answered(&mut self, ticket: Ticket, reply: Reply) -> Option<(Request, Pending)> {
+        if self.pending.as_ref().is_none_or(|(awaited, _)| *awaited != ticket) {
+            return None;
+        }
+        let (_, pending) = self.pending.take()?;
+        let vbd = self.vbd?;
+        match (pending, reply) {
+            (Pending::List, Reply::List { vbds }) => return self.listed(vbd, &vbds),
+            (Pending::DiskInfo, Reply::DiskInfo(info)) => {
+                self.disk = Disk::Ready(info);
+                self.published = false;
+            }
+            (Pending::List | Pending::DiskInfo, reply) => self.lose(refusal(vbd, reply)),
+            (Pending::Connect(params), Reply::Done) => self.connected(params),
+            (Pending::Connect(params), Reply::Error { errno, .. }) if errno == Errno::EALREADY as i32 => {
+                self.connected(params);
+            }
+            (Pending::Connect(_), reply) => {
+                self.ring = Ring::Down;
+                self.problem = Some(refusal(vbd, reply));
+            }
+            (Pending::Disconnect, reply) => self.disconnected(vbd, reply),
+        }
+        None
+    }
+
+    fn listed(&mut self, vbd: Vbd, vbds: &[VbdEntry]) -> Option<(Request, Pending)> {
+        let lacks = |what: &str| {
+            let Vbd { pid, minor } = vbd;
+            Problem::new(Errno::ENODEV, format!("tapdisk {pid} {what} minor {minor}; see its log"))
+        };
+        match vbds.iter().find(|entry| entry.minor == vbd.minor) {
+            None => self.lose(lacks("does not serve")),
+            Some(VbdEntry { image: None, .. }) => self.lose(lacks("has no image open as")),
+            Some(entry) => {
+                if self.ring == Ring::Unknown {
+                    let ours = |ring: &&tap_ctl::proto::RingEntry| {
+                        (ring.domid, ring.vdev) == (self.id.domid.0, self.id.vdev.0)
+                    };
+                    self.announced = entry.rings.iter().find(ours).is_some();
+                    self.ring = if self.announced { Ring::Up } else { Ring::Down };
+                }
+                return Some((Request::DiskInfo { minor: vbd.minor }, Pending::DiskInfo));
+            }
+        }
+        None
+    }
+
+    fn connected(&mut self, params: RingParams) {
+        self.ring = Ring::Up;
+        self.params = Some(params);
+        self.announced = false;
+    }
+
+    fn disconnected(&mut self, vbd: Vbd, reply: Reply) {
+        self.ring = Ring::Down;
+        self.params = None;
+        self.announced = false;
+        let gone = [Errno::ENODEV, Errno::ENOENT, Errno::ESRCH].map(|errno| errno as i32);
+        match reply {
+            Reply::Done => {}
+            Reply::Error { errno, .. } if gone.contains(&errno) => {}
+            // Asking again would give the same answer, and the guest must be able to go on.
+            other => log::warn!("device {}: {}", self.id, refusal(vbd, other).message),
+        }
+    }
+}
+
+fn malformed(named: &Named) -> Disk {
+    let value = if let Named::Malformed(value) = named { value.as_str() } else { "" };
+    let message =
+        format!("physical-device-path {value} is no VBD of a tapdisk; see the hotplug script's log");
+    Disk::Lost(Problem::new(Errno::EINVAL, message))
+}
+
+fn refusal(vbd: Vbd, reply: Reply) -> Problem {
+    match reply {
+        Reply::Error { errno, message } => Problem { errno, message },
+        _ => {
+            Problem::new(Errno::EPROTO, format!("tapdisk {} gave an answer that was not asked for", vbd.pid))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,103 @@
+//! Writing to a device's backend directory, only while it is there and only over what was seen there.
+//!
+//! A plain XenStore write creates missing parents, so a state written a moment after the toolstack removed the
+//! directory would bring a piece of it back for ever. Each change is therefore a transaction that first reads what
+//! proves the directory's existence, and our own state: if the toolstack has changed that since the decision was made,
+//! nothing is written and the device is looked at again.
+
+use blkif::keys;
+use xenstore::{Access, Client, Error, Permission, TxId};
+
+use crate::features::Entry;
+use crate::input::optional;
+use crate::machine::Phase;
+use crate::paths::DeviceId;
+
+/// A device's directory, and who may read what is published in it.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Its path.
+    pub dir: String,
+    /// Our own domain, the owner of what is published.
+    pub own_domid: u16,
+    /// The device; its frontend's domain is the reader.
+    pub id: DeviceId,
+}
+
+/// Whether a change took effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It did.
+    Done,
+    /// The directory is gone, or our state is not the expected one any more. Nothing was written.
+    Stale,
+}
+
+/// A change of a device's directory.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Keys to publish. Those that have their value already are not written: every write wakes the guest.
+    pub entries: Vec<Entry>,
+    /// A message for the device's `error` node, as `error` in the directory named first.
+    pub error: Option<(String, String)>,
+    /// The state to write.
+    pub state: Option<Phase>,
+}
+
+/// What ends the transaction without a commit.
+enum Stop {
+    Stale,
+    Store(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Stop {
+        Stop::Store(error)
+    }
+}
+
+/// Carries a change out, in whole or not at all. `expected` is our state that the decision was based on.
+///
+/// # Errors
+///
+/// Those of XenStore.
+pub fn apply(store: &mut Client, place: &Place, expected: Phase, change: &Change) -> Result<Outcome, Error> {
+    match store.transact(|store, tx| attempt(store, tx, place, expected, change)) {
+        Ok(()) => Ok(Outcome::Done),
+        Err(Stop::Stale) => Ok(Outcome::Stale),
+        Err(Stop::Store(error)) => Err(error),
+    }
+}
+
+fn attempt(
+    store: &mut Client,
+    tx: TxId,
+    place: &Place,
+    expected: Phase,
+    change: &Change,
+) -> Result<(), Stop> {
+    let key = |name: &str| format!("{}/{name}", place.dir);
+    if optional(store, tx, key(keys::FRONTEND))?.is_none() {
+        return Err(Stop::Stale);
+    }
+    let own = optional(store, tx, key(keys::STATE))?;
+    if own.as_deref() != Some(expected.state().as_str().as_bytes()) {
+        return Err(Stop::Stale);
+    }
+    let readers =
+        [Permission::new(place.own_domid, Access::None), Permission::new(place.id.domid.0, Access::Read)];
+    for (name, value) in &change.entries {
+        let path = key(name);
+        if optional(store, tx, &path)?.as_deref() != Some(value.as_bytes()) {
+            store.write(tx, &path, value)?;
+            store.set_perms(tx, &path, &readers)?;
+        }
+    }
+    if let Some((dir, message)) = &change.error {
+        store.write(tx, format!("{dir}/error"), message)?;
+    }
+    if let Some(state) = change.state {
+        store.write(tx, key(keys::STATE), state.state().as_str())?;
+    }
+    Ok(())
+}

@@ -359,3 +359,187 @@ impl Dynamic {
         writes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::BitmapCache;
+    use crate::{DiskType, Lookup, NewImage, OpenOptions, Source, Uuid};
+
+    /// An image of 8 blocks of 16 sectors, opened for writing, that has room for one bitmap in memory.
+    fn image() -> Vhd {
+        let image = NewImage {
+            kind: DiskType::Dynamic,
+            size: 8 * 8192,
+            max_size: 0,
+            block_size: 8192,
+            uuid: Uuid([1; 16]),
+            timestamp: 1,
+            parent: None,
+            key: None,
+        };
+        let bytes = image.build(None).unwrap();
+        let mut file = vec![0; usize::try_from(bytes.len).unwrap()];
+        for write in &bytes.writes {
+            let at = usize::try_from(write.offset).unwrap();
+            file[at..at + write.bytes.len()].copy_from_slice(&write.bytes);
+        }
+        let mut read = |offset: u64, buf: &mut [u8]| {
+            let at = usize::try_from(offset).unwrap();
+            buf.copy_from_slice(&file[at..at + buf.len()]);
+            Ok(())
+        };
+        let source = Source { size: bytes.len, regular: true, read: &mut read };
+        let mut vhd = Vhd::open(source, &OpenOptions { writable: true, ..Default::default() }).unwrap();
+        vhd.dynamic.as_mut().unwrap().cache = BitmapCache::new(1);
+        vhd
+    }
+
+    /// Plans a write, carries out its preparation, and says whether it must be published.
+    fn plan(vhd: &mut Vhd, sector: Sector, count: u32) -> bool {
+        match vhd.plan_write(sector, count).unwrap() {
+            WritePlan::Write { prepare, publish, count: planned, .. } => {
+                assert_eq!(planned, count);
+                if let Some(prepare) = prepare {
+                    vhd.prepared(prepare.block);
+                }
+                publish
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn commit(vhd: &mut Vhd) -> Vec<MetaWrite> {
+        let commit = vhd.begin_commit().unwrap();
+        let writes = commit.writes.clone();
+        vhd.commit_done(commit);
+        writes
+    }
+
+    fn write(vhd: &mut Vhd, sector: Sector, count: u32) {
+        assert!(plan(vhd, sector, count));
+        vhd.written(sector, count);
+        commit(vhd);
+    }
+
+    fn bits(first: u8, second: u8) -> Vec<u8> {
+        let mut bits = vec![0; 512];
+        bits[..2].copy_from_slice(&[first, second]);
+        bits
+    }
+
+    #[test]
+    fn nothing_is_visible_before_its_commit_is_done() {
+        let mut vhd = image();
+        assert!(plan(&mut vhd, 0, 4));
+        assert!(!vhd.has_pending());
+        vhd.written(0, 4);
+        assert!(vhd.has_pending());
+        let commit = vhd.begin_commit().unwrap();
+        assert_eq!(vhd.map(0, 16).unwrap(), Lookup::Zero { count: 16 });
+        assert_eq!(vhd.end_of_data(), 3072);
+        // What comes during a commit goes into the next one.
+        assert!(plan(&mut vhd, 4, 2));
+        vhd.written(4, 2);
+        assert!(vhd.begin_commit().is_none());
+        vhd.commit_done(commit);
+        assert_eq!(vhd.map(0, 16).unwrap(), Lookup::Data { offset: 4096, count: 4 });
+        let second = vhd.begin_commit().unwrap();
+        assert_eq!(second.writes, [MetaWrite { offset: 3584, bytes: bits(0xfc, 0) }]);
+        vhd.commit_done(second);
+        assert!(!plan(&mut vhd, 1, 5) && plan(&mut vhd, 1, 6));
+    }
+
+    #[test]
+    fn the_first_commit_of_a_block_has_its_table_entry() {
+        let mut vhd = image();
+        assert!(plan(&mut vhd, 16, 16));
+        vhd.written(16, 16);
+        let writes = commit(&mut vhd);
+        assert_eq!(writes[0], MetaWrite { offset: 3584, bytes: bits(0xff, 0xff) });
+        assert_eq!(writes[1].offset, 1536);
+        assert_eq!(&writes[1].bytes[..12], [0xff, 0xff, 0xff, 0xff, 0, 0, 0, 7, 0xff, 0xff, 0xff, 0xff]);
+        // A full block needs no bitmap in memory and no publication.
+        assert_eq!(vhd.map(16, 16).unwrap(), Lookup::Data { offset: 4096, count: 16 });
+        assert!(!plan(&mut vhd, 20, 4));
+    }
+
+    #[test]
+    fn unprepared_blocks_enter_no_commit() {
+        let mut vhd = image();
+        let WritePlan::Write { prepare: Some(prepare), .. } = vhd.plan_write(0, 1).unwrap() else { panic!() };
+        assert_eq!(vhd.plan_write(1, 1).unwrap(), WritePlan::Wait { block: 0 });
+        vhd.prepare_failed(prepare.block);
+        vhd.write_failed(0, 1);
+        vhd.written(0, 1);
+        assert!(!vhd.has_pending() && vhd.begin_commit().is_none());
+        // The next writer gets the same place, and prepares it.
+        let WritePlan::Write { offset: 4096, prepare: Some(again), .. } = vhd.plan_write(0, 1).unwrap()
+        else {
+            panic!()
+        };
+        assert_eq!(again, prepare);
+    }
+
+    #[test]
+    fn a_bitmap_with_a_writer_is_not_evicted() {
+        let mut vhd = image();
+        write(&mut vhd, 0, 1);
+        assert!(plan(&mut vhd, 1, 1));
+        // Bitmaps of other blocks come in meanwhile.
+        write(&mut vhd, 16, 1);
+        write(&mut vhd, 32, 1);
+        vhd.written(1, 1);
+        assert_eq!(commit(&mut vhd), [MetaWrite { offset: 3584, bytes: bits(0xc0, 0) }]);
+        assert!(!vhd.is_poisoned());
+    }
+
+    #[test]
+    fn a_late_bitmap_does_not_bring_back_old_bits() {
+        let mut vhd = image();
+        write(&mut vhd, 0, 1);
+        write(&mut vhd, 16, 1);
+        // The bitmap of block 0 is evicted: two readers fetch it.
+        for _ in 0..2 {
+            assert!(matches!(vhd.map(0, 1).unwrap(), Lookup::NeedBitmap { block: 0, .. }));
+        }
+        let old = bits(0x80, 0);
+        vhd.insert_bitmap(0, &old).unwrap();
+        write(&mut vhd, 1, 1);
+        write(&mut vhd, 32, 1);
+        write(&mut vhd, 48, 1);
+        vhd.insert_bitmap(0, &old).unwrap();
+        assert_eq!(vhd.map(0, 16).unwrap(), Lookup::Data { offset: 4096, count: 2 });
+        // With no reader left it may go.
+        write(&mut vhd, 64, 1);
+        write(&mut vhd, 80, 1);
+        assert!(matches!(vhd.map(0, 1).unwrap(), Lookup::NeedBitmap { block: 0, .. }));
+    }
+
+    #[test]
+    fn a_failed_commit_ends_writing_but_not_reading() {
+        let mut vhd = image();
+        write(&mut vhd, 0, 1);
+        assert!(plan(&mut vhd, 16, 1));
+        vhd.written(16, 1);
+        let commit = vhd.begin_commit().unwrap();
+        vhd.commit_failed(commit);
+        assert!(vhd.is_poisoned() && !vhd.has_pending());
+        assert!(matches!(vhd.plan_write(0, 1), Err(Error::Poisoned)));
+        assert_eq!(vhd.map(0, 1).unwrap(), Lookup::Data { offset: 4096, count: 1 });
+        assert_eq!(vhd.map(16, 1).unwrap(), Lookup::Zero { count: 1 });
+        assert!(vhd.close_writes().steps.is_empty());
+    }
+
+    #[test]
+    fn ranges_and_modes_are_checked() {
+        let mut vhd = image();
+        for (sector, count) in [(128, 1), (127, 2), (u64::MAX, 1), (0, 0), (0, 129)] {
+            assert!(matches!(vhd.map(sector, count), Err(Error::OutOfRange { .. })), "{sector} {count}");
+            assert!(matches!(vhd.plan_write(sector, count), Err(Error::OutOfRange { .. })));
+        }
+        vhd.writable = false;
+        assert!(matches!(vhd.plan_write(0, 1), Err(Error::ReadOnly)));
+        assert!(vhd.insert_bitmap(0, &[0; 512]).is_err());
+    }
+}

@@ -273,10 +273,6 @@ impl Disk {
     }
 
     /// One step of a commit: begin it, flush, one of its writes, or its end.
-    #[expect(
-        clippy::type_complexity,
-        reason = "the commit, its remaining writes and whether the flush is done"
-    )]
     fn step_commit(
         &mut self,
         running: Option<(Commit, Vec<usize>, bool)>,

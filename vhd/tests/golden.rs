@@ -248,3 +248,28 @@ fn a_loop_of_parents_ends() {
         assert_ne!(images.run(args).1, 0, "{args}");
     }
 }
+
+#[test]
+fn images_in_use_are_not_changed() {
+    let images = Images::unpack();
+    let path = images.folder.path().join("base.vhd");
+    let before = std::fs::read(&path).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+    let whole = libc::flock {
+        l_type: i16::try_from(libc::F_WRLCK).unwrap(),
+        l_whence: i16::try_from(libc::SEEK_SET).unwrap(),
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&whole)).unwrap();
+    for args in
+        ["set -n base.vhd -f hidden -v 1", "create -n base.vhd -s 64", "snapshot -n base.vhd -p cbase.vhd"]
+    {
+        let (text, code) = images.run(args);
+        assert_eq!(code, libc::EBUSY, "{args}");
+        assert!(String::from_utf8(text).unwrap().starts_with("base.vhd is in use"), "{args}");
+    }
+    assert_eq!(images.run("check -n base.vhd").1, 0);
+    assert!(std::fs::read(&path).unwrap() == before);
+}

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::args::Args;
 use super::disk::{Disk, random};
-use super::{Failure, wrong_usage};
+use super::{Failure, errno_of, in_use, wrong_usage};
 use crate::header::DEFAULT_BLOCK_SIZE;
 use crate::{DiskType, NewImage, Uuid, time};
 
@@ -57,10 +57,11 @@ pub(super) fn now() -> u32 {
 pub(super) fn write_new(path: &Path, image: &NewImage) -> Result<(), Failure> {
     // Checked first, so that a wrong wish destroys nothing.
     image.build(None)?;
-    let file = FileOptions::new().read(true).write(true).create(true).truncate(true).open(path);
+    let file = FileOptions::new().read(true).write(true).create(true).truncate(false).open(path);
     let file =
-        file.map_err(|error| Failure::new(super::errno_of(&error), format!("{}: {error}", path.display())))?;
+        file.map_err(|error| Failure::new(errno_of(&error), format!("{}: {error}", path.display())))?;
     let disk = Disk::new(file, path.canonicalize()?)?;
+    disk.lock(true).map_err(|error| in_use(path, &error))?;
     fill(&disk, image).inspect_err(|_| {
         if disk.regular {
             // The first error is the one to report.
@@ -71,6 +72,9 @@ pub(super) fn write_new(path: &Path, image: &NewImage) -> Result<(), Failure> {
 
 fn fill(disk: &Disk, image: &NewImage) -> Result<(), Failure> {
     let bytes = image.build((!disk.regular).then_some(disk.size))?;
+    if disk.regular {
+        disk.set_len(0)?;
+    }
     if image.kind == DiskType::Fixed {
         disk.zero(0, image.size)?;
     }

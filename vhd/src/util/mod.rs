@@ -14,6 +14,7 @@ mod snapshot;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::path::Path;
 
 use crate::Error;
 
@@ -53,6 +54,15 @@ impl From<Error> for Failure {
 /// The errno of an I/O error.
 fn errno_of(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// The failure for an image that could not be locked.
+fn in_use(path: &Path, error: &io::Error) -> Failure {
+    let text = match errno_of(error) {
+        libc::EBUSY => format!("{} is in use; close it in the program that serves it first", path.display()),
+        _ => format!("cannot lock {}: {error}", path.display()),
+    };
+    Failure::new(errno_of(error), text)
 }
 
 type Command = fn(&args::Args, &mut dyn Write) -> Result<(), Failure>;

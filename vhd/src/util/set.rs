@@ -4,7 +4,7 @@ use std::io::Write;
 
 use super::args::Args;
 use super::disk::Disk;
-use super::{Failure, errno_of, wrong_usage};
+use super::{Failure, errno_of, in_use, wrong_usage};
 use crate::OpenOptions;
 
 pub(super) const OPTIONS: &str = "n:f:v:";
@@ -17,6 +17,8 @@ pub(super) fn run(args: &Args, _out: &mut dyn Write) -> Result<(), Failure> {
     let failure = |errno: i32| Failure::new(errno, format!("error opening {}: -{errno}", path.display()));
     let field = args.text('f').and_then(|field| field.to_str()).ok_or_else(wrong_usage)?;
     let disk = Disk::open(path, true).map_err(|error| failure(errno_of(&error)))?;
+    // The footer is where a writer of blocks would put the next one. Readers do not mind.
+    disk.lock(false).map_err(|error| in_use(path, &error))?;
     let options = OpenOptions { writable: true, allow_encrypted: true, ..OpenOptions::default() };
     let mut vhd = disk.vhd(&options).map_err(|error| failure(error.errno()))?;
     let steps = match field {

@@ -1,3 +1,8 @@
 //! Simulated Xen: the devices and daemons that the backend talks to, in this process and without privileges.
 
+pub mod domain;
+pub mod events;
+pub mod grants;
+pub mod host;
+pub mod memory;
 pub mod store;

@@ -1,0 +1,93 @@
+//! A simulated host: one folder that holds everything the programs under test share.
+//!
+//! | in the folder | what |
+//! |---|---|
+//! | `store/` | sockets of the simulated XenStore |
+//! | `xen/` | domains' memory and event channels |
+//! | `control/` | what `/run/blktap-control` is on a real host |
+//!
+//! The thin binaries of this crate find it through the environment variable [`VARIABLE`]; the programs that ship know
+//! nothing of it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use blkif::DomId;
+use tap_ctl::ControlDir;
+use tapdisk::xen::Xen;
+
+use super::events::SimEvents;
+use super::grants::SimGrants;
+
+/// Names the folder of the simulated host.
+pub const VARIABLE: &str = "XENIO_SIM_HOST";
+
+/// The backend's own domain.
+pub const BACKEND: DomId = DomId(0);
+
+/// A simulated host.
+#[derive(Clone, Debug)]
+pub struct SimHost {
+    dir: PathBuf,
+}
+
+impl SimHost {
+    /// The host in `dir`, whose subfolders are made.
+    pub fn create(dir: &Path) -> io::Result<SimHost> {
+        let host = SimHost { dir: dir.to_owned() };
+        for folder in [host.store(), host.xen(), host.control().root().to_owned()] {
+            std::fs::create_dir_all(folder)?;
+        }
+        Ok(host)
+    }
+
+    /// The host that this process was started on.
+    ///
+    /// # Panics
+    ///
+    /// If [`VARIABLE`] is not set: only the tests start these programs.
+    #[must_use]
+    pub fn from_environment() -> SimHost {
+        match std::env::var_os(VARIABLE) {
+            Some(dir) => SimHost { dir: dir.into() },
+            None => panic!("{VARIABLE} is not set: this program runs on a simulated host only"),
+        }
+    }
+
+    /// The folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Folder of XenStore's sockets.
+    #[must_use]
+    pub fn store(&self) -> PathBuf {
+        self.dir.join("store")
+    }
+
+    /// Folder of the simulated hypervisor.
+    #[must_use]
+    pub fn xen(&self) -> PathBuf {
+        self.dir.join("xen")
+    }
+
+    /// The runtime folder of tapdisks.
+    #[must_use]
+    pub fn control(&self) -> ControlDir {
+        ControlDir::at(self.dir.join("control"))
+    }
+}
+
+impl Xen for SimHost {
+    type Grants = SimGrants;
+    type Events = SimEvents;
+
+    fn open_grants(&self) -> io::Result<SimGrants> {
+        SimGrants::open(&self.xen(), BACKEND)
+    }
+
+    fn open_events(&self) -> io::Result<SimEvents> {
+        SimEvents::open(&self.xen(), BACKEND)
+    }
+}

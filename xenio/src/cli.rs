@@ -104,8 +104,11 @@ pub fn main(places: &Places) -> u8 {
     match outcome {
         Ok(()) => 0,
         Err(error) => {
-            log::error!("{error:#}");
-            eprintln!("xenio: {error:#}");
+            if log::max_level() == log::LevelFilter::Off {
+                eprintln!("xenio: {error:#}");
+            } else {
+                log::error!("{error:#}");
+            }
             1
         }
     }

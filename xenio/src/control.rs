@@ -77,11 +77,11 @@ impl Control {
         // Only a domain's own toolstack area has this key; dom0's may lack it.
         let domid = input::optional(store, TxId::NONE, "domid")?;
         self.own_domid = domid.and_then(|value| parse_u16(&value).ok()).unwrap_or(0);
-        // A daemon that came back with an empty tree has lost its memory, not our devices.
-        let lost = input::optional(store, TxId::NONE, self.paths.root())?.is_none();
         for device in self.devices.values_mut() {
             device.watched = None;
-            device.unconfirmed = lost;
+            // While there was no daemon nobody could remove a device. One that is missing now was more likely lost with
+            // the daemon's memory, and its guest goes on using it.
+            device.unconfirmed = true;
         }
         store.watch(self.paths.root(), "backend")
     }
@@ -211,7 +211,7 @@ impl Control {
     /// The record of a device, a new one if it appears.
     fn device(&mut self, id: DeviceId, backend: &Backend) -> Option<&mut Device> {
         if backend.own == Own::Absent {
-            return self.devices.get_mut(&id).filter(|device| !device.unconfirmed);
+            return self.devices.get_mut(&id).filter(|device| !(device.unconfirmed && device.has_ring()));
         }
         let generation = &mut self.generation;
         let device = self.devices.entry(id).or_insert_with(|| {

@@ -54,7 +54,7 @@ pub struct Device {
     pub generation: u64,
     /// The frontend directory whose `state` is being watched.
     pub watched: Option<Vec<u8>>,
-    /// Absence of the directory proves nothing: the daemon has restarted with an empty tree.
+    /// Not seen since the connection to XenStore was made anew: absence of the directory proves nothing.
     pub unconfirmed: bool,
     /// Messages that the guest can cause.
     pub chatter: Bucket,
@@ -189,6 +189,11 @@ impl Device {
     pub fn changed(&mut self, view: &View) -> bool {
         let now = Some((view.own, view.frontend, view.ring));
         std::mem::replace(&mut self.shown, now) != now
+    }
+
+    /// Whether the tapdisk may hold the frontend's ring.
+    pub fn has_ring(&self) -> bool {
+        self.ring != Ring::Down
     }
 
     /// The ring to compare with what a frontend shows that claims to have connected anew.

@@ -1,1 +1,200 @@
+use super::*;
+use blkif::{DomId, VdevId};
+use mio::Poll;
+use tap_ctl::ControlDir;
+use tap_ctl::proto::{ImageSpec, RingEntry};
 
+use crate::features::Role;
+use crate::tapdisk::Links;
+
+const ID: DeviceId = DeviceId { domid: DomId(5), vdev: VdevId(51712) };
+
+/// Tickets as the connections give them, without a tapdisk.
+struct Tickets {
+    links: Links,
+    _folder: tempfile::TempDir,
+    _listener: std::os::unix::net::UnixListener,
+}
+
+impl Tickets {
+    fn new() -> Tickets {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = ControlDir::at(folder.path());
+        let listener = std::os::unix::net::UnixListener::bind(dir.control_socket(7)).unwrap();
+        let links = Links::new(Poll::new().unwrap().registry().try_clone().unwrap(), dir);
+        Tickets { links, _folder: folder, _listener: listener }
+    }
+
+    fn next(&mut self) -> Ticket {
+        self.links.send(7, &Request::List).unwrap()
+    }
+}
+
+fn backend(phase: Phase) -> Backend {
+    Backend {
+        own: Own::Is(phase),
+        online: true,
+        hotplug: true,
+        role: Role { writable: true, cdrom: false },
+        named: Named::Tapdisk(7, Minor(3)),
+        frontend: Ok(b"/local/domain/5/device/vbd/51712".to_vec()),
+    }
+}
+
+const CONNECTED: Frontend = Frontend::Is(XenbusState::Connected);
+
+fn device(phase: Phase) -> Device {
+    let mut device = Device::new(ID, 1, Instant::now());
+    device.observe(&backend(phase), CONNECTED);
+    device
+}
+
+fn entry(image: bool, rings: &[(u16, u32)]) -> Reply {
+    let image: Option<ImageSpec> = image.then(|| "vhd:/a".parse().unwrap());
+    let rings = rings.iter().map(|&(domid, vdev)| RingEntry { domid, vdev }).collect();
+    Reply::List { vbds: vec![VbdEntry { minor: Minor(3), state: 0, image, rings }] }
+}
+
+fn error(errno: Errno) -> Reply {
+    Reply::Error { errno: errno as i32, message: "words".into() }
+}
+
+fn params(port: u32) -> RingParams {
+    let queues = vec![tap_ctl::proto::QueueParams { ring_refs: vec![8], port }];
+    RingParams { domid: 5, vdev: 51712, protocol: "x86_64-abi".into(), queues, readonly: false }
+}
+
+fn tap_and_ring(device: &Device) -> (Tap, Ring) {
+    let view = device.view(&backend(Phase::Connected), CONNECTED, false);
+    (view.tap, view.ring)
+}
+
+#[test]
+fn a_device_found_in_operation_may_have_a_ring_and_a_new_one_has_none() {
+    for (phase, ring) in [
+        (Phase::Initialising, Ring::Down),
+        (Phase::InitWait, Ring::Unknown),
+        (Phase::Connected, Ring::Unknown),
+        (Phase::Closing, Ring::Unknown),
+        (Phase::Closed, Ring::Down),
+    ] {
+        assert_eq!(tap_and_ring(&device(phase)), (Tap::New, ring), "{phase:?}");
+    }
+    let mut unnamed = Device::new(ID, 1, Instant::now());
+    unnamed.observe(&Backend { named: Named::Nobody, ..backend(Phase::InitWait) }, CONNECTED);
+    assert_eq!(tap_and_ring(&unnamed), (Tap::Unnamed, Ring::Down));
+}
+
+#[test]
+fn the_tapdisks_list_tells_whether_an_unknown_ring_is_up() {
+    let mut tickets = Tickets::new();
+    for (rings, expected) in
+        [(&[(5, 51712)][..], Ring::Up), (&[(6, 51712), (5, 51728)], Ring::Down), (&[], Ring::Down)]
+    {
+        let mut device = device(Phase::Connected);
+        let ticket = tickets.next();
+        device.sent(ticket, Pending::List);
+        let follow = device.answered(ticket, entry(true, rings));
+        assert_eq!(follow, Some((Request::DiskInfo { minor: Minor(3) }, Pending::DiskInfo)));
+        assert_eq!(tap_and_ring(&device), (Tap::Asking, expected), "{rings:?}");
+    }
+}
+
+#[test]
+fn a_tapdisk_without_the_disk_is_lost() {
+    let mut tickets = Tickets::new();
+    for reply in [entry(false, &[]), Reply::List { vbds: Vec::new() }, error(Errno::EIO), Reply::Done] {
+        let mut device = device(Phase::InitWait);
+        let ticket = tickets.next();
+        device.sent(ticket, Pending::List);
+        assert_eq!(device.answered(ticket, reply.clone()), None);
+        assert_eq!(tap_and_ring(&device), (Tap::Lost, Ring::Down), "{reply:?}");
+    }
+}
+
+#[test]
+fn connecting_succeeds_fails_or_was_done_before() {
+    let mut tickets = Tickets::new();
+    for (reply, ring, problem) in [
+        (Reply::Done, Ring::Up, false),
+        (error(Errno::EALREADY), Ring::Up, false),
+        (error(Errno::EINVAL), Ring::Down, true),
+        (Reply::Pid { pid: 7 }, Ring::Down, true),
+    ] {
+        let mut device = device(Phase::InitWait);
+        let ticket = tickets.next();
+        device.sent(ticket, Pending::Connect(params(9)));
+        assert_eq!(tap_and_ring(&device).1, Ring::Busy);
+        device.answered(ticket, reply.clone());
+        let view = device.view(&backend(Phase::InitWait), CONNECTED, false);
+        assert_eq!((view.ring, view.problem, view.announced), (ring, problem, false), "{reply:?}");
+    }
+}
+
+#[test]
+fn every_answer_to_disconnect_means_down() {
+    let mut tickets = Tickets::new();
+    for reply in [Reply::Done, error(Errno::ENODEV), error(Errno::ENOENT), error(Errno::EIO)] {
+        let mut device = device(Phase::Connected);
+        let ticket = tickets.next();
+        device.sent(ticket, Pending::Disconnect);
+        device.answered(ticket, reply.clone());
+        assert_eq!(tap_and_ring(&device).1, Ring::Down, "{reply:?}");
+    }
+}
+
+#[test]
+fn an_answer_to_an_earlier_life_is_ignored() {
+    let mut tickets = Tickets::new();
+    let mut device = device(Phase::InitWait);
+    let (old, new) = (tickets.next(), tickets.next());
+    device.sent(old, Pending::Disconnect);
+    device.died(7, Problem::new(Errno::ENXIO, "ended"));
+    device.answered(old, Reply::Done);
+    assert_eq!(tap_and_ring(&device).0, Tap::Lost);
+    device.sent(new, Pending::Connect(params(9)));
+    device.answered(old, error(Errno::EIO));
+    assert_eq!(tap_and_ring(&device).1, Ring::Busy);
+}
+
+#[test]
+fn another_tapdisk_is_taken_only_after_the_ring_is_down() {
+    let mut tickets = Tickets::new();
+    let mut device = device(Phase::InitWait);
+    let ticket = tickets.next();
+    device.sent(ticket, Pending::Connect(params(9)));
+    let other = Backend { named: Named::Tapdisk(8, Minor(0)), ..backend(Phase::InitWait) };
+    device.observe(&other, CONNECTED);
+    assert_eq!(device.vbd(), Some(Vbd { pid: 7, minor: Minor(3) }));
+    device.answered(ticket, error(Errno::EINVAL));
+    device.observe(&other, CONNECTED);
+    assert_eq!(device.vbd(), Some(Vbd { pid: 8, minor: Minor(0) }));
+    assert!(!device.view(&other, CONNECTED, false).problem, "the trouble was the other tapdisk's");
+}
+
+#[test]
+fn only_the_death_of_its_own_tapdisk_concerns_a_device() {
+    let mut device = device(Phase::InitWait);
+    device.died(8, Problem::new(Errno::ENXIO, "ended"));
+    assert_eq!(tap_and_ring(&device).0, Tap::New);
+}
+
+#[test]
+fn a_failure_is_forgotten_when_the_frontend_closes_or_the_device_is_new() {
+    for (phase, state, kept) in [
+        (Phase::Closing, XenbusState::Initialised, true),
+        (Phase::Closing, XenbusState::Initialising, true),
+        (Phase::Closing, XenbusState::Closing, false),
+        (Phase::Closed, XenbusState::Closed, false),
+        (Phase::Initialising, XenbusState::Initialising, false),
+    ] {
+        let mut device = device(Phase::InitWait);
+        device.failed();
+        device.observe(&backend(phase), Frontend::Is(state));
+        assert_eq!(
+            device.view(&backend(phase), Frontend::Is(state), false).failed,
+            kept,
+            "{phase:?} {state}"
+        );
+    }
+}

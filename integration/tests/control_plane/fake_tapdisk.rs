@@ -1,0 +1,195 @@
+//! A tapdisk without disks: keeps books about rings, remembers what it was asked, fails and hangs on demand.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use tap_ctl::proto::{DiskInfo, Minor, Reply, Request, RingEntry, RingParams, VbdEntry};
+use tap_ctl::{ControlDir, frame};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy)]
+pub struct Vbd {
+    pub info: DiskInfo,
+}
+
+#[derive(Default)]
+struct State {
+    vbds: BTreeMap<u16, Vbd>,
+    rings: Vec<(u16, RingParams)>,
+    log: Vec<Request>,
+    refuse_connect: Option<Reply>,
+    hanging: bool,
+    dead: bool,
+    connections: Vec<UnixStream>,
+}
+
+pub struct FakeTapdisk {
+    pub pid: i32,
+    shared: Arc<(Mutex<State>, Condvar)>,
+}
+
+pub fn disk() -> DiskInfo {
+    DiskInfo { sectors: 2048, sector_size: 512, physical_sector_size: 4096, readonly: false }
+}
+
+impl FakeTapdisk {
+    pub fn start(dir: &ControlDir, pid: i32) -> FakeTapdisk {
+        dir.create().unwrap();
+        let listener = UnixListener::bind(dir.control_socket(pid)).unwrap();
+        let shared = Arc::new((Mutex::new(State::default()), Condvar::new()));
+        let served = Arc::clone(&shared);
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let mut state = served.0.lock().unwrap();
+                if state.dead {
+                    // The listener goes with this thread; its socket file stays, as after a crash.
+                    return;
+                }
+                state.connections.push(stream.try_clone().unwrap());
+                drop(state);
+                let served = Arc::clone(&served);
+                thread::spawn(move || converse(&stream, &served));
+            }
+        });
+        FakeTapdisk { pid, shared }
+    }
+
+    fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let value = change(&mut self.shared.0.lock().unwrap());
+        self.shared.1.notify_all();
+        value
+    }
+
+    /// Opens an image as `minor`.
+    pub fn open(&self, minor: u16, info: DiskInfo) {
+        self.with(|state| state.vbds.insert(minor, Vbd { info }));
+    }
+
+    /// Ends as a crash does.
+    pub fn crash(&self, dir: &ControlDir) {
+        self.with(|state| {
+            state.dead = true;
+            for connection in state.connections.drain(..) {
+                // It may have ended by itself.
+                let _ = connection.shutdown(Shutdown::Both);
+            }
+        });
+        // Wakes the listener's thread.
+        let _ = UnixStream::connect(dir.control_socket(self.pid));
+        self.with(|state| state.rings.clear());
+    }
+
+    /// Answers nothing until told otherwise.
+    pub fn hang(&self, hanging: bool) {
+        self.with(|state| state.hanging = hanging);
+    }
+
+    /// Answers every Connect with `reply`.
+    pub fn refuse_connect(&self, reply: Option<Reply>) {
+        self.with(|state| state.refuse_connect = reply);
+    }
+
+    /// Loses a ring without telling anybody.
+    pub fn lose_rings(&self) {
+        self.with(|state| state.rings.clear());
+    }
+
+    /// The rings being served.
+    pub fn rings(&self) -> Vec<RingParams> {
+        self.with(|state| state.rings.iter().map(|(_, ring)| ring.clone()).collect())
+    }
+
+    pub fn log(&self) -> Vec<Request> {
+        self.with(|state| state.log.clone())
+    }
+
+    /// How often a Connect was asked for.
+    pub fn connects(&self) -> usize {
+        self.log().iter().filter(|request| matches!(request, Request::Connect { .. })).count()
+    }
+
+    /// How often a Disconnect was asked for.
+    pub fn disconnects(&self) -> usize {
+        self.log().iter().filter(|request| matches!(request, Request::Disconnect { .. })).count()
+    }
+
+    /// Waits for a request.
+    pub fn wait_log(&self, what: &str, wanted: impl Fn(&[Request]) -> bool) {
+        let state = self.shared.0.lock().unwrap();
+        let (state, timeout) =
+            self.shared.1.wait_timeout_while(state, PATIENCE, |state| !wanted(&state.log)).unwrap();
+        assert!(!timeout.timed_out(), "tapdisk was not asked to {what}: {:?}", state.log);
+    }
+}
+
+fn converse(stream: &UnixStream, shared: &(Mutex<State>, Condvar)) {
+    let mut lines = BufReader::new(stream);
+    let mut line = String::new();
+    while lines.read_line(&mut line).unwrap_or(0) > 0 {
+        let request: Request = serde_json::from_str(&line).unwrap();
+        line.clear();
+        let mut state = shared.0.lock().unwrap();
+        state.log.push(request.clone());
+        shared.1.notify_all();
+        let mut state = shared.1.wait_while(state, |state| state.hanging && !state.dead).unwrap();
+        if state.dead {
+            return;
+        }
+        let reply = answer(&mut state, request);
+        drop(state);
+        let mut writer = stream;
+        if writer.write_all(&frame::encode(&reply).unwrap()).is_err() {
+            return;
+        }
+    }
+}
+
+fn refuse(errno: i32, message: &str) -> Reply {
+    Reply::Error { errno, message: message.to_owned() }
+}
+
+fn answer(state: &mut State, request: Request) -> Reply {
+    match request {
+        Request::List => {
+            let rings = |minor: u16| {
+                let of_minor = state.rings.iter().filter(move |(served, _)| *served == minor);
+                of_minor.map(|(_, ring)| RingEntry { domid: ring.domid, vdev: ring.vdev }).collect()
+            };
+            let entry = |minor: &u16| VbdEntry {
+                minor: Minor(*minor),
+                state: 0,
+                image: Some("vhd:/srv/x.vhd".parse().unwrap()),
+                rings: rings(*minor),
+            };
+            Reply::List { vbds: state.vbds.keys().map(entry).collect() }
+        }
+        Request::DiskInfo { minor } => match state.vbds.get(&minor.0) {
+            Some(vbd) => Reply::DiskInfo(vbd.info),
+            None => refuse(19, "no such minor"),
+        },
+        Request::Connect { minor, ring } => {
+            if let Some(reply) = &state.refuse_connect {
+                return reply.clone();
+            }
+            let same =
+                |(_, served): &(u16, RingParams)| (served.domid, served.vdev) == (ring.domid, ring.vdev);
+            if state.rings.iter().any(same) {
+                return refuse(114, "this device has a ring already");
+            }
+            state.rings.push((minor.0, ring));
+            Reply::Done
+        }
+        Request::Disconnect { domid, vdev, .. } => {
+            let before = state.rings.len();
+            state.rings.retain(|(_, ring)| (ring.domid, ring.vdev) != (domid, vdev));
+            if state.rings.len() < before { Reply::Done } else { refuse(19, "this device has no ring") }
+        }
+        other => panic!("xenio has no business asking {other:?}"),
+    }
+}

@@ -1,0 +1,11 @@
+//! The control plane against a simulated XenStore and a stand-in for tapdisk that speaks the real control protocol.
+//!
+//! The tests play the toolstack and the guest, and look at nothing but what those could see: XenStore, and what the
+//! tapdisk is asked.
+
+mod fake_tapdisk;
+mod hostile;
+mod lifecycle;
+mod removal;
+mod restart;
+mod rig;

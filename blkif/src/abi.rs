@@ -38,6 +38,18 @@ pub const MAX_RESPONSE_SIZE: usize = 16;
 /// Bytes of the ring header (`ring.h`: four counters and padding); entry 0 starts here.
 pub const HEADER_SIZE: usize = 64;
 
+/// Byte offsets of the counters in the ring header (`ring.h`, `DEFINE_RING_TYPES`); each is a `u32`.
+pub mod header {
+    /// Requests produced; the frontend's.
+    pub const REQ_PROD: usize = 0;
+    /// Where the backend wants to be notified; the backend's.
+    pub const REQ_EVENT: usize = 4;
+    /// Responses produced; the backend's.
+    pub const RSP_PROD: usize = 8;
+    /// Where the frontend wants to be notified; the frontend's.
+    pub const RSP_EVENT: usize = 12;
+}
+
 /// One data segment of a request: same layout in both ABIs.
 #[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]

@@ -16,18 +16,12 @@
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::abi::{Abi, HEADER_SIZE, MAX_ENTRY_SIZE, RingOrder};
+use crate::abi::{Abi, HEADER_SIZE, MAX_ENTRY_SIZE, RingOrder, header};
 use crate::indices::{AttachError, BackIndices, RingBroken, Words};
 use crate::request::RawRequest;
 use crate::response::{Response, Status};
 
 const WORD: usize = size_of::<u32>();
-
-// Byte offsets of the counters in the header (`ring.h`, `DEFINE_RING_TYPES`).
-const REQ_PROD: usize = 0;
-const REQ_EVENT: usize = 4;
-const RSP_PROD: usize = 8;
-const RSP_EVENT: usize = 12;
 
 /// The backend's end of a ring.
 ///
@@ -148,10 +142,10 @@ unsafe impl Send for RingMemory {}
 impl RingMemory {
     fn header(&self) -> Words<'_> {
         Words {
-            req_prod: self.word(REQ_PROD),
-            req_event: self.word(REQ_EVENT),
-            rsp_prod: self.word(RSP_PROD),
-            rsp_event: self.word(RSP_EVENT),
+            req_prod: self.word(header::REQ_PROD),
+            req_event: self.word(header::REQ_EVENT),
+            rsp_prod: self.word(header::RSP_PROD),
+            rsp_event: self.word(header::RSP_EVENT),
         }
     }
 

@@ -16,6 +16,7 @@
 use std::ptr::NonNull;
 
 use blkif::ids::PAGE_SIZE;
+use zerocopy::{Immutable, IntoBytes};
 
 use crate::{DomId, GrantRef};
 
@@ -48,7 +49,7 @@ const FLAG_SOURCE_GREF: u16 = 1;
 const FLAG_DEST_GREF: u16 = 2;
 
 /// One contiguous piece of a grant copy: at most one page, and not crossing the granted page's end.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Immutable, IntoBytes)]
 #[repr(C)]
 pub struct CopySegment {
     source: [u8; 8],

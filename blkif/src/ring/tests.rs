@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 
 use super::*;
+use crate::abi::header::{REQ_EVENT, REQ_PROD, RSP_EVENT, RSP_PROD};
 use crate::encode::{Draft, DraftSegment};
 use crate::ids::GrantRef;
 

@@ -66,7 +66,10 @@ impl DomainMemory {
     pub fn open(dir: &Path, dom: DomId) -> io::Result<DomainMemory> {
         let memory = SharedFile::open(&DomainMemory::path(dir, dom))?;
         if memory.size() < FIRST_FRAME * PAGE_SIZE {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("memory of domain {dom} is too short")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("memory of domain {dom} is too short"),
+            ));
         }
         Ok(DomainMemory { memory })
     }

@@ -22,7 +22,6 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use evtchn::{DomId, EventChannel, Port};
@@ -54,7 +53,7 @@ pub struct SimEvents {
 struct Channel {
     remote_dom: DomId,
     /// The other end's ports; unknown while nobody has bound the other end.
-    remote: RefCell<Option<Rc<PortTable>>>,
+    remote: RefCell<Option<PortTable>>,
 }
 
 impl SimEvents {
@@ -156,6 +155,9 @@ impl SimEvents {
 
     /// Ends a port of ours; the other end becomes bindable again.
     fn close(&self, local: Port, channel: &Channel) -> io::Result<()> {
+        if self.own_ports.owner(local) != self.device {
+            return Ok(());
+        }
         if self.own_ports.state(local) == Some(State::Bound) {
             let (dom, peer) = self.own_ports.remote(local);
             let ports = PortTable::open_or_create(&self.dir, channel.remote_dom)?;
@@ -177,7 +179,7 @@ impl AsFd for SimEvents {
 impl EventChannel for SimEvents {
     fn bind(&mut self, dom: DomId, remote: Port) -> io::Result<Port> {
         let guard = control_lock(&self.dir)?;
-        let ports = Rc::new(PortTable::open(&self.dir, dom).map_err(|_| Errno::EINVAL)?);
+        let ports = PortTable::open(&self.dir, dom).map_err(|_| Errno::EINVAL)?;
         if ports.state(remote).is_none() {
             return Err(Errno::EINVAL.into());
         }
@@ -240,7 +242,7 @@ impl EventChannel for SimEvents {
         let mut remote = channel.remote.borrow_mut();
         let ports = match &*remote {
             Some(ports) => ports,
-            None => &*remote.insert(Rc::new(PortTable::open(&self.dir, channel.remote_dom)?)),
+            None => remote.insert(PortTable::open(&self.dir, channel.remote_dom)?),
         };
         // The other end may just be going away: then this is a notification to nobody.
         let theirs = ports.state(peer) == Some(State::Bound) && ports.remote(peer) == (self.own, local);
@@ -281,11 +283,12 @@ fn write_port(mut queue: &File, port: Port) -> io::Result<()> {
 
 /// Excludes every other process and thread from binding and unbinding, until dropped.
 fn control_lock(dir: &Path) -> io::Result<Flock<File>> {
-    let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(dir.join("lock"))?;
+    let mut file =
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).open(dir.join("lock"))?;
     loop {
-        match Flock::lock(file.try_clone()?, FlockArg::LockExclusive) {
+        match Flock::lock(file, FlockArg::LockExclusive) {
             Ok(lock) => return Ok(lock),
-            Err((_, Errno::EINTR)) => {}
+            Err((again, Errno::EINTR)) => file = again,
             Err((_, errno)) => return Err(errno.into()),
         }
     }

@@ -91,7 +91,7 @@ impl SharedFile {
     /// If the bytes do not all lie in the file.
     pub fn read(&self, offset: usize, to: &mut [u8]) {
         let from = self.at(offset, to.len());
-        let to = NonNull::from_mut(to);
+        let to = NonNull::from(&mut *to);
         // SAFETY: `from` is inside the mapping; `to` is a live slice of this length, which no mapping overlaps.
         unsafe { from.copy_to_nonoverlapping(to.cast(), to.len()) };
     }
@@ -103,7 +103,7 @@ impl SharedFile {
     /// If the bytes do not all lie in the file.
     pub fn write(&self, offset: usize, from: &[u8]) {
         let to = self.at(offset, from.len());
-        let from = NonNull::from_ref(from);
+        let from = NonNull::from(from);
         // SAFETY: `to` is inside the mapping; `from` is a live slice of this length, which no mapping overlaps.
         unsafe { to.copy_from_nonoverlapping(from.cast(), from.len()) };
     }

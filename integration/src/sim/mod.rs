@@ -2,6 +2,8 @@
 
 pub mod domain;
 pub mod events;
+pub mod front_ring;
+pub mod frontend;
 pub mod grants;
 pub mod host;
 pub mod memory;

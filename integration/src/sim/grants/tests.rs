@@ -75,7 +75,9 @@ fn bad_references_fail_alone() {
     let table = bench.domain.grant(Frame(1), US, Access::ReadWrite);
     assert!(bench.read(readonly).is_okay());
     assert!(!bench.write(readonly).is_okay());
-    for bad in [foreign, revoked, outside, table, GrantRef(0), GrantRef(7), GrantRef(8191), GrantRef(u32::MAX)] {
+    for bad in
+        [foreign, revoked, outside, table, GrantRef(0), GrantRef(7), GrantRef(8191), GrantRef(u32::MAX)]
+    {
         assert!(!bench.read(bad).is_okay(), "{bad}");
         assert!(!bench.write(bad).is_okay(), "{bad}");
         assert_eq!(
@@ -121,8 +123,7 @@ fn domain_that_is_gone_is_a_bad_domain_and_its_number_can_come_back() {
     let mut local = [0; 16];
     let mut copy = || {
         let at = NonNull::from_mut(&mut local).cast();
-        let mut one =
-            [CopySegment::new(CopyDirection::FromGuest, GUEST, gref, 0, 16, at).unwrap()];
+        let mut one = [CopySegment::new(CopyDirection::FromGuest, GUEST, gref, 0, 16, at).unwrap()];
         // SAFETY: the local side outlives the call.
         unsafe { grants.copy(CopyDirection::FromGuest, &mut one) }.unwrap();
         one[0].status()

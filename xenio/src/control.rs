@@ -117,9 +117,22 @@ impl Control {
         self.devices.get(&id).filter(|device| device.generation == generation).map(|_| id)
     }
 
-    /// Whether any device of a domain is known.
-    pub fn knows(&self, domid: DomId) -> bool {
-        self.devices.keys().any(|id| id.domid == domid)
+    /// Whether a device is known.
+    pub fn knows(&self, id: DeviceId) -> bool {
+        self.devices.contains_key(&id)
+    }
+
+    /// Whether a device's `state` is what we wrote last, so that an event for it tells nothing new.
+    ///
+    /// # Errors
+    ///
+    /// Those of XenStore.
+    pub fn is_echo(&self, store: &mut Client, id: DeviceId) -> Result<bool, Error> {
+        let Some(written) = self.devices.get(&id).and_then(|device| device.written) else {
+            return Ok(false);
+        };
+        let own = input::optional(store, TxId::NONE, format!("{}/{}", self.paths.device(id), keys::STATE))?;
+        Ok(own.as_deref() == Some(written.state().as_str().as_bytes()))
     }
 
     /// Does what the readiness of a tapdisk's connection allows; gives the devices to look at.
@@ -273,7 +286,7 @@ impl Control {
 
     /// Publishes all that is known, with a state.
     fn write(
-        &self,
+        &mut self,
         store: &mut Client,
         id: DeviceId,
         look: &Look,
@@ -288,7 +301,7 @@ impl Control {
     }
 
     fn set_state(
-        &self,
+        &mut self,
         store: &mut Client,
         id: DeviceId,
         look: &Look,
@@ -297,11 +310,23 @@ impl Control {
         self.apply(store, id, look, Change { entries: Vec::new(), error: None, state: Some(state) })
     }
 
-    fn apply(&self, store: &mut Client, id: DeviceId, look: &Look, change: Change) -> Result<Outcome, Error> {
-        match look.view.own {
-            Own::Is(phase) => publish::apply(store, &self.place(id), phase, &change),
-            Own::Absent | Own::Odd => Ok(Outcome::Stale),
+    fn apply(
+        &mut self,
+        store: &mut Client,
+        id: DeviceId,
+        look: &Look,
+        change: Change,
+    ) -> Result<Outcome, Error> {
+        let Own::Is(phase) = look.view.own else {
+            return Ok(Outcome::Stale);
+        };
+        let outcome = publish::apply(store, &self.place(id), phase, &change)?;
+        if outcome == Outcome::Done
+            && let Some(state) = change.state
+        {
+            self.with(id, |device| device.written = Some(state));
         }
+        Ok(outcome)
     }
 
     fn connect(&mut self, store: &mut Client, id: DeviceId, look: &Look) -> Result<(), Error> {

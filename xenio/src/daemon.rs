@@ -1,8 +1,10 @@
 //! The event loop: one thread, nothing in it waits for a guest or a tapdisk.
 //!
 //! Events only mark devices; marked devices are evaluated once a turn, however many events there were. What a guest can
-//! cause by writing its own state is limited to 20 evaluations a second with bursts of 50 for each domain: enough for
-//! every frontend's life cycle, too little to keep others waiting.
+//! cause by writing its own state is limited to 20 evaluations a second with bursts of 50 for each of its devices, whose
+//! number the toolstack decides: enough for every frontend's life cycle, too little to keep others waiting. The same
+//! limit holds for what follows from it, or a guest could keep the machine turning by changing its mind whenever we
+//! have acted.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{self, ErrorKind};
@@ -25,9 +27,9 @@ use crate::tapdisk::{FIRST_TOKEN, Links};
 const STOP: Token = Token(0);
 const STORE: Token = Token(1);
 
-/// Limit of evaluations that a domain's guest can cause.
+/// Limit of evaluations that a guest can cause for a device: the time between two.
 const GUEST_INTERVAL: Duration = Duration::from_millis(50);
-/// The same, at once.
+/// How many may come at once.
 const GUEST_BURST: u32 = 50;
 /// A device that met an error of XenStore is looked at again after this time.
 const RETRY: Duration = Duration::from_secs(1);
@@ -86,6 +88,7 @@ pub fn run(config: &Config, stop: BorrowedFd<'_>) -> Result<(), RunError> {
         backoff: BACKOFF.0,
         dirty: BTreeSet::new(),
         stirred: BTreeSet::new(),
+        echoes: BTreeSet::new(),
         later: BTreeMap::new(),
         buckets: HashMap::new(),
     }
@@ -105,11 +108,13 @@ struct Daemon {
     backoff: Duration,
     /// Devices to look at.
     dirty: BTreeSet<DeviceId>,
-    /// Devices to look at because their guest wants it, at its domain's expense.
+    /// Devices to look at within the limit, because their guest may be behind it.
     stirred: BTreeSet<DeviceId>,
+    /// Devices whose `state` was written, perhaps by ourselves.
+    echoes: BTreeSet<DeviceId>,
     /// Devices to look at again later.
     later: BTreeMap<DeviceId, Instant>,
-    buckets: HashMap<DomId, Bucket>,
+    buckets: HashMap<DeviceId, Bucket>,
 }
 
 impl Daemon {
@@ -126,7 +131,7 @@ impl Daemon {
                 match event.token() {
                     STOP => return Ok(()),
                     STORE => self.store_ready = true,
-                    token if token.0 >= FIRST_TOKEN => self.dirty.extend(self.control.link_ready(token)),
+                    token if token.0 >= FIRST_TOKEN => self.stirred.extend(self.control.link_ready(token)),
                     _ => {}
                 }
             }
@@ -152,11 +157,12 @@ impl Daemon {
     }
 
     fn next_wake(&mut self, now: Instant) -> Option<Instant> {
-        let queued = self.store.is_some() && (self.store_ready || !self.dirty.is_empty());
+        let queued =
+            self.store.is_some() && (self.store_ready || !self.dirty.is_empty() || !self.echoes.is_empty());
         if queued {
             return Some(now);
         }
-        let refill = self.stirred.iter().filter_map(|id| self.buckets.get(&id.domid)).map(Bucket::next).min();
+        let refill = self.stirred.iter().map(|id| self.buckets.get(id).map_or(now, Bucket::next)).min();
         self.later.values().copied().chain(refill).min()
     }
 
@@ -212,6 +218,7 @@ impl Daemon {
                 Meaning::Scan(domid) => drop(scans.insert(domid)),
                 Meaning::Look(id) => drop(self.dirty.insert(id)),
                 Meaning::Stirred(id) => drop(self.stirred.insert(id)),
+                Meaning::Echo(id) => drop(self.echoes.insert(id)),
                 Meaning::Nothing => {}
             }
         }
@@ -230,8 +237,13 @@ impl Daemon {
         let due = |at: &Instant| *at <= now;
         self.dirty.extend(self.later.iter().filter(|(_, at)| due(at)).map(|(id, _)| *id));
         self.later.retain(|_, at| !due(at));
+        for id in std::mem::take(&mut self.echoes) {
+            if !self.dirty.contains(&id) && !self.control.is_echo(store, id)? {
+                self.dirty.insert(id);
+            }
+        }
         for id in &self.stirred {
-            let bucket = self.buckets.entry(id.domid);
+            let bucket = self.buckets.entry(*id);
             let bucket = bucket.or_insert_with(|| Bucket::new(GUEST_INTERVAL, GUEST_BURST, now));
             // A device that is looked at anyway costs its guest nothing.
             if !self.dirty.contains(id) && bucket.take(now).is_ok() {
@@ -242,7 +254,7 @@ impl Daemon {
             self.stirred.remove(&id);
             match self.control.evaluate(store, id) {
                 Ok(Rest::Yes) => {}
-                Ok(Rest::No) => drop(self.dirty.insert(id)),
+                Ok(Rest::No) => drop(self.stirred.insert(id)),
                 Err(error) if ends_connection(&error) => return Err(error),
                 Err(error) => {
                     log::warn!("device {id}: {error}; looking again in {} s", RETRY.as_secs());
@@ -250,7 +262,7 @@ impl Daemon {
                 }
             }
         }
-        self.buckets.retain(|domid, _| self.control.knows(*domid));
+        self.buckets.retain(|id, _| self.control.knows(*id));
         Ok(())
     }
 }
@@ -259,10 +271,12 @@ impl Daemon {
 enum Meaning {
     /// Find the devices of one domain, or all.
     Scan(Option<DomId>),
-    /// Look at a device: the toolstack, or we ourselves, changed something.
+    /// Look at a device: the toolstack changed something.
     Look(DeviceId),
     /// Look at a device: its guest changed its state.
     Stirred(DeviceId),
+    /// Look at a device if its state is not the one we wrote.
+    Echo(DeviceId),
     /// Nothing.
     Nothing,
 }
@@ -275,6 +289,7 @@ fn meaning(paths: &Paths, control: &Control, event: &WatchEvent) -> Meaning {
         Touched::Everything => Meaning::Scan(None),
         Touched::Domain(domid) => Meaning::Scan(Some(domid)),
         Touched::Device(id) => Meaning::Look(id),
+        Touched::State(id) => Meaning::Echo(id),
         Touched::Nothing => Meaning::Nothing,
     }
 }

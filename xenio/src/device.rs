@@ -58,6 +58,8 @@ pub struct Device {
     pub unconfirmed: bool,
     /// Messages that the guest can cause.
     pub chatter: Bucket,
+    /// The state that was last written for it.
+    pub written: Option<Phase>,
     /// An `error` node of ours may exist.
     pub reported: bool,
     seen: bool,
@@ -83,6 +85,7 @@ impl Device {
             watched: None,
             unconfirmed: false,
             chatter: Bucket::new(Duration::from_secs(1), 10, now),
+            written: None,
             reported: false,
             seen: false,
             vbd: None,

@@ -33,13 +33,14 @@ pub enum Touched {
     Domain(DomId),
     /// A device's directory, or a key in it that matters.
     Device(DeviceId),
+    /// A device's `state`, which we write ourselves and the toolstack may write as well.
+    State(DeviceId),
     /// Nothing that a decision depends on.
     Nothing,
 }
 
 /// Keys of a backend directory whose change calls for a decision. The others we write ourselves or never read.
-const WATCHED_KEYS: [&str; 8] = [
-    blkif::keys::STATE,
+const WATCHED_KEYS: [&str; 7] = [
     blkif::keys::FRONTEND,
     blkif::keys::FRONTEND_ID,
     blkif::keys::ONLINE,
@@ -111,10 +112,12 @@ impl Paths {
         let Some(vdev) = self::vdev(vdev) else {
             return Touched::Nothing;
         };
+        let id = DeviceId { domid, vdev };
         let matters = |key: &[u8]| WATCHED_KEYS.iter().any(|watched| watched.as_bytes() == key);
         match (components.next(), components.next()) {
-            (None, _) => Touched::Device(DeviceId { domid, vdev }),
-            (Some(key), None) if matters(key) => Touched::Device(DeviceId { domid, vdev }),
+            (None, _) => Touched::Device(id),
+            (Some(key), None) if key == blkif::keys::STATE.as_bytes() => Touched::State(id),
+            (Some(key), None) if matters(key) => Touched::Device(id),
             _ => Touched::Nothing,
         }
     }
@@ -142,7 +145,8 @@ mod tests {
             ("backend/vbd3", Touched::Everything),
             ("backend/vbd3/5", Touched::Domain(DomId(5))),
             ("backend/vbd3/5/51712", Touched::Device(id)),
-            ("backend/vbd3/5/51712/state", Touched::Device(id)),
+            ("backend/vbd3/5/51712/state", Touched::State(id)),
+            ("backend/vbd3/5/51712/hotplug-status", Touched::Device(id)),
             ("backend/vbd3/5/51712/sectors", Touched::Nothing),
             ("backend/vbd3/5/51712/state/x", Touched::Nothing),
             ("backend/vbd3/05/51712/state", Touched::Nothing),

@@ -7,11 +7,16 @@ PASSED=0
 FAILED=0
 QEMU_PID=
 
+# One run at a time: the next one may replace the images.
+lock_cache() {
+    mkdir -p "$CACHE"
+    exec {LOCK}>"$CACHE/lock"
+    flock --nonblock "$LOCK" || die "another testbed is running with $CACHE"
+}
+
 # prepare_machine SCENARIO...: the folders that dom0 mounts: what it runs (read-only) and where its logs go.
 prepare_machine() {
     local program
-    exec {LOCK}>"$CACHE/lock"
-    flock --nonblock "$LOCK" || die "another testbed is running with $CACHE"
     rm -rf "$PAYLOAD" "$LOGS"
     mkdir -p "$PAYLOAD/bin" "$LOGS"
     cp -r "$HERE/dom0" "$HERE/scenarios" "$PAYLOAD/"

@@ -74,10 +74,12 @@ main() {
     done
     mapfile -t names < <(choose "${names[@]}")
     "$HERE/deps.sh"
+    lock_cache
     build_images
     prepare_machine "${names[@]}"
     run_machine "${names[@]}"
     report "$keep"
 }
 
-main "$@"
+# One line, so that bash has read it all when the file changes during a run.
+main "$@"; exit

@@ -57,6 +57,18 @@ assert_nothing_left() {
     within 5 "left behind: $(leftovers | tr '\n' ' ')" nothing_left
 }
 
+# --- disks: what goes into "disk = [...]" ---
+
+# vhd VDEV FILE-IN-WORK [ro]
+vhd() {
+    echo "backendtype=tap,format=vhd,vdev=$1,access=${3:-rw},target=$WORK/$2"
+}
+
+# raw VDEV PATH [ro]
+raw() {
+    echo "backendtype=tap,format=raw,vdev=$1,access=${3:-rw},target=$2"
+}
+
 # --- guests ---
 
 # guest NAME TYPE DISK... <<JOB: writes NAME.cfg for a guest (pv or pvh) that runs the job, a shell script, and powers off.
@@ -117,16 +129,22 @@ says() {
     grep -a -q -E "$2" "$CONSOLES/guest-$1.log" 2>/dev/null
 }
 
+said() {
+    grep -a -m 1 -E "$2" "$CONSOLES/guest-$1.log" | tr -d '\r'
+}
+
+GUEST_TROUBLE='GUEST FAILED|Kernel panic'
+
 # wait_console NAME REGEX SECONDS
 wait_console() {
     local ends
     ends=$((SECONDS + $3))
     until says "$1" "$2"; do
-        ! says "$1" 'GUEST FAILED|Kernel panic' || says "$1" "$2" || fail "guest $1: $(grep -a -m 1 -E 'GUEST FAILED|Kernel panic' "$CONSOLES/guest-$1.log" | tr -d '\r')"
+        ! says "$1" "$GUEST_TROUBLE" || fail "guest $1: $(said "$1" "$GUEST_TROUBLE")"
         [ $SECONDS -lt $ends ] || fail "guest $1 did not say '$2' within $3 s"
         read -r -t 0.1 <> <(:) || true
     done
-    step "guest $1 said: $(grep -a -m 1 -E "$2" "$CONSOLES/guest-$1.log" | tr -d '\r')"
+    step "guest $1 said: $(said "$1" "$2")"
 }
 
 gone() {
@@ -146,7 +164,8 @@ raw_of() {
     qemu-img convert -f vpc -O raw "$1" "$2"
 }
 
-raw_of_chain() {
+# read_chain RAW LEAF PARENT...
+read_chain() {
     python3 /testbed/dom0/read-chain.py "$@"
 }
 

@@ -124,3 +124,30 @@ impl FrontRing {
         domain.read(self.frame, offset, bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use blkif::DomId;
+    use blkif::encode::Draft;
+
+    use super::*;
+
+    #[test]
+    fn response_that_comes_in_before_the_event_is_armed_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut domain = SimDomain::create(dir.path(), DomId(1), 4).unwrap();
+        let mut ring = FrontRing::create(&mut domain, Abi::X86_64, RingOrder::default(), u32::MAX);
+        ring.put(&domain, &Draft::new(0, 7, 0, &[]).encode(Abi::X86_64));
+        assert!(ring.push(&domain));
+        assert!(!ring.push(&domain), "nothing new");
+        assert_eq!(ring.take(&domain), None);
+        let response = Response { id: 7, op: 0, status: 0 };
+        ring.poke(&domain, ring.entry_offset(u32::MAX), &response.encode());
+        ring.word(&domain, header::RSP_PROD).store(0, Ordering::Release);
+        assert!(ring.arm(&domain), "the response was there already");
+        assert_eq!(ring.take(&domain), Some(response));
+        assert!(!ring.arm(&domain));
+        assert_eq!(ring.word(&domain, header::RSP_EVENT).load(Ordering::Relaxed), 1);
+        assert_eq!(ring.free_slots(), 32);
+    }
+}

@@ -212,23 +212,28 @@ impl Daemon {
         if self.store_ready {
             self.store_ready = store.poll_events()? > 0;
         }
-        let mut scans = BTreeSet::new();
-        while let Some(event) = store.next_event() {
-            match meaning(&self.paths, &self.control, &event) {
-                Meaning::Scan(domid) => drop(scans.insert(domid)),
-                Meaning::Look(id) => drop(self.dirty.insert(id)),
-                Meaning::Stirred(id) => drop(self.stirred.insert(id)),
-                Meaning::Echo(id) => drop(self.echoes.insert(id)),
-                Meaning::Nothing => {}
+        loop {
+            let mut scans = BTreeSet::new();
+            while let Some(event) = store.next_event() {
+                match meaning(&self.paths, &self.control, &event) {
+                    Meaning::Scan(domid) => drop(scans.insert(domid)),
+                    Meaning::Look(id) => drop(self.dirty.insert(id)),
+                    Meaning::Stirred(id) => drop(self.stirred.insert(id)),
+                    Meaning::Echo(id) => drop(self.echoes.insert(id)),
+                    Meaning::Nothing => {}
+                }
             }
+            if scans.contains(&None) {
+                scans.retain(Option::is_none);
+            }
+            if scans.is_empty() {
+                return Ok(());
+            }
+            for only in scans {
+                self.dirty.extend(self.control.scan(store, only)?);
+            }
+            // Scanning made requests, which may have taken in more events.
         }
-        if scans.contains(&None) {
-            scans.retain(Option::is_none);
-        }
-        for only in scans {
-            self.dirty.extend(self.control.scan(store, only)?);
-        }
-        Ok(())
     }
 
     /// Looks at every marked device whose turn it is.

@@ -105,6 +105,14 @@ impl FakeTapdisk {
         self.with(|state| state.rings.iter().map(|(_, ring)| ring.clone()).collect())
     }
 
+    /// Waits until so many rings are served.
+    pub fn wait_rings(&self, count: usize) {
+        let state = self.shared.0.lock().unwrap();
+        let (state, timeout) =
+            self.shared.1.wait_timeout_while(state, PATIENCE, |state| state.rings.len() != count).unwrap();
+        assert!(!timeout.timed_out(), "expected {count} rings: {:?}", state.rings);
+    }
+
     pub fn log(&self) -> Vec<Request> {
         self.with(|state| state.log.clone())
     }
@@ -143,6 +151,7 @@ fn converse(stream: &UnixStream, shared: &(Mutex<State>, Condvar)) {
         }
         let reply = answer(&mut state, request);
         drop(state);
+        shared.1.notify_all();
         let mut writer = stream;
         if writer.write_all(&frame::encode(&reply).unwrap()).is_err() {
             return;

@@ -3,12 +3,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tap_ctl::Reply;
-use xenstore::{Client, TxId};
+use xenstore::TxId;
 
-use crate::rig::{DISK, Disk, PATIENCE, Rig};
+use crate::rig::{DISK, Disk, Rig};
 
 const OTHER: Disk = Disk { domid: 6, vdev: 51712 };
 
@@ -67,8 +67,8 @@ fn h41_a_guest_that_changes_its_state_without_end_is_bounded_and_does_not_hold_u
         for domid in 6..16 {
             rig.connected(Disk { domid, vdev: 51712 });
         }
-        // Long enough for the initial burst to be over.
-        while rig.tapdisk.connects() + rig.tapdisk.disconnects() < 60 && start.elapsed() < PATIENCE {
+        // Long enough to tell the limit from the initial burst.
+        while start.elapsed() < Duration::from_secs(2) {
             rig.settle();
         }
         stop.store(true, Ordering::Relaxed);
@@ -79,8 +79,8 @@ fn h41_a_guest_that_changes_its_state_without_end_is_bounded_and_does_not_hold_u
     assert!(asked as u128 <= allowed, "{asked} requests, {allowed} allowed, {writes} writes");
     assert!(u128::from(writes) > 4 * allowed, "{writes} writes are no storm");
     rig.guest(DISK, "state", "6");
+    rig.tapdisk.wait_rings(10);
     rig.wait_state(DISK, "6");
-    assert_eq!(rig.tapdisk.rings().len(), 10);
 }
 
 #[test]
@@ -238,42 +238,24 @@ fn h51_a_domain_that_dies_in_the_middle_is_disconnected() {
 #[test]
 fn h52_a_directory_removed_while_a_state_is_being_written_stays_removed() {
     let rig = Rig::new();
-    for held in 1..=12 {
+    for requests in 0..32 {
         rig.add(DISK);
         rig.wait_state(DISK, "2");
         rig.settle();
-        // Stops xenio at its next requests one after the other: somewhere between its look and its write.
+        // Lets xenio get so many requests far on its way to writing Closed, and takes the directory away there.
         rig.store.hold_requests();
         rig.guest(DISK, "state", "6");
-        assert!(rig.store.wait_held(1, PATIENCE));
-        rig.store.release_requests();
-        for _ in 0..held {
-            thread::yield_now();
+        for _ in 0..requests {
+            if !rig.store.wait_held(1, Duration::from_millis(20)) {
+                break;
+            }
+            rig.store.release_requests();
+            rig.store.hold_requests();
         }
         rig.store.rm(&DISK.backend());
+        rig.store.release_requests();
         rig.settle();
-        assert!(!rig.store.exists(&DISK.backend()), "after {held}");
+        assert!(!rig.store.exists(&DISK.backend()), "after {requests} requests");
         rig.store.rm(&DISK.frontend());
-    }
-}
-
-#[test]
-fn a_toolstack_that_changes_the_state_under_a_decision_is_not_overwritten() {
-    let rig = Rig::new();
-    rig.connected(DISK);
-    rig.settle();
-    for _ in 0..20 {
-        let mut toolstack = Client::connect_to(&rig.store.socket()).unwrap();
-        rig.guest(DISK, "state", "5");
-        toolstack.write(TxId::NONE, DISK.back("state"), "5").unwrap();
-        rig.settle();
-        assert_eq!(rig.value(&DISK.back("state")).as_deref(), Some("5"));
-        rig.guest(DISK, "state", "6");
-        rig.wait_state(DISK, "6");
-        rig.guest(DISK, "state", "1");
-        rig.wait_state(DISK, "2");
-        rig.offer_ring(DISK);
-        rig.wait_state(DISK, "4");
-        rig.guest(DISK, "state", "4");
     }
 }

@@ -6,6 +6,7 @@
 mod fake_tapdisk;
 mod hostile;
 mod lifecycle;
+mod publishing;
 mod removal;
 mod restart;
 mod rig;

@@ -51,6 +51,16 @@ fn the_toolstacks_closing_without_a_live_frontend_ends_closed() {
 }
 
 #[test]
+fn a_closing_that_the_toolstack_writes_alone_is_noticed() {
+    let rig = Rig::new();
+    rig.add(DISK);
+    rig.wait_state(DISK, "2");
+    rig.settle();
+    rig.store.write(&DISK.back("state"), "5");
+    rig.wait_state(DISK, "6");
+}
+
+#[test]
 fn a_removal_before_the_device_was_ever_seen_ends_closed() {
     let mut rig = Rig::without_xenio();
     rig.add(DISK);

@@ -97,13 +97,17 @@ impl Rig {
 
     fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
-        command.env(VARIABLE, self.host.dir()).env("XENSTORED_PATH", self.store.socket()).stdin(Stdio::null());
+        command
+            .env(VARIABLE, self.host.dir())
+            .env("XENSTORED_PATH", self.store.socket())
+            .stdin(Stdio::null());
         command
     }
 
     /// Starts xenio in the foreground, its words going to `xenio.log` in the host's folder.
     pub fn start_xenio(&mut self) {
-        let log = std::fs::File::options().create(true).append(true).open(self.path("xenio.log")).expect("a log");
+        let log =
+            std::fs::File::options().create(true).append(true).open(self.path("xenio.log")).expect("a log");
         let mut command = self.command(&self.programs.xenio);
         command.arg("-D").stdout(log.try_clone().expect("a descriptor")).stderr(log);
         self.xenio = Some(command.spawn().expect("xenio-sim starts"));
@@ -128,7 +132,11 @@ impl Rig {
     pub fn tap_ctl(&self, args: &[&str]) -> Outcome {
         let output = self.command(&self.programs.tap_ctl).args(args).output().expect("tap-ctl-sim starts");
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
-        Outcome { code: output.status.code().unwrap_or(-1), out: text(&output.stdout), err: text(&output.stderr) }
+        Outcome {
+            code: output.status.code().unwrap_or(-1),
+            out: text(&output.stdout),
+            err: text(&output.stderr),
+        }
     }
 
     fn tap_ctl_ok(&self, args: &[&str]) -> Result<String, String> {
@@ -142,7 +150,8 @@ impl Rig {
     ///
     /// When it does not within [`PATIENCE`], with xenio's log.
     pub fn wait_value(&self, path: &str, value: &str) {
-        let reached = self.store.wait_for(path, PATIENCE, |found| found.is_some_and(|found| found == value.as_bytes()));
+        let reached =
+            self.store.wait_for(path, PATIENCE, |found| found.is_some_and(|found| found == value.as_bytes()));
         let found = self.store.read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         assert!(reached, "{path} is {found:?}, not {value:?}; xenio said:\n{}", self.xenio_log());
     }
@@ -210,7 +219,8 @@ impl Rig {
         device.pid = pid.parse().map_err(|error| format!("spawn printed {pid:?}: {error}"))?;
         device.minor = Minor(minor.parse().map_err(|error| format!("allocate printed {marker:?}: {error}"))?);
         let path = self.host.control().vbd_path(device.pid, device.minor);
-        self.store.write(&format!("{}/physical-device-path", device.backend), path.to_string_lossy().as_bytes());
+        self.store
+            .write(&format!("{}/physical-device-path", device.backend), path.to_string_lossy().as_bytes());
         self.store.write(&format!("{}/hotplug-status", device.backend), "connected");
         Ok(device)
     }
@@ -264,7 +274,10 @@ impl Drop for Rig {
             let pid = name.to_str().and_then(|name| name.strip_prefix("ctl")?.parse().ok());
             if let Some(pid) = pid {
                 // ESRCH: it has ended by itself.
-                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
             }
         }
     }

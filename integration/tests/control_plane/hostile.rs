@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tap_ctl::Reply;
-use xenstore::TxId;
+use xenstore::{Access, Permission, TxId};
 
 use crate::rig::{DISK, Disk, Rig};
 
@@ -192,6 +192,34 @@ fn h49_a_guest_that_removes_its_directory_loses_its_disk_and_may_begin_anew() {
     rig.offer_ring(DISK);
     rig.wait_state(DISK, "4");
     assert_eq!(rig.tapdisk.rings().len(), 1);
+}
+
+#[test]
+fn h49_a_guest_that_denies_a_driver_domain_its_keys_loses_its_disk() {
+    let mut rig = Rig::without_xenio();
+    rig.move_to_domain(3);
+    let backend = "/local/domain/3/backend/vbd3/5/51712";
+    let (driver, guest) = (|access| Permission::new(3, access), |access| Permission::new(5, access));
+    for path in ["/local/domain/3", "/local/domain/3/backend", "/local/domain/3/backend/vbd3", backend] {
+        rig.store.mkdir(path);
+        rig.store.set_perms(path, &[driver(Access::None), guest(Access::Read)]);
+    }
+    rig.store.mkdir(&DISK.frontend());
+    rig.store.set_perms(&DISK.frontend(), &[guest(Access::None), driver(Access::Read)]);
+    rig.guest(DISK, "state", "1");
+    rig.store.write("/local/domain/3/domid", "3");
+    for (key, value) in [("frontend-id", "5"), ("online", "1"), ("mode", "w"), ("state", "1")] {
+        rig.store.write(&format!("{backend}/{key}"), value);
+    }
+    rig.store.write(&format!("{backend}/frontend"), DISK.frontend());
+    for key in ["state", "frontend", "frontend-id", "online", "mode"] {
+        rig.store.set_perms(&format!("{backend}/{key}"), &[driver(Access::None), guest(Access::Read)]);
+    }
+    rig.start_xenio();
+    rig.wait(&format!("{backend}/state"), "2");
+    assert!(rig.is_published(&format!("{backend}/max-ring-page-order"), 3, 5));
+    rig.store.set_perms(&DISK.front("state"), &[guest(Access::None)]);
+    rig.wait(&format!("{backend}/state"), "6");
 }
 
 #[test]

@@ -48,6 +48,8 @@ struct Client {
     out: Vec<u8>,
     /// A request is being carried out: the next one waits, unread.
     busy: bool,
+    /// It sends nothing any more, but still gets its answer.
+    ended: bool,
 }
 
 /// The control server of one tapdisk.
@@ -161,8 +163,10 @@ impl<X: Xen> Server<X> {
             let token = Token(self.next_token);
             self.next_token += 1;
             self.poll.registry().register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
-            self.clients
-                .insert(token, Client { stream, decoder: Decoder::default(), out: Vec::new(), busy: false });
+            self.clients.insert(
+                token,
+                Client { stream, decoder: Decoder::default(), out: Vec::new(), busy: false, ended: false },
+            );
         }
         Ok(())
     }
@@ -190,11 +194,9 @@ impl<X: Xen> Server<X> {
                 Err(_) => break true,
             }
         };
+        client.ended |= ended;
         self.next_requests(token);
         self.flush_client(token);
-        if ended {
-            self.drop_client(token);
-        }
     }
 
     fn next_requests(&mut self, token: Token) {
@@ -236,6 +238,9 @@ impl<X: Xen> Server<X> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => return self.drop_client(token),
             }
+        }
+        if client.ended && !client.busy {
+            self.drop_client(token);
         }
     }
 

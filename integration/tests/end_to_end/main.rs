@@ -1,0 +1,3 @@
+//! The real programs on a simulated host.
+
+mod control;

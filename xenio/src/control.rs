@@ -260,14 +260,14 @@ impl Control {
                 let state = (!told).then_some(Phase::Connected);
                 if self.write(store, id, look, state)? == Outcome::Done {
                     self.with(id, Device::announced);
-                    log::info!("device {id}: connected");
+                    self.say(id, "connected");
                 }
             }
             Action::Closing => drop(self.set_state(store, id, look, Phase::Closing)?),
             Action::Closed => {
                 if self.set_state(store, id, look, Phase::Closed)? == Outcome::Done {
                     self.with(id, Device::settled);
-                    log::info!("device {id}: closed");
+                    self.say(id, "closed");
                 }
             }
         }
@@ -277,6 +277,13 @@ impl Control {
     fn with(&mut self, id: DeviceId, change: impl FnOnce(&mut Device)) {
         if let Some(device) = self.devices.get_mut(&id) {
             change(device);
+        }
+    }
+
+    /// Logs a step that a guest can bring about as often as it likes.
+    fn say(&mut self, id: DeviceId, words: &str) {
+        if self.devices.get_mut(&id).is_some_and(|device| device.chatter.take(Instant::now()).is_ok()) {
+            log::info!("device {id}: {words}");
         }
     }
 

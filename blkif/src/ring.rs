@@ -4,7 +4,7 @@
 //!
 //! - `base` points to `order.bytes()` bytes, valid for as long as the [`BackRing`] lives, page aligned
 //!   ([`BackRing::attach`]'s contract).
-//! - Every access goes through [`RingMemory::word`]: an aligned 32-bit atomic inside those bytes. No reference to the
+//! - Every access goes through `RingMemory::word`: an aligned 32-bit atomic inside those bytes. No reference to the
 //!   memory other than to such an atomic ever exists, so a concurrent writer in another domain causes no undefined
 //!   behaviour, only values that mean nothing.
 //! - Each word of an entry is loaded exactly once, into private memory. The compiler may neither repeat nor merge

@@ -72,7 +72,7 @@ impl GntDev {
 
     fn copy_raw(&self, segments: &mut [CopySegment]) -> io::Result<()> {
         let count = count(segments.len())?;
-        let mut argument = ioctl::Copy { count, segments: segments.as_mut_ptr() };
+        let mut argument = ioctl::GrantCopy { count, segments: segments.as_mut_ptr() };
         // SAFETY: the argument is of the ioctl's layout and names `count` live segments, which have the kernel's layout
         // (copy.rs). That the segments' own addresses are valid is the promise of `Grants::copy`'s caller.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::GRANT_COPY, &raw mut argument) };

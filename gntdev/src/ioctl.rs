@@ -13,8 +13,8 @@ const fn number(kind: u8, nr: u8, argument_size: usize) -> libc::Ioctl {
 pub const MAP_GRANT_REF: libc::Ioctl = number(b'G', 0, size_of::<MapHeader>() + size_of::<MapRef>());
 /// Forgets grant references; `munmap` comes first. The argument is an [`Unmap`].
 pub const UNMAP_GRANT_REF: libc::Ioctl = number(b'G', 1, size_of::<Unmap>());
-/// Copies to and from granted pages. The argument is a [`Copy`].
-pub const GRANT_COPY: libc::Ioctl = number(b'G', 8, size_of::<Copy>());
+/// Copies to and from granted pages. The argument is a [`GrantCopy`].
+pub const GRANT_COPY: libc::Ioctl = number(b'G', 8, size_of::<GrantCopy>());
 
 /// The fixed part of `struct ioctl_gntdev_map_grant_ref`.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +53,7 @@ pub struct Unmap {
 /// `struct ioctl_gntdev_grant_copy`.
 #[derive(Debug)]
 #[repr(C)]
-pub struct Copy {
+pub struct GrantCopy {
     /// Number of segments.
     pub count: libc::c_uint,
     /// The first of them.

@@ -136,7 +136,7 @@ fn grant_device_is_the_headers() {
     headers.check("gntdev_ref_domid", offset_of!(gntdev::ioctl::MapRef, domid));
     headers.check("gntdev_ref_ref", offset_of!(gntdev::ioctl::MapRef, gref));
     headers.check("gntdev_unmap_count", offset_of!(gntdev::ioctl::Unmap, count));
-    headers.check("gntdev_copy_segments", offset_of!(gntdev::ioctl::Copy, segments));
+    headers.check("gntdev_copy_segments", offset_of!(gntdev::ioctl::GrantCopy, segments));
     let local = NonNull::without_provenance(0x7788.try_into().unwrap());
     for (name, direction) in
         [("copy_from_guest", CopyDirection::FromGuest), ("copy_to_guest", CopyDirection::ToGuest)]

@@ -4,7 +4,7 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `dom<N>.ports` | the ports of a domain (see [`ports`]) |
+//! | `dom<N>.ports` | the ports of a domain (see `ports.rs`) |
 //! | `events.<pid>.<n>` | one open device: a FIFO of fired ports, locked by its owner |
 //! | `lock` | held while ports are bound and unbound |
 //!

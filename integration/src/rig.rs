@@ -11,6 +11,7 @@ use tap_ctl::proto::Minor;
 use tempfile::TempDir;
 use xenstore::{Access, Permission};
 
+use crate::sim::frontend::Frontend;
 use crate::sim::host::{SimHost, VARIABLE};
 use crate::sim::store::SimStore;
 
@@ -223,6 +224,25 @@ impl Rig {
             .write(&format!("{}/physical-device-path", device.backend), path.to_string_lossy().as_bytes());
         self.store.write(&format!("{}/hotplug-status", device.backend), "connected");
         Ok(device)
+    }
+
+    /// The guest's side of connecting, as Linux does it: keys and state 3, wait for the backend's 4, state 4.
+    pub fn connect(&self, device: &Device, frontend: &Frontend) {
+        let state = format!("{}/state", device.frontend);
+        let mut values = frontend.keys();
+        values.iter_mut().for_each(|(key, _)| *key = format!("{}/{key}", device.frontend));
+        values.push((state.clone(), "3".into()));
+        let values: Vec<(&str, &str)> =
+            values.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        self.store.write_all(&values);
+        self.wait_value(&format!("{}/state", device.backend), "4");
+        self.store.write(&state, "4");
+    }
+
+    /// The guest's side of a cooperative removal: answers the backend's 5 with 6.
+    pub fn close_frontend(&self, device: &Device) {
+        self.wait_value(&format!("{}/state", device.backend), "5");
+        self.store.write(&format!("{}/state", device.frontend), "6");
     }
 
     /// The toolstack's side of taking a disk away from a guest that cooperates, or of destroying the guest.

@@ -1,9 +1,7 @@
 //! The VBDs of a tapdisk: which minors it has charge of, and what is open on each.
 
-use std::fs::OpenOptions;
-
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use tap_ctl::minors::{Claim, claim};
 use tap_ctl::proto::{DiskInfo, ImageSpec, Minor, VbdEntry};
 use tap_ctl::{ControlDir, Reply};
 
@@ -28,8 +26,8 @@ pub struct Open {
 pub struct Vbd {
     /// The minor.
     pub minor: Minor,
-    /// The marker's lock tells `tap-ctl free` that the minor is in use; the kernel gives it up with the process.
-    _marker: Flock<std::fs::File>,
+    /// Tells `tap-ctl free` that the minor is in use; the kernel gives it up with the process.
+    _claim: Claim,
     /// What is open.
     pub open: Option<Open>,
     closed_before: bool,
@@ -38,18 +36,10 @@ pub struct Vbd {
 impl Vbd {
     /// Takes charge of a minor whose marker `tap-ctl allocate` has made.
     pub fn attach(dir: &ControlDir, minor: Minor) -> Result<Vbd, Reply> {
-        let path = dir.marker(minor);
-        let refuse = |errno: Errno, message: String| Reply::Error { errno: errno as i32, message };
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| {
-            refuse(Errno::EINVAL, format!("minor {minor} is not allocated: {}: {e}", path.display()))
-        })?;
-        let marker = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-            refuse(
-                Errno::EINVAL,
-                format!("minor {minor} is served by another tapdisk: {}: {errno}", path.display()),
-            )
-        })?;
-        Ok(Vbd { minor, _marker: marker, open: None, closed_before: false })
+        // EINVAL whatever the reason: the exit code that XenServer's tap-ctl gives for a failed attach.
+        let claim = claim(dir, minor)
+            .map_err(|error| Reply::Error { errno: Errno::EINVAL as i32, message: error.to_string() })?;
+        Ok(Vbd { minor, _claim: claim, open: None, closed_before: false })
     }
 
     /// The image was closed.

@@ -293,3 +293,6 @@ fn data_len(request: &Request) -> usize {
         RequestKind::Flush => 0,
     }
 }
+
+#[cfg(test)]
+mod tests;

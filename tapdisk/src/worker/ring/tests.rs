@@ -1,0 +1,202 @@
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use blkif::abi::{HEADER_SIZE, header, op};
+use blkif::encode::{Draft, DraftSegment};
+use blkif::{Abi, GrantRef, RingOrder};
+
+use super::*;
+use crate::executor::Executor;
+
+/// A page that the test, as the guest, shares with the ring.
+#[repr(align(4096))]
+struct Page([AtomicU32; 1024]);
+
+struct TestMap(Rc<Page>);
+
+impl GrantMap for TestMap {
+    fn as_ptr(&self) -> NonNull<u8> {
+        NonNull::from(&self.0.0).cast()
+    }
+
+    fn len(&self) -> usize {
+        4096
+    }
+}
+
+struct Guest {
+    page: Rc<Page>,
+    produced: u32,
+}
+
+impl Guest {
+    fn word(&self, offset: usize) -> &AtomicU32 {
+        &self.page.0[offset / 4]
+    }
+
+    /// Puts a request with `segments` whole pages on the ring.
+    fn push(&mut self, op: u8, id: u64, segments: usize) {
+        let segment = DraftSegment { gref: GrantRef(9), first: 0, last: 7 };
+        let raw = Draft::new(op, id, 0, &[segment; 11][..segments]).encode(Abi::X86_64);
+        let slot = HEADER_SIZE + (self.produced % 32) as usize * Abi::X86_64.entry_size();
+        for (n, word) in raw.as_bytes().chunks_exact(4).enumerate() {
+            self.word(slot + 4 * n).store(u32::from_ne_bytes(word.try_into().unwrap()), Ordering::Relaxed);
+        }
+        self.produced += 1;
+        self.word(header::REQ_PROD).store(self.produced, Ordering::Release);
+    }
+
+    fn answered(&self) -> u32 {
+        self.word(header::RSP_PROD).load(Ordering::Acquire)
+    }
+}
+
+fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Pool>, Rc<Scheduler>) {
+    let page = Rc::new(Page(std::array::from_fn(|_| AtomicU32::new(0))));
+    let mapped = MappedRing::attach(TestMap(page.clone()), Abi::X86_64, RingOrder::default()).unwrap();
+    let scheduler = Rc::new(Scheduler::default());
+    let pool = Pool::new(scheduler.clone(), 16 * 4096).unwrap();
+    let geometry = Geometry { capacity: 1 << 20, readonly: false, flush: true, barrier: true };
+    let ring = Ring::new((DomId(1), VdevId(51712)), Port(1), geometry, mapped, scheduler.clone());
+    (Guest { page, produced: 0 }, Rc::new(ring), pool, scheduler)
+}
+
+/// Slot tasks that put what they get into a list and wait for leave to answer it.
+fn slots(ring: &Rc<Ring<TestMap>>, scheduler: &Rc<Scheduler>) -> (Executor, Rc<RefCell<Vec<(usize, Work)>>>) {
+    let executor = Executor::new(scheduler.clone());
+    let taken = Rc::new(RefCell::new(Vec::new()));
+    for slot in 0..ring.slots() {
+        let (ring, taken) = (ring.clone(), taken.clone());
+        executor.spawn(async move {
+            while let Some(work) = ring.next(slot).await {
+                taken.borrow_mut().push((slot, work));
+            }
+        });
+    }
+    executor.run_ready();
+    (executor, taken)
+}
+
+#[test]
+fn out_of_buffers_requests_stay_until_one_is_given_back() {
+    let (mut guest, ring, pool, scheduler) = connect();
+    let (executor, taken) = slots(&ring, &scheduler);
+    for id in 0..3 {
+        guest.push(op::WRITE, id, 8);
+    }
+    assert_eq!(ring.take(&pool), Taken::Starved, "two requests of eight pages use sixteen up");
+    executor.run_ready();
+    assert_eq!(taken.borrow().len(), 2);
+    let (slot, Work { request, buf }) = taken.borrow_mut().remove(0);
+    drop(buf);
+    ring.complete(slot, &request, Status::Okay);
+    assert_eq!(ring.take(&pool), Taken::Armed);
+    executor.run_ready();
+    let ids: Vec<u64> = taken.borrow().iter().map(|(_, work)| work.request.id).collect();
+    assert_eq!(ids, [1, 2]);
+    assert!(!ring.is_awake(), "the ring is empty: it sleeps until the next event");
+    assert_eq!(guest.answered(), 0);
+    ring.push();
+    assert_eq!(guest.answered(), 1);
+}
+
+#[test]
+fn a_barrier_holds_back_what_comes_later_and_waits_for_what_came_before() {
+    let (mut guest, ring, pool, scheduler) = connect();
+    let (executor, taken) = slots(&ring, &scheduler);
+    guest.push(op::WRITE, 1, 1);
+    guest.push(op::WRITE_BARRIER, 2, 0);
+    guest.push(op::WRITE, 3, 1);
+    assert_eq!(ring.take(&pool), Taken::Starved);
+    executor.run_ready();
+    assert_eq!(taken.borrow().len(), 2, "the write after the barrier is left on the ring");
+
+    let drained = Rc::new(Cell::new(false));
+    executor.spawn({
+        let (ring, drained) = (ring.clone(), drained.clone());
+        async move {
+            ring.drain_to(1).await;
+            drained.set(true);
+        }
+    });
+    executor.run_ready();
+    assert!(!drained.get(), "the write before the barrier is in flight");
+    let (slot, before) = taken.borrow_mut().remove(0);
+    ring.complete(slot, &before.request, Status::Okay);
+    executor.run_ready();
+    assert!(drained.get());
+
+    let (slot, barrier) = taken.borrow_mut().remove(0);
+    ring.complete(slot, &barrier.request, Status::Okay);
+    assert_eq!(ring.take(&pool), Taken::Armed);
+    executor.run_ready();
+    assert_eq!(taken.borrow()[0].1.request.id, 3);
+}
+
+#[test]
+fn a_stopped_ring_ends_its_tasks_when_their_requests_have_ended() {
+    let (mut guest, ring, pool, scheduler) = connect();
+    let (executor, taken) = slots(&ring, &scheduler);
+    guest.push(op::FLUSH_DISKCACHE, 1, 0);
+    ring.take(&pool);
+    executor.run_ready();
+    ring.stop();
+    executor.run_ready();
+    guest.push(op::READ, 2, 1);
+    assert_eq!(ring.take(&pool), Taken::Stopped);
+    let (slot, work) = taken.borrow_mut().remove(0);
+    let ended = Rc::new(Cell::new(false));
+    executor.spawn({
+        let (ring, ended) = (ring.clone(), ended.clone());
+        async move {
+            ring.drain_to(0).await;
+            ended.set(true);
+        }
+    });
+    executor.run_ready();
+    assert!(!ended.get());
+    ring.complete(slot, &work.request, Status::Okay);
+    executor.run_ready();
+    assert!(ended.get());
+    ring.unmap();
+    assert_eq!(Rc::strong_count(&guest.page), 1, "nothing refers to the guest's page any more");
+}
+
+/// A flush that failed: the guest must never take its data for safe.
+#[test]
+fn a_held_request_is_never_answered_and_does_not_keep_the_ring_from_ending() {
+    let (mut guest, ring, pool, scheduler) = connect();
+    let (executor, taken) = slots(&ring, &scheduler);
+    guest.push(op::FLUSH_DISKCACHE, 1, 0);
+    ring.take(&pool);
+    executor.run_ready();
+    let (slot, work) = taken.borrow_mut().remove(0);
+    let released = Rc::new(Cell::new(false));
+    executor.spawn({
+        let (ring, released) = (ring.clone(), released.clone());
+        async move {
+            ring.hold(slot, &work.request).await;
+            released.set(true);
+        }
+    });
+    executor.run_ready();
+    assert!(!released.get());
+    ring.stop();
+    executor.run_ready();
+    assert!(released.get());
+    assert!(!ring.push());
+    assert_eq!(guest.answered(), 0);
+}
+
+#[test]
+fn a_rejected_request_is_answered_without_a_slot() {
+    let (mut guest, ring, pool, scheduler) = connect();
+    let (executor, taken) = slots(&ring, &scheduler);
+    guest.push(op::WRITE, 1, 0);
+    guest.push(200, 2, 0);
+    assert_eq!(ring.take(&pool), Taken::Armed);
+    executor.run_ready();
+    assert!(taken.borrow().is_empty());
+    ring.push();
+    assert_eq!(guest.answered(), 2);
+}

@@ -31,8 +31,9 @@ impl From<Result<(), Errno>> for Outcome {
 
 /// The life of a slot: take a request, serve it, answer it, until the ring is disconnected.
 pub async fn slot<G: Grants>(ring: Rc<Ring<G::Map>>, slot: usize, disk: Rc<Disk>, copier: Rc<Copier<G>>) {
+    let way = Way { dom: ring.dom, disk: &disk, copier: &copier };
     while let Some(Work { request, buf }) = ring.next(slot).await {
-        let outcome = serve(&ring, &request, buf.as_ref(), &disk, &copier).await;
+        let outcome = serve(&ring, &request, buf.as_ref(), &way).await;
         // The memory goes back before the answer, so that what the guest asks next finds it free.
         drop(buf);
         match outcome {
@@ -46,27 +47,24 @@ async fn serve<G: Grants>(
     ring: &Ring<G::Map>,
     request: &Request,
     buf: Option<&Buf>,
-    disk: &Disk,
-    copier: &Copier<G>,
+    way: &Way<'_, G>,
 ) -> Outcome {
     match (&request.kind, buf) {
-        (RequestKind::Read { sector, segments }, Some(buf)) => {
-            read(ring.dom, *sector, segments, buf, disk, copier).await.into()
-        }
+        (RequestKind::Read { sector, segments }, Some(buf)) => way.read(*sector, segments, buf).await.into(),
         (RequestKind::Write { sector, segments }, Some(buf)) => {
-            write(ring.dom, *sector, segments, buf, disk, copier).await.into()
+            way.write(*sector, segments, buf).await.into()
         }
-        (RequestKind::Flush, _) => flush(disk).await,
+        (RequestKind::Flush, _) => way.flush().await,
         (RequestKind::Barrier { sector, segments }, buf) => {
             // Everything taken before has ended and is durable before the barrier's own data, which is durable before
             // anything taken later begins (the ring takes nothing while a barrier is in flight).
             ring.drain_to(1).await;
-            if flush(disk).await == Outcome::Hold {
+            if way.flush().await == Outcome::Hold {
                 return Outcome::Hold;
             }
             let Some(buf) = buf else { return Outcome::Answer(Status::Okay) };
-            match write(ring.dom, *sector, segments, buf, disk, copier).await {
-                Ok(()) => flush(disk).await,
+            match way.write(*sector, segments, buf).await {
+                Ok(()) => way.flush().await,
                 failed => failed.into(),
             }
         }
@@ -75,36 +73,33 @@ async fn serve<G: Grants>(
     }
 }
 
-async fn read<G: Grants>(
+/// The way of data between a guest's pages and the disk.
+struct Way<'a, G> {
     dom: DomId,
-    sector: Sector,
-    segments: &Segments,
-    buf: &Buf,
-    disk: &Disk,
-    copier: &Copier<G>,
-) -> Result<(), Errno> {
-    disk.read(sector, buf).await?;
-    copier.queue(CopyDirection::ToGuest, pieces(CopyDirection::ToGuest, dom, segments, buf), buf)?.await
+    disk: &'a Disk,
+    copier: &'a Copier<G>,
 }
 
-async fn write<G: Grants>(
-    dom: DomId,
-    sector: Sector,
-    segments: &Segments,
-    buf: &Buf,
-    disk: &Disk,
-    copier: &Copier<G>,
-) -> Result<(), Errno> {
-    copier
-        .queue(CopyDirection::FromGuest, pieces(CopyDirection::FromGuest, dom, segments, buf), buf)?
-        .await?;
-    disk.write(sector, buf).await
-}
+impl<G: Grants> Way<'_, G> {
+    async fn read(&self, sector: Sector, segments: &Segments, buf: &Buf) -> Result<(), Errno> {
+        self.disk.read(sector, buf).await?;
+        self.copy(CopyDirection::ToGuest, segments, buf).await
+    }
 
-async fn flush(disk: &Disk) -> Outcome {
-    match disk.flush().await {
-        Ok(()) => Outcome::Answer(Status::Okay),
-        Err(_) => Outcome::Hold,
+    async fn write(&self, sector: Sector, segments: &Segments, buf: &Buf) -> Result<(), Errno> {
+        self.copy(CopyDirection::FromGuest, segments, buf).await?;
+        self.disk.write(sector, buf).await
+    }
+
+    async fn copy(&self, direction: CopyDirection, segments: &Segments, buf: &Buf) -> Result<(), Errno> {
+        self.copier.queue(direction, pieces(direction, self.dom, segments, buf), buf)?.await
+    }
+
+    async fn flush(&self) -> Outcome {
+        match self.disk.flush().await {
+            Ok(()) => Outcome::Answer(Status::Okay),
+            Err(_) => Outcome::Hold,
+        }
     }
 }
 

@@ -61,8 +61,11 @@ fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Pool>, Rc<Scheduler>) {
     (Guest { page, produced: 0 }, Rc::new(ring), pool, scheduler)
 }
 
+/// What slots have got, and not answered.
+type InFlight = Rc<RefCell<Vec<(usize, Work)>>>;
+
 /// Slot tasks that put what they get into a list and wait for leave to answer it.
-fn slots(ring: &Rc<Ring<TestMap>>, scheduler: &Rc<Scheduler>) -> (Executor, Rc<RefCell<Vec<(usize, Work)>>>) {
+fn slots(ring: &Rc<Ring<TestMap>>, scheduler: &Rc<Scheduler>) -> (Executor, InFlight) {
     let executor = Executor::new(scheduler.clone());
     let taken = Rc::new(RefCell::new(Vec::new()));
     for slot in 0..ring.slots() {

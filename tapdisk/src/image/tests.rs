@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ::vhd::DiskType;
 use ::vhd::create::{NewImage, NewParent};
@@ -184,11 +185,9 @@ fn snapshot(child: &Path, parent: &Path) {
 }
 
 fn create(path: &Path, kind: DiskType, size: u64, parent: Option<NewParent>) {
-    // The names of a test's images differ, and so do their hashes.
+    static CREATED: AtomicU64 = AtomicU64::new(1);
     let mut id = [0; 16];
-    for (place, byte) in path.as_os_str().as_encoded_bytes().iter().enumerate() {
-        id[place % 16] ^= byte.wrapping_mul(place as u8 | 1);
-    }
+    id[..8].copy_from_slice(&CREATED.fetch_add(1, Ordering::Relaxed).to_be_bytes());
     let image = NewImage {
         kind,
         size,

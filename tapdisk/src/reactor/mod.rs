@@ -9,7 +9,7 @@
 
 mod uring;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::Future;
 use std::io;
@@ -34,6 +34,7 @@ pub struct Reactor {
     scheduler: Rc<Scheduler>,
     ops: RefCell<Ops>,
     watched: RefCell<Watched>,
+    readable: Cell<Readable>,
 }
 
 impl fmt::Debug for Reactor {
@@ -105,6 +106,7 @@ impl Reactor {
             scheduler,
             ops: RefCell::default(),
             watched: RefCell::default(),
+            readable: Cell::default(),
         }))
     }
 
@@ -156,13 +158,21 @@ impl Reactor {
         self.start(|engine, key| engine.fallocate(file.as_raw_fd(), mode, offset, len, key))
     }
 
-    /// Takes completions, waking their tasks. With `wait`, first submits what is queued and sleeps until there is one.
+    /// Takes completions, waking their tasks, and says what has become readable since the last call. With `wait`, sleeps
+    /// until there is something.
     pub fn turn(&self, wait: bool) -> io::Result<Readable> {
+        // What an operation being dropped has met with is still to be told.
+        let known = self.readable.get() != Readable::default();
+        self.advance(wait && !known)?;
+        Ok(self.readable.take())
+    }
+
+    fn advance(&self, wait: bool) -> io::Result<()> {
         let mut engine = self.engine.borrow_mut();
         if wait || engine.has_queued() {
             engine.enter(usize::from(wait))?;
         }
-        let mut readable = Readable::default();
+        let mut readable = self.readable.get();
         while let Some((key, result, more)) = engine.complete() {
             match key {
                 KEY_EVENTS | KEY_COMMANDS => {
@@ -186,7 +196,8 @@ impl Reactor {
                 }
             }
         }
-        Ok(readable)
+        self.readable.set(readable);
+        Ok(())
     }
 }
 
@@ -232,7 +243,7 @@ impl Drop for Op<'_> {
         let Some(index) = self.index else { return };
         // The kernel may still use the buffer, which the caller drops next.
         while matches!(self.reactor.ops.borrow().slots[index], Slot::Flying(_)) {
-            if let Err(error) = self.reactor.turn(true) {
+            if let Err(error) = self.reactor.advance(true) {
                 // Without its end the buffer can never be given up.
                 log::error!("waiting for an I/O operation in flight failed: {error}");
                 std::process::abort();
@@ -244,7 +255,6 @@ impl Drop for Op<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
     use std::fs::File;
     use std::os::fd::AsFd;
 
@@ -323,5 +333,21 @@ mod tests {
         let buf = pool.data(4096).unwrap();
         drop(reactor.read(file.as_fd(), 0, buf.piece(0..4096).unwrap()));
         assert!(matches!(reactor.ops.borrow().slots[..], [Slot::Free]));
+    }
+
+    #[test]
+    fn what_became_readable_while_an_operation_was_dropped_is_told() {
+        let scheduler = Rc::new(Scheduler::default());
+        let reactor = Reactor::new(scheduler.clone()).unwrap();
+        let pool = Pool::new(scheduler, 4096).unwrap();
+        let wake = nix::sys::eventfd::EventFd::new().unwrap();
+        reactor.watch_commands(wake.as_fd()).unwrap();
+        reactor.turn(false).unwrap();
+        wake.write(1).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let buf = pool.data(4096).unwrap();
+        drop(reactor.read(file.as_fd(), 0, buf.piece(0..4096).unwrap()));
+        assert!(reactor.turn(true).unwrap().commands);
     }
 }

@@ -140,7 +140,8 @@ wait_console() {
     local ends
     ends=$((SECONDS + $3))
     until says "$1" "$2"; do
-        ! says "$1" "$GUEST_TROUBLE" || fail "guest $1: $(said "$1" "$GUEST_TROUBLE")"
+        # A guest may say both between two looks.
+        ! says "$1" "$GUEST_TROUBLE" || says "$1" "$2" || fail "guest $1: $(said "$1" "$GUEST_TROUBLE")"
         [ $SECONDS -lt $ends ] || fail "guest $1 did not say '$2' within $3 s"
         read -r -t 0.1 <> <(:) || true
     done

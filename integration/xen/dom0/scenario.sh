@@ -5,5 +5,7 @@ set -euo pipefail
 rm -rf "$WORK"
 mkdir -p "$WORK"
 cd "$WORK"
+exec {BASH_XTRACEFD}>trace.log
+set -x
 trap 'echo "FAILED: line $LINENO of $1: $BASH_COMMAND (status $?)"' ERR
 . "/testbed/scenarios/$1.sh"

@@ -41,7 +41,8 @@ run_machine() {
 }
 
 # The CPU: PVH guests need SVM with nested paging, which "max" emulates. Xen 4.20 cannot start dom0 with its SMAP, and
-# guests die early with its RDTSCP.
+# guests die early with its RDTSCP. "spec-ctrl=no" alone makes Xen switch FPU registers lazily, and with that the
+# emulated machine mixes up vector registers between domains: wrong hashes, programs that crash (selftest-load shows it).
 start_qemu() {
     local kind=$1 accel=(-accel "tcg,thread=multi,tb-size=1024")
     # One instruction is one nanosecond of the machine's time: figures that do not depend on the host.
@@ -54,7 +55,7 @@ start_qemu() {
         -chardev stdio,id=events,signal=off -serial chardev:events \
         -kernel "$BOOT/xen" \
         -append "dom0_mem=1280M,max:1280M dom0_max_vcpus=1 com1=115200,8n1 console=com1 loglvl=warning \
-guest_loglvl=warning ucode=no smt=0 spec-ctrl=no" \
+guest_loglvl=warning ucode=no smt=0 spec-ctrl=no,eager-fpu" \
         -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off,$BOOT/dom0.initrd" \
         -drive "file=$DOM0/disk.img,if=virtio,format=raw,cache=unsafe,snapshot=on" \
         -virtfs "local,path=$PAYLOAD,mount_tag=testbed,security_model=none,readonly=on" \

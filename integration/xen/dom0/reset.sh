@@ -30,7 +30,7 @@ destroy_all() {
 }
 
 [ "$1" = 0 ] || show_evidence
-destroy_all >/dev/null 2>&1
+destroy_all >/tmp/destroy.log 2>&1
 rm -rf /run/blktap-control /dev/shm/td3-* /run/xenio* "$WORK" /var/log/xen/{xenio,tapdisk}.log
 rm -f "$CONSOLES"/guest-*.log /var/log/xen/xl-*.log
 : >"$HOTPLUG_LOG"
@@ -38,4 +38,8 @@ losetup -D
 xenstore-rm /local/domain/0/backend/vbd3 2>/dev/null
 xenstore-rm /local/domain/0/error 2>/dev/null
 left=$(xl list | awk 'NR > 1 && $1 != "Domain-0"')
-[ -z "$left" ] || { echo "still there: $left"; exit 1; }
+if [ -n "$left" ]; then
+    echo "still there: $left"
+    cat /tmp/destroy.log
+    exit 1
+fi

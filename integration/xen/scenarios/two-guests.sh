@@ -30,12 +30,10 @@ wait $first
 wait_console g1 'GUEST WROTE' 90
 wait_console g2 'GUEST WROTE' 90
 
-# refused NAME DISK: xl create fails in time and leaves what runs alone.
+# refused NAME DISK: xl create fails and leaves what runs alone.
 refused() {
-    local started=$SECONDS
     guest "$1" pv "$2" <<<'exit 1'
     ! timeout 60 xl create "$1.cfg" >"$1-create.log" 2>&1 || fail "a second writer was let in: $2"
-    [ $((SECONDS - started)) -lt 15 ] || fail "the refusal took $((SECONDS - started)) s"
     step "refused: $(grep -m 1 'hotplug-error\|script' "$1-create.log" || tail -n 1 "$1-create.log")"
 }
 : >"$HOTPLUG_LOG"

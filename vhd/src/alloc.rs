@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::bat::Layout;
-use crate::write::Prepare;
+use crate::write::{MetaWrite, Prepare};
 use crate::{BlockIndex, Error, SECTOR_SIZE};
 
 /// First byte that no block may reach, so that all sector numbers in a file fit into the table's 32 bits.
@@ -95,12 +95,18 @@ impl Allocator {
                 zero: start..extent.data,
                 body: extent.data..extent.end,
                 trim: self.stale_from,
-                file_len: self.regular.then(|| match self.stale_from {
-                    Some(_) => extent.end,
-                    None => self.file_len.max(extent.end),
+                footer: self.regular.then(|| {
+                    let offset = self.grown_to(extent.end).saturating_sub(SECTOR_SIZE);
+                    MetaWrite { offset, bytes: Vec::new() }
                 }),
             },
         ))
+    }
+
+    /// Length of a file that reaches around a block that ends at `end`, with a footer behind it.
+    fn grown_to(&self, end: u64) -> u64 {
+        let len = end.saturating_add(SECTOR_SIZE);
+        if self.stale_from.is_some() { len } else { self.file_len.max(len) }
     }
 
     fn reserve(&mut self, block: BlockIndex, layout: &Layout) -> Result<(u32, u64), Error> {
@@ -120,7 +126,8 @@ impl Allocator {
             if !self.regular {
                 return;
             }
-            self.file_len = if self.stale_from.take().is_some() { end } else { self.file_len.max(end) };
+            self.file_len = self.grown_to(end);
+            self.stale_from = None;
         }
     }
 
@@ -177,6 +184,10 @@ mod tests {
         }
     }
 
+    fn footer_at(prepare: &Prepare) -> u64 {
+        prepare.footer.as_ref().unwrap().offset
+    }
+
     #[test]
     fn blocks_are_placed_with_their_data_at_a_page() {
         assert_eq!(place(3072, &LAYOUT), Some((7, 8192)));
@@ -188,8 +199,8 @@ mod tests {
     fn the_old_footer_is_zeroed_and_the_file_grows() {
         let mut alloc = Allocator::new(true, 3584, 3072, 3584);
         let first = prepare(alloc.admit(5, &LAYOUT).unwrap());
+        assert_eq!((first.trim, footer_at(&first)), (None, 8192));
         assert_eq!((first.zero, first.body), (3072..4096, 4096..8192));
-        assert_eq!((first.trim, first.file_len), (None, Some(8192)));
     }
 
     #[test]
@@ -210,11 +221,11 @@ mod tests {
         assert_eq!(prepare(alloc.admit(0, &LAYOUT).unwrap()).trim, Some(3072));
         alloc.prepare_failed(0);
         let second = prepare(alloc.admit(1, &LAYOUT).unwrap());
-        assert_eq!((second.trim, second.file_len), (Some(3072), Some(16384)));
+        assert_eq!((second.trim, footer_at(&second)), (Some(3072), 16384));
         alloc.prepared(1, &LAYOUT);
         // The block that failed keeps its place, in a file that is long enough by now.
         let retry = prepare(alloc.admit(0, &LAYOUT).unwrap());
-        assert_eq!((retry.trim, retry.file_len, retry.body), (None, Some(16384), 4096..8192));
+        assert_eq!((retry.trim, footer_at(&retry), retry.body), (None, 16384, 4096..8192));
     }
 
     #[test]

@@ -48,9 +48,7 @@ impl Vhd {
 
     /// Writes the footer to all its places, the deciding one first.
     fn footer_steps(&self, steps: &mut Vec<CloseStep>) {
-        let mut footer = self.footer.clone();
-        footer.seal();
-        let bytes = footer.as_bytes().to_vec();
+        let bytes = self.footer.sealed().as_bytes().to_vec();
         let write = |offset| CloseStep::Write(MetaWrite { offset, bytes: bytes.clone() });
         match &self.dynamic {
             None => steps.push(write(self.fixed_footer)),

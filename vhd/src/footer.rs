@@ -157,6 +157,13 @@ impl RawFooter {
         self.checksum = self.expected_checksum().into();
     }
 
+    /// A copy with the right checksum.
+    pub fn sealed(&self) -> Self {
+        let mut copy = self.clone();
+        copy.seal();
+        copy
+    }
+
     /// Whether the bytes are a footer at all.
     pub fn verify(&self) -> Result<(), FooterFault> {
         if self.cookie != COOKIE && self.cookie != POISON {

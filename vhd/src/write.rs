@@ -12,6 +12,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use zerocopy::IntoBytes;
+
 use crate::alloc::{Admission, Allocator};
 use crate::bat::PER_SECTOR;
 use crate::image::{BlockState, Dynamic, Piece, data_offset};
@@ -50,7 +52,7 @@ pub enum WritePlan {
     },
 }
 
-/// Makes a place ready for a new block, in this order: trim, grow, zero.
+/// Makes a place ready for a new block, in this order: trim, footer, zero.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Prepare {
     /// The block.
@@ -62,8 +64,10 @@ pub struct Prepare {
     pub body: Range<u64>,
     /// In a file: truncate to this length first. Drops what an unclean end has left.
     pub trim: Option<u64>,
-    /// In a file, always: then grow to this length, which is never less than what other blocks need.
-    pub file_len: Option<u64>,
+    /// In a file, always: then write this footer. It lies at the file's new end, so writing it grows the file in one step,
+    /// far enough for every block; the end is never a guest's data, which could pass for a footer, and other programs
+    /// find the image in order after a crash.
+    pub footer: Option<MetaWrite>,
 }
 
 /// Metadata to be written together.
@@ -173,7 +177,11 @@ impl Vhd {
             return Err(Error::Poisoned);
         }
         let piece = dynamic.piece(sector, count);
-        dynamic.plan(&piece)
+        let mut plan = dynamic.plan(&piece)?;
+        if let WritePlan::Write { prepare: Some(Prepare { footer: Some(footer), .. }), .. } = &mut plan {
+            footer.bytes = self.footer.sealed().as_bytes().to_vec();
+        }
+        Ok(plan)
     }
 
     /// The preparation of `block` has been carried out.

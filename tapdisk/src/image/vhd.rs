@@ -132,16 +132,17 @@ impl VhdLayer {
     }
 
     async fn carry_out(&self, io: &Io, prepare: &Prepare) -> Result<(), Errno> {
-        match (prepare.trim, prepare.file_len) {
-            // A file: bytes beyond the end read as zeros once stale ones are cut off.
-            (trim, Some(len)) => {
-                if let Some(trim) = trim {
+        match &prepare.footer {
+            // A file: bytes beyond the end read as zeros once stale ones are cut off. Writing the footer grows the file
+            // in one step, so that whenever we are stopped its end is a footer.
+            Some(footer) => {
+                if let Some(trim) = prepare.trim {
                     self.file.set_len(trim)?;
                 }
-                self.file.set_len(len)?;
+                self.write_metadata(io, footer).await?;
             }
             // A device: whatever was there before must not show through.
-            (_, None) => {
+            None => {
                 io.zero_range(&self.file, prepare.body.start, prepare.body.end - prepare.body.start).await?
             }
         }

@@ -262,8 +262,11 @@ impl Disk {
     }
 
     fn prepare(&mut self, prepare: &Prepare) {
-        for len in prepare.trim.into_iter().chain(prepare.file_len) {
-            self.store.run(Op::SetLen(len));
+        if let Some(trim) = prepare.trim {
+            self.store.run(Op::SetLen(trim));
+        }
+        if let Some(MetaWrite { offset, bytes }) = prepare.footer.clone() {
+            self.store.run(Op::Write(offset, bytes));
         }
         let zeros = |range: &Range<u64>| vec![0; at(range.end - range.start)];
         if !self.store.regular {

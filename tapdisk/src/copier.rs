@@ -3,7 +3,7 @@
 //! A request adds its segments and waits; the worker runs the batch once, when no task can go on without it.
 //!
 //! Invariant: the local side of every queued segment lies in a [`Buf`] that the waiting request holds until its
-//! [`Copy`] has ended; a `Copy` that is dropped early runs the batch first.
+//! [`Copy`](struct@Copy) has ended; one that is dropped early runs the batch first.
 #![expect(unsafe_code, reason = "hands buffer addresses to the grant copy")]
 
 use std::cell::RefCell;

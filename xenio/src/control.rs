@@ -216,7 +216,7 @@ impl Control {
         };
         let view = device.view(&backend, frontend, moved);
         if device.changed(&view) {
-            log::debug!("device {id}: {:?}, frontend {:?}, ring {:?}", view.own, view.frontend, view.ring);
+            log::debug!("device {id}: {view}");
         }
         Ok(Some(Look { backend, frontend_path, frontend, view }))
     }
@@ -236,7 +236,7 @@ impl Control {
     }
 
     fn act(&mut self, store: &mut Client, id: DeviceId, look: &Look, action: Action) -> Result<(), Error> {
-        log::debug!("device {id}: {action:?}");
+        log::debug!("device {id}: -> {action}");
         match action {
             Action::Ask => self.send(id, &Request::List, Pending::List),
             Action::Connect => self.connect(store, id, look)?,

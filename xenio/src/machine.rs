@@ -20,6 +20,8 @@
 //! They follow Linux's xen-blkback and xenbus (drivers/block/xen-blkback/xenbus.c, drivers/xen/xenbus) and libxl's
 //! device handling (tools/libs/light/libxl_device.c).
 
+use std::fmt;
+
 use blkif::XenbusState;
 
 /// Our own `state` key.
@@ -159,6 +161,53 @@ pub enum Action {
     Disconnect,
     /// Drop our record of the device.
     Forget,
+}
+
+/// The line of the debug trace.
+impl fmt::Display for View {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.own {
+            Own::Absent => write!(f, "backend gone")?,
+            Own::Odd => write!(f, "backend in no state of ours")?,
+            Own::Is(phase) => write!(f, "backend {phase:?}")?,
+        }
+        match self.frontend {
+            Frontend::Gone => write!(f, ", frontend gone")?,
+            Frontend::Bogus => write!(f, ", frontend in no known state")?,
+            Frontend::Is(state) => write!(f, ", frontend {state:?}")?,
+        }
+        let ring = match self.ring {
+            Ring::Unknown => "not known yet",
+            Ring::Down => "not connected",
+            Ring::Busy => "with the tapdisk",
+            Ring::Up => "connected",
+        };
+        write!(f, ", ring {ring}")?;
+        if !self.online {
+            write!(f, ", to be removed")?;
+        }
+        if !self.hotplug {
+            write!(f, ", hotplug script not done")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Action::InitWait => "publish features, write InitWait",
+            Action::Publish => "publish the disk's size",
+            Action::Announce => "publish everything, write Connected",
+            Action::Closing => "write Closing",
+            Action::Closed => "write Closed",
+            Action::Fail => "report the failure, write Closing",
+            Action::Ask => "ask the tapdisk",
+            Action::Connect => "have the ring connected",
+            Action::Disconnect => "have the ring disconnected",
+            Action::Forget => "forget the device",
+        })
+    }
 }
 
 /// The next thing to do for a device, or `None` until something changes.

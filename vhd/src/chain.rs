@@ -79,18 +79,26 @@ pub struct Visited {
 }
 
 impl Visited {
-    /// Notes an image by device and inode number of its file and by its identifier (`None` for a raw file).
+    /// Notes an image by device and inode number of its file, before anything is asked of it.
     ///
     /// # Errors
     /// [`Error::Loop`] if it is there already, [`Error::TooDeep`] if it is one too many.
-    pub fn enter(&mut self, device: u64, inode: u64, uuid: Option<Uuid>) -> Result<(), Error> {
-        if !self.files.insert((device, inode)) || uuid.is_some_and(|uuid| !self.uuids.insert(uuid)) {
+    pub fn enter(&mut self, device: u64, inode: u64) -> Result<(), Error> {
+        if !self.files.insert((device, inode)) {
             return Err(Error::Loop);
         }
         if self.files.len() > MAX_DEPTH as usize {
             return Err(Error::TooDeep { limit: MAX_DEPTH });
         }
         Ok(())
+    }
+
+    /// Notes the identifier of an image that was entered, if it is no raw file: a loop can also lead through copies.
+    ///
+    /// # Errors
+    /// [`Error::Loop`] if it is there already.
+    pub fn identify(&mut self, uuid: Uuid) -> Result<(), Error> {
+        if self.uuids.insert(uuid) { Ok(()) } else { Err(Error::Loop) }
     }
 }
 
@@ -160,15 +168,17 @@ mod tests {
     #[test]
     fn loops_and_deep_chains_end() {
         let mut visited = Visited::default();
-        visited.enter(1, 1, Some(Uuid([1; 16]))).unwrap();
-        assert_eq!(visited.enter(1, 1, Some(Uuid([2; 16]))).unwrap_err().errno(), libc::ELOOP);
-        assert!(matches!(visited.enter(1, 2, Some(Uuid([1; 16]))), Err(Error::Loop)));
+        visited.enter(1, 1).unwrap();
+        visited.identify(Uuid([1; 16])).unwrap();
+        assert_eq!(visited.enter(1, 1).unwrap_err().errno(), libc::ELOOP);
+        visited.enter(1, 2).unwrap();
+        assert!(matches!(visited.identify(Uuid([1; 16])), Err(Error::Loop)));
 
         let mut deep = Visited::default();
         for i in 0..30_u8 {
-            deep.enter(1, i.into(), Some(Uuid([i; 16]))).unwrap();
+            deep.enter(1, i.into()).unwrap();
         }
-        assert!(matches!(deep.enter(1, 30, Some(Uuid([30; 16]))), Err(Error::TooDeep { limit: 30 })));
+        assert!(matches!(deep.enter(1, 30), Err(Error::TooDeep { limit: 30 })));
     }
 
     /// Malformed image 20.

@@ -43,6 +43,13 @@ pub struct ImageFile {
 impl ImageFile {
     /// Opens and locks `path`. With `direct`, past the page cache where the file system allows it.
     pub fn open(path: &Path, mode: Mode, direct: bool) -> Result<ImageFile, OpenError> {
+        let file = ImageFile::open_unlocked(path, mode, direct)?;
+        file.lock(mode)?;
+        Ok(file)
+    }
+
+    /// Opens `path`, for who looks at it before locking it.
+    pub fn open_unlocked(path: &Path, mode: Mode, direct: bool) -> Result<ImageFile, OpenError> {
         let error = |errno: Errno| OpenError::file(path, "cannot open", errno);
         // O_NONBLOCK: a FIFO must not hang us before its type is known.
         let plain = |flags: i32| {
@@ -69,10 +76,6 @@ impl ImageFile {
             },
             false => (probe, false),
         };
-        lock(&file, mode).map_err(|errno| match errno {
-            Errno::EAGAIN | Errno::EACCES => OpenError::in_use(path, mode),
-            errno => OpenError::file(path, "cannot lock", errno),
-        })?;
         let len = file.seek(SeekFrom::End(0)).map_err(|e| OpenError::io(path, "cannot measure", &e))?;
         Ok(ImageFile {
             path: path.to_owned(),
@@ -81,6 +84,14 @@ impl ImageFile {
             direct,
             block_size,
             len,
+        })
+    }
+
+    /// Takes the lock that `mode` needs.
+    pub fn lock(&self, mode: Mode) -> Result<(), OpenError> {
+        lock(&self.file.borrow(), mode).map_err(|errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => OpenError::in_use(&self.path, mode),
+            errno => OpenError::file(&self.path, "cannot lock", errno),
         })
     }
 
@@ -150,7 +161,7 @@ impl ImageFile {
             .map_err(|e| OpenError::io(&self.path, "cannot reopen read-only", &e))?;
         lock(&file, Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
         drop(old);
-        self.file.replace(file);
+        unlock(&self.file.replace(file));
         Ok(())
     }
 
@@ -161,25 +172,41 @@ impl ImageFile {
     }
 }
 
-fn lock(file: &File, mode: Mode) -> Result<(), Errno> {
-    let set = |kind: i32, start: i64, len: i64| {
-        let lock = libc::flock {
-            l_type: i16::try_from(kind).map_err(|_| Errno::EINVAL)?,
-            l_whence: 0,
-            l_start: start,
-            l_len: len,
-            l_pid: 0,
-        };
-        fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map(drop)
+impl Drop for ImageFile {
+    /// Gives the lock up at once. All I/O has ended: every transfer borrows the file. Closing the descriptor alone would
+    /// keep the lock a little longer, as io_uring lets go of its own references later, and who opens the image next would
+    /// find it in use.
+    fn drop(&mut self) {
+        unlock(&self.file.borrow());
+    }
+}
+
+fn unlock(file: &File) {
+    if let Err(errno) = set_lock(file, libc::F_UNLCK, 0, 0) {
+        log::warn!("giving up the lock of an image failed: {errno}");
+    }
+}
+
+fn set_lock(file: &File, kind: i32, start: i64, len: i64) -> Result<(), Errno> {
+    let lock = libc::flock {
+        l_type: i16::try_from(kind).map_err(|_| Errno::EINVAL)?,
+        l_whence: 0,
+        l_start: start,
+        l_len: len,
+        l_pid: 0,
     };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).map(drop)
+}
+
+fn lock(file: &File, mode: Mode) -> Result<(), Errno> {
     match mode {
         // Length 0 reaches to the end of the file, however long it grows.
-        Mode::Exclusive => set(libc::F_WRLCK, 0, 0),
+        Mode::Exclusive => set_lock(file, libc::F_WRLCK, 0, 0),
         Mode::Shared => {
-            set(libc::F_RDLCK, 0, 1)?;
-            set(libc::F_RDLCK, QEMU_UNSHARE_WRITE, 1)?;
-            set(libc::F_UNLCK, 1, QEMU_UNSHARE_WRITE - 1)?;
-            set(libc::F_UNLCK, QEMU_UNSHARE_WRITE + 1, 0)
+            set_lock(file, libc::F_RDLCK, 0, 1)?;
+            set_lock(file, libc::F_RDLCK, QEMU_UNSHARE_WRITE, 1)?;
+            set_lock(file, libc::F_UNLCK, 1, QEMU_UNSHARE_WRITE - 1)?;
+            set_lock(file, libc::F_UNLCK, QEMU_UNSHARE_WRITE + 1, 0)
         }
     }
 }

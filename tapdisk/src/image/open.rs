@@ -37,8 +37,8 @@ fn open_chain(file: ImageFile, params: &OpenParams, io: &Io) -> Result<(Layer, V
     let mut child = canonical(file.path())?;
     let policy = Policy::beside(&child);
     let mut visited = Visited::default();
-    let core = read_vhd(&file, !params.readonly)?;
-    enter(&mut visited, &file, Some(&core))?;
+    enter(&mut visited, &file)?;
+    let core = read_vhd(&file, !params.readonly, &mut visited)?;
     let mut wanted = core.parent();
     let leaf = Layer::Vhd(Box::new(VhdLayer::new(file, core, io)));
     let mut parents = Vec::new();
@@ -46,14 +46,15 @@ fn open_chain(file: ImageFile, params: &OpenParams, io: &Io) -> Result<(Layer, V
         let path = find(&child, &parent)?;
         let is_raw = parent.uuid.is_null();
         policy.permit(&path, is_raw).map_err(|error| refuse(&child, &error))?;
-        let file = ImageFile::open(&path, Mode::Shared, !params.buffered)?;
+        let file = ImageFile::open_unlocked(&path, Mode::Shared, !params.buffered)?;
+        // Before the lock: an image that is its own ancestor would otherwise be told to be in use, by ourselves.
+        enter(&mut visited, &file)?;
+        file.lock(Mode::Shared)?;
         let layer = if is_raw {
-            enter(&mut visited, &file, None)?;
             Layer::Raw(Raw::new(file)?)
         } else {
-            let core = read_vhd(&file, false)?;
+            let core = read_vhd(&file, false, &mut visited)?;
             check_identity(&parent, core.uuid()).map_err(|error| refuse(&path, &error))?;
-            enter(&mut visited, &file, Some(&core))?;
             wanted = core.parent();
             Layer::Vhd(Box::new(VhdLayer::new(file, core, io)))
         };
@@ -63,21 +64,22 @@ fn open_chain(file: ImageFile, params: &OpenParams, io: &Io) -> Result<(Layer, V
     Ok((leaf, parents))
 }
 
-fn read_vhd(file: &ImageFile, writable: bool) -> Result<Vhd, OpenError> {
+fn read_vhd(file: &ImageFile, writable: bool, visited: &mut Visited) -> Result<Vhd, OpenError> {
     let mut read = |offset: u64, bytes: &mut [u8]| file.read_exact_at(offset, bytes);
     let source = vhd::Source { size: file.len(), regular: file.is_regular(), read: &mut read };
     let options = vhd::OpenOptions { writable, ..vhd::OpenOptions::default() };
     let core = Vhd::open(source, &options).map_err(|error| refuse(file.path(), &error))?;
+    visited.identify(core.uuid()).map_err(|error| refuse(file.path(), &error))?;
     if core.was_unclean() {
         log::warn!("{}: was not closed cleanly; the footer copy at its start is used", file.path().display());
     }
     Ok(core)
 }
 
-fn enter(visited: &mut Visited, file: &ImageFile, core: Option<&Vhd>) -> Result<(), OpenError> {
+fn enter(visited: &mut Visited, file: &ImageFile) -> Result<(), OpenError> {
     let (device, inode) =
         file.identity().map_err(|error| OpenError::io(file.path(), "cannot stat", &error))?;
-    visited.enter(device, inode, core.map(Vhd::uuid)).map_err(|error| refuse(file.path(), &error))
+    visited.enter(device, inode).map_err(|error| refuse(file.path(), &error))
 }
 
 /// The canonical path of the parent that `child` names.

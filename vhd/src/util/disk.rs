@@ -183,7 +183,10 @@ pub fn open_chain(disk: Disk, vhd: Vhd, options: &OpenOptions) -> Result<Vec<Lay
     let mut next = Some(Layer { disk, vhd: Some(vhd) });
     while let Some(layer) = next {
         let (device, inode) = layer.disk.identity;
-        visited.enter(device, inode, layer.vhd.as_ref().map(Vhd::uuid))?;
+        visited.enter(device, inode)?;
+        if let Some(vhd) = &layer.vhd {
+            visited.identify(vhd.uuid())?;
+        }
         next = match &layer.vhd {
             Some(vhd) => open_parent(&layer.disk, vhd, options)?,
             None => None,

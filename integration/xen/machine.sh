@@ -71,7 +71,7 @@ stop_qemu() {
 
 # boot_and_follow KIND SCENARIO...: every scenario named gets its line, also when the machine stops half way.
 boot_and_follow() {
-    local kind=$1 name limit current='' todo=() line word
+    local kind=$1 name limit current='' todo=() line word rest
     shift
     todo=("$@")
     for name in "$@"; do
@@ -81,10 +81,12 @@ boot_and_follow() {
     start_qemu "$kind"
     limit=$BOOT_LIMIT
     while IFS= read -r -t "$limit" -u "$EVENTS" line; do
-        read -r word name line <<<"${line//$'\r'/}"
+        line=${line//$'\r'/}
+        read -r word name rest <<<"$line"
         case $word in
+        say) echo "    ${line#say }" ;;
         broken)
-            say "dom0 could not be set up: $name $line"
+            say "dom0 could not be set up: $name $rest"
             break
             ;;
         ready)
@@ -93,12 +95,14 @@ boot_and_follow() {
             ;;
         start)
             current=$name
-            printf 'scenario %s ... ' "$name"
-            # Its own limit is kept inside; this one also covers cleaning up, and a machine that stands still.
+            if speaks "$name"; then echo "scenario $name ..."; else printf 'scenario %s ... ' "$name"; fi
+            # Its own limit is kept inside, in the machine's own time; this one also covers cleaning up, and a machine
+            # that stands still.
             limit=$(($(header "$name" limit) + 150))
+            [ "$kind" = plain ] || limit=$((limit * 4))
             ;;
         pass | fail)
-            outcome "$word" "$name" "$line"
+            outcome "$word" "$name" "$rest"
             todo=("${todo[@]:1}")
             current=
             limit=60
@@ -110,14 +114,19 @@ boot_and_follow() {
     [ ${#todo[@]} = 0 ] || stopped "$kind" "$current" "${todo[@]}"
 }
 
+# A scenario marked "speaks" has something to show while it runs.
+speaks() {
+    [ -n "$(header "$1" speaks)" ]
+}
+
 # outcome pass|fail NAME "SECONDS [REASON]"
 outcome() {
     local seconds reason
     read -r seconds reason <<<"$3"
+    ! speaks "$2" || printf 'scenario %s ... ' "$2"
     if [ "$1" = pass ]; then
         echo "ok ($seconds s)"
         PASSED=$((PASSED + 1))
-        [ -z "$(header "$2" show)" ] || sed 's/^/    /' "$LOGS/$2.log"
     else
         echo "FAILED ($seconds s): $reason"
         FAILED=$((FAILED + 1))

@@ -2,7 +2,7 @@
 # Process 1 of dom0: starts what a Xen host needs, runs the scenarios of /testbed/plan one after the other, powers off.
 #
 # Everything that the host has to know goes over the second serial port, one event a line:
-#   ready | broken REASON | start NAME | pass NAME SECONDS | fail NAME SECONDS REASON | end
+#   ready | broken REASON | start NAME | say TEXT | pass NAME SECONDS | fail NAME SECONDS REASON | end
 set -u
 export PATH=/usr/sbin:/usr/bin LANG=C HOME=/root TERM=dumb
 

@@ -12,6 +12,15 @@ step() {
     printf '[%3ds] %s\n' "$SECONDS" "$*"
 }
 
+# tell: shows its input live to whoever started the run.
+tell() {
+    local line
+    while IFS= read -r line; do
+        echo "$line"
+        echo "say $line" >/dev/ttyS1
+    done
+}
+
 fail() {
     echo "FAILED: $*"
     exit 1
@@ -71,6 +80,8 @@ raw() {
 
 # --- guests ---
 
+# GUEST_CMDLINE, GUEST_MEMORY (MiB) and GUEST_INITRD change the guests that are written after them.
+
 # guest NAME TYPE DISK... <<JOB: writes NAME.cfg for a guest (pv or pvh) that runs the job, a shell script, and powers off.
 guest() {
     local name=$1 type=$2 disk disks='' root
@@ -95,14 +106,15 @@ debian_guest() {
 
 # The kernel unpacks archives that follow one another as one.
 pack_guest() {
-    (cd "$WORK/$1.root" && find . -type f | busybox cpio -o -H newc 2>/dev/null) | cat "$SRV/guest.initrd" - >"$WORK/$1.initrd"
+    (cd "$WORK/$1.root" && find . -type f | busybox cpio -o -H newc 2>/dev/null) |
+        cat "${GUEST_INITRD:-$SRV/guest.initrd}" - >"$WORK/$1.initrd"
 }
 
 write_config() {
     cat >"$WORK/$1.cfg" <<END
 name = "$1"
 type = "$2"
-memory = 160
+memory = ${GUEST_MEMORY:-160}
 vcpus = 1
 kernel = "$SRV/vmlinux"
 ramdisk = "$WORK/$1.initrd"
@@ -174,6 +186,6 @@ read_chain() {
 verify_files() {
     mkdir -p "$WORK/mnt"
     mount -o loop,ro "$1" "$WORK/mnt"
-    (cd "$WORK/mnt" && sha256sum --quiet --check SHA256SUMS)
+    (cd "$WORK/mnt" && sha256sum --quiet --check SHA256SUMS && echo "verified $(wc -l <SHA256SUMS) files")
     umount "$WORK/mnt"
 }

@@ -9,7 +9,7 @@ start_xenio
 
 # fio and its libraries go into the guests' memory.
 mkdir fio.root
-ldd /usr/bin/fio | grep -o '/[^ ]*' | sort -u | xargs cp -L --parents -t fio.root /usr/bin/fio
+/lib64/ld-linux-x86-64.so.2 --list /usr/bin/fio | grep -o '/[^ ]*' | sort -u | xargs cp -L --parents -t fio.root /usr/bin/fio
 (cd fio.root && find . | busybox cpio -o -H newc 2>/dev/null) | cat "$SRV/guest.initrd" - >fio.initrd
 rm -r fio.root
 export GUEST_INITRD=$WORK/fio.initrd GUEST_MEMORY=600

@@ -52,7 +52,7 @@ start_qemu() {
     exec {EVENTS}< <(exec "$WORLD/usr/lib64/ld-linux-x86-64.so.2" --library-path "$WORLD/usr/lib/x86_64-linux-gnu" \
         "$WORLD/usr/bin/qemu-system-x86_64" -L "$WORLD/usr/share/qemu" -L "$WORLD/usr/share/seabios" \
         "${cpu[@]}" -machine q35 -smp 2 -m 3072 \
-        -nodefaults -no-user-config -display none -vga none \
+        -no-reboot -nodefaults -no-user-config -display none -vga none \
         -chardev "file,id=console,path=$LOGS/console-$kind.log" -serial chardev:console \
         -chardev stdio,id=events,signal=off -serial chardev:events \
         -kernel "$BOOT/xen" \
@@ -71,18 +71,29 @@ stop_qemu() {
     QEMU_PID=
 }
 
+# host_limit KIND SCENARIO: seconds after which the machine has hung. The scenario's own limit is kept inside, in the
+# machine's own time; this one also covers cleaning up.
+host_limit() {
+    local limit
+    limit=$(($(header "$2" limit) + 150))
+    if [ "$1" = plain ]; then echo "$limit"; else echo $((limit * 4)); fi
+}
+
 # boot_and_follow KIND SCENARIO...: every scenario named gets its line, also when the machine stops half way.
 boot_and_follow() {
-    local kind=$1 name limit current='' todo=() line word rest
+    local kind=$1 name limit end current='' todo=() line word rest
     shift
     todo=("$@")
+    end=$((SECONDS + BOOT_LIMIT))
     for name in "$@"; do
         echo "$name $(header "$name" limit)"
+        end=$((end + $(host_limit "$kind" "$name")))
     done >"$PAYLOAD/plan"
     say "booting Xen in QEMU ..."
     start_qemu "$kind"
     limit=$BOOT_LIMIT
-    while IFS= read -r -t "$limit" -u "$EVENTS" line; do
+    # Each event has to come in time, and all of them together.
+    while [ $SECONDS -lt $end ] && IFS= read -r -t "$limit" -u "$EVENTS" line; do
         line=${line//$'\r'/}
         read -r word name rest <<<"$line"
         case $word in
@@ -98,10 +109,7 @@ boot_and_follow() {
         start)
             current=$name
             if speaks "$name"; then echo "scenario $name ..."; else printf 'scenario %s ... ' "$name"; fi
-            # Its own limit is kept inside, in the machine's own time; this one also covers cleaning up, and a machine
-            # that stands still.
-            limit=$(($(header "$name" limit) + 150))
-            [ "$kind" = plain ] || limit=$((limit * 4))
+            limit=$(host_limit "$kind" "$name")
             ;;
         pass | fail)
             outcome "$word" "$name" "$rest"

@@ -88,11 +88,6 @@ impl Pool {
         Some(Buf { pool: self.clone(), first, pages, len, meta: false })
     }
 
-    /// The longest data buffer this pool can ever give, in bytes.
-    pub fn data_limit(&self) -> usize {
-        self.data.borrow().pages() * PAGE_SIZE
-    }
-
     /// A metadata buffer of one page; waits until one is free.
     pub async fn meta(self: &Rc<Self>) -> Buf {
         loop {
@@ -211,10 +206,6 @@ struct Runs {
 impl Runs {
     fn new(pages: Range<usize>) -> Runs {
         Runs { start: pages.start, used: vec![false; pages.len()], hint: 0 }
-    }
-
-    fn pages(&self) -> usize {
-        self.used.len()
     }
 
     fn take(&mut self, count: usize) -> Option<usize> {

@@ -58,11 +58,7 @@ impl RawBatmapHeader {
 
     /// A header of the first 512 of `bytes`; missing ones become zeros.
     pub fn from_slice(bytes: &[u8]) -> Self {
-        let mut header = Self::new_zeroed();
-        for (to, from) in header.as_mut_bytes().iter_mut().zip(bytes) {
-            *to = *from;
-        }
-        header
+        crate::from_prefix(bytes)
     }
 
     /// The checksum that this header should carry for `map`, of which only the covered bytes count.

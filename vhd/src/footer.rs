@@ -138,11 +138,7 @@ impl RawFooter {
 
     /// A footer of `bytes`, which may lack the last byte as those of early Virtual PC do.
     pub fn from_slice(bytes: &[u8]) -> Self {
-        let mut footer = Self::new_zeroed();
-        for (to, from) in footer.as_mut_bytes().iter_mut().zip(bytes) {
-            *to = *from;
-        }
-        footer
+        crate::from_prefix(bytes)
     }
 
     /// The checksum that the footer should carry.

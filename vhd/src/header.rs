@@ -80,11 +80,7 @@ impl RawHeader {
 
     /// A header of the first 1024 of `bytes`; missing ones become zeros.
     pub fn from_slice(bytes: &[u8]) -> Self {
-        let mut header = Self::new_zeroed();
-        for (to, from) in header.as_mut_bytes().iter_mut().zip(bytes) {
-            *to = *from;
-        }
-        header
+        crate::from_prefix(bytes)
     }
 
     /// The checksum that the header should carry.

@@ -21,6 +21,8 @@
     )
 )]
 
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
 mod alloc;
 pub mod bat;
 pub mod batmap;
@@ -60,6 +62,15 @@ pub type BlockIndex = u32;
 
 /// Bytes of a sector.
 pub const SECTOR_SIZE: u64 = 512;
+
+/// A structure of the first of `bytes`; missing ones become zeros.
+fn from_prefix<T: FromZeros + FromBytes + IntoBytes>(bytes: &[u8]) -> T {
+    let mut value = T::new_zeroed();
+    for (to, from) in value.as_mut_bytes().iter_mut().zip(bytes) {
+        *to = *from;
+    }
+    value
+}
 
 /// One's complement of the sum of all bytes, as footers and headers carry it.
 fn checksum(bytes: &[u8]) -> u32 {

@@ -8,8 +8,8 @@
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -105,11 +105,6 @@ impl ImageFile {
         self.regular
     }
 
-    /// Whether I/O goes past the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.direct
-    }
-
     /// Logical block size of a block device; 512 for files.
     pub fn block_size(&self) -> u32 {
         self.block_size
@@ -135,14 +130,16 @@ impl ImageFile {
         self.file.borrow().set_len(len).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
     }
 
-    /// Reads exactly, blocking; for opening only. Works on any offset whatever the file's alignment rules.
-    pub fn read_exact_at(&self, offset: u64, bytes: &mut [u8]) -> std::io::Result<()> {
-        let plain = File::open(&self.path)?;
-        let (ours, now) = (self.file.borrow().metadata()?, plain.metadata()?);
-        if (ours.dev(), ours.ino()) != (now.dev(), now.ino()) {
-            return Err(std::io::Error::other("the file was replaced while it was being opened"));
-        }
-        plain.read_exact_at(bytes, offset)
+    /// The same file through another descriptor, for reading metadata while the image is being opened: blocking, and
+    /// without the alignment rules of one that goes past the page cache.
+    pub fn reader(&self) -> Result<File, OpenError> {
+        self.reopen(0).map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
+    }
+
+    /// Opens the file again, read-only. Through /proc, so that it is the same file whatever happened to its name.
+    fn reopen(&self, flags: i32) -> std::io::Result<File> {
+        let link = format!("/proc/self/fd/{}", self.file.borrow().as_raw_fd());
+        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | flags).open(link)
     }
 
     /// Gives up writing for good: from now on the descriptor itself refuses it, and other readers are let in.
@@ -151,13 +148,8 @@ impl ImageFile {
     pub fn make_readonly(&self) -> Result<(), OpenError> {
         let old = self.file.borrow();
         lock(&old, Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
-        // Through /proc, so that it is the same file whatever happened to the name.
-        let flags = libc::O_NONBLOCK | if self.direct { libc::O_DIRECT } else { 0 };
-        let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*old));
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(flags)
-            .open(link)
+        let file = self
+            .reopen(if self.direct { libc::O_DIRECT } else { 0 })
             .map_err(|e| OpenError::io(&self.path, "cannot reopen read-only", &e))?;
         lock(&file, Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
         drop(old);
@@ -222,6 +214,8 @@ fn logical_block_size(rdev: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
 
     fn image() -> tempfile::NamedTempFile {

@@ -8,6 +8,7 @@
 //! child asks for is accepted, which nobody's private file does; a raw parent, which any file would pass for, only in the
 //! leaf's own folder or below.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -65,7 +66,8 @@ fn open_chain(file: ImageFile, params: &OpenParams, io: &Io) -> Result<(Layer, V
 }
 
 fn read_vhd(file: &ImageFile, writable: bool, visited: &mut Visited) -> Result<Vhd, OpenError> {
-    let mut read = |offset: u64, bytes: &mut [u8]| file.read_exact_at(offset, bytes);
+    let reader = file.reader()?;
+    let mut read = |offset: u64, bytes: &mut [u8]| reader.read_exact_at(bytes, offset);
     let source = vhd::Source { size: file.len(), regular: file.is_regular(), read: &mut read };
     let options = vhd::OpenOptions { writable, ..vhd::OpenOptions::default() };
     let core = Vhd::open(source, &options).map_err(|error| refuse(file.path(), &error))?;

@@ -1,20 +1,26 @@
-//! The memory that I/O goes through: one page-aligned region for each worker thread, handed out in runs of pages.
+//! The memory that I/O goes through: one page-aligned region for each worker thread, handed out in runs of pages; and
+//! pages of a guest that are mapped here, lent for one request at a time.
 //!
 //! Invariants this file owns:
 //!
 //! 1. the region is mapped once, stays at its address and is unmapped when the last [`Buf`] and the [`Pool`] are gone;
-//! 2. a page belongs to at most one live [`Buf`]; runs of different `Buf`s never overlap;
+//!    a guest's pages stay mapped while a [`Buf`] over them lives, because it holds on to the mapping;
+//! 2. a page of the region belongs to at most one live [`Buf`]; runs of different `Buf`s never overlap;
 //! 3. the kernel (io_uring, grant copy) writes to a `Buf`'s bytes only while an operation that was given one of its
 //!    [`Piece`]s is in flight, and whoever starts an operation keeps the `Buf` until it has ended
 //!    (see `reactor`: an operation that is dropped in flight waits for its end);
 //! 4. no Rust reference to the bytes outlives the call that made it, and none is made while an operation is in flight.
+//!    To a guest's bytes none is ever made, because the guest may change them at any time: they are copied, or given to
+//!    the kernel.
 //!
-//! Data buffers are limited by a budget: a request that finds none stays on the guest's ring. Metadata buffers, one
-//! page each, come from a part of their own, because a request that already holds a data buffer may need them to
-//! finish.
+//! Data buffers are limited by a budget: a request that finds none waits. Metadata buffers, one page each, come from a
+//! part of their own, because a request that already holds a data buffer may need them to finish.
+//!
+//! The region is registered with the kernel in **chunks**, each when it is first used, and given back when the disk is
+//! idle: a disk that does nothing holds next to no memory.
 #![expect(unsafe_code, reason = "owns the region that the kernel reads and writes")]
 
-use std::cell::RefCell;
+use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -22,25 +28,46 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 
 use blkif::ids::PAGE_SIZE;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::executor::Scheduler;
+use crate::reactor::{Fixed, Reactor};
 use crate::sync::WaitSet;
 
 /// Pages for metadata in every pool.
 const META_PAGES: usize = 32;
 
+/// Pages of a chunk. A buffer lies in one chunk, so this is also the longest buffer: 1 MiB, the most that one request moves.
+const CHUNK_PAGES: usize = 256;
+
+/// The longest data buffer in bytes.
+pub const MAX_DATA: usize = CHUNK_PAGES * PAGE_SIZE;
+
 /// The memory of one worker thread.
 pub struct Pool {
     region: Rc<Region>,
-    data: RefCell<Runs>,
+    chunks: RefCell<Vec<Chunk>>,
+    data_freed: WaitSet,
+    /// Behind the last chunk.
     meta: RefCell<Runs>,
+    meta_start: usize,
     meta_freed: WaitSet,
+    meta_fixed: Cell<Option<Fixed>>,
+    reactor: OnceCell<Rc<Reactor>>,
 }
 
 struct Region {
     base: NonNull<u8>,
     len: NonZeroUsize,
+}
+
+impl Region {
+    /// The address of a page.
+    fn page(&self, index: usize) -> NonNull<u8> {
+        assert!(index * PAGE_SIZE < self.len.get());
+        // SAFETY: inside the mapping, as just checked.
+        unsafe { self.base.add(index * PAGE_SIZE) }
+    }
 }
 
 impl Drop for Region {
@@ -49,6 +76,15 @@ impl Drop for Region {
         let unmapped = unsafe { munmap(self.base.cast(), self.len.get()) };
         debug_assert!(unmapped.is_ok());
     }
+}
+
+/// A part of the region that is registered as a whole.
+#[derive(Debug)]
+struct Chunk {
+    runs: Runs,
+    fixed: Option<Fixed>,
+    /// The kernel was asked to register it, whatever it answered.
+    used: bool,
 }
 
 impl fmt::Debug for Pool {
@@ -68,60 +104,148 @@ impl Pool {
             mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
         }
         .map_err(std::io::Error::from)?;
+        let chunk =
+            |first| Chunk { runs: Runs::new(CHUNK_PAGES.min(data_pages - first)), fixed: None, used: false };
         Ok(Rc::new(Pool {
             region: Rc::new(Region { base: base.cast(), len }),
-            data: RefCell::new(Runs::new(0..data_pages)),
-            meta: RefCell::new(Runs::new(data_pages..data_pages + META_PAGES)),
+            chunks: RefCell::new((0..data_pages).step_by(CHUNK_PAGES).map(chunk).collect()),
+            data_freed: WaitSet::new(scheduler.clone()),
+            meta: RefCell::new(Runs::new(META_PAGES)),
+            meta_start: data_pages,
             meta_freed: WaitSet::new(scheduler),
+            meta_fixed: Cell::new(None),
+            reactor: OnceCell::new(),
         }))
     }
 
-    /// Address and length of the whole region, for registering it with io_uring.
-    pub fn region(&self) -> (NonNull<u8>, usize) {
-        (self.region.base, self.region.len.get())
+    /// From now on registers the memory with the reactor's engine, which saves pinning it for each operation. Once.
+    pub fn register_with(&self, reactor: Rc<Reactor>) {
+        self.meta_fixed.set(reactor.fix(self.region.page(self.meta_start), META_PAGES * PAGE_SIZE));
+        let fresh = self.reactor.set(reactor).is_ok();
+        debug_assert!(fresh, "a pool is registered once");
     }
 
-    /// A data buffer of `len` bytes (at least 1), page aligned, or `None` while the budget is used up.
+    /// A data buffer of `len` bytes (1 to [`MAX_DATA`]), page aligned, or `None` while the budget is used up.
     pub fn data(self: &Rc<Self>, len: usize) -> Option<Buf> {
         let pages = len.div_ceil(PAGE_SIZE).max(1);
-        let first = self.data.borrow_mut().take(pages)?;
-        Some(Buf { pool: self.clone(), first, pages, len, meta: false })
+        let mut chunks = self.chunks.borrow_mut();
+        let (index, page) =
+            chunks.iter_mut().enumerate().find_map(|(i, chunk)| Some((i, chunk.runs.take(pages)?)))?;
+        let chunk = &mut chunks[index];
+        if !chunk.used
+            && let Some(reactor) = self.reactor.get()
+        {
+            chunk.used = true;
+            chunk.fixed = reactor.fix(self.region.page(index * CHUNK_PAGES), chunk.runs.pages * PAGE_SIZE);
+        }
+        let base = self.region.page(index * CHUNK_PAGES + page);
+        Some(Buf {
+            base,
+            len,
+            fixed: chunk.fixed,
+            home: Home::Data { pool: self.clone(), index, page, pages },
+        })
+    }
+
+    /// A data buffer, as soon as there is one. `None` if `len` is more than the whole budget ever allows.
+    pub async fn data_soon(self: &Rc<Self>, len: usize) -> Option<Buf> {
+        let most = self.chunks.borrow().first().map_or(0, |chunk| chunk.runs.pages * PAGE_SIZE);
+        if len > most {
+            return None;
+        }
+        loop {
+            if let Some(buf) = self.data(len) {
+                return Some(buf);
+            }
+            self.data_freed.wait().await;
+        }
     }
 
     /// A metadata buffer of one page; waits until one is free.
     pub async fn meta(self: &Rc<Self>) -> Buf {
         loop {
             let page = self.meta.borrow_mut().take(1);
-            if let Some(first) = page {
-                return Buf { pool: self.clone(), first, pages: 1, len: PAGE_SIZE, meta: true };
+            if let Some(page) = page {
+                let base = self.region.page(self.meta_start + page);
+                let home = Home::Meta { pool: self.clone(), page };
+                return Buf { base, len: PAGE_SIZE, fixed: self.meta_fixed.get(), home };
             }
             self.meta_freed.wait().await;
         }
     }
+
+    /// Gives the memory of chunks without a live buffer back to the system. Returns whether any memory is still held.
+    pub fn trim(&self) -> bool {
+        let mut held = false;
+        for (index, chunk) in self.chunks.borrow_mut().iter_mut().enumerate().filter(|(_, chunk)| chunk.used)
+        {
+            if !chunk.runs.is_unused() {
+                held = true;
+                continue;
+            }
+            if let (Some(fixed), Some(reactor)) = (chunk.fixed.take(), self.reactor.get()) {
+                reactor.unfix(fixed);
+            }
+            chunk.used = false;
+            let base = self.region.page(index * CHUNK_PAGES);
+            // SAFETY: the chunk's pages are ours, no buffer in them is alive, and they read as zeros afterwards.
+            let advised =
+                unsafe { madvise(base.cast(), chunk.runs.pages * PAGE_SIZE, MmapAdvise::MADV_DONTNEED) };
+            debug_assert!(advised.is_ok());
+        }
+        held
+    }
 }
 
-/// An owned run of pages of a [`Pool`].
+/// A mapping of a guest's pages. It is unmapped when the last reference to it is dropped.
+pub trait GuestMemory {
+    /// The first byte and the length in bytes; the same for as long as it lives.
+    fn span(&self) -> (NonNull<u8>, usize);
+    /// Its registration with the engine.
+    fn fixed(&self) -> Option<Fixed>;
+}
+
+/// Memory for I/O: an owned run of pages of a [`Pool`], or a part of a guest's mapped pages.
 pub struct Buf {
-    pool: Rc<Pool>,
-    first: usize,
-    pages: usize,
+    base: NonNull<u8>,
     len: usize,
-    meta: bool,
+    fixed: Option<Fixed>,
+    home: Home,
+}
+
+enum Home {
+    Data {
+        pool: Rc<Pool>,
+        index: usize,
+        page: usize,
+        pages: usize,
+    },
+    Meta {
+        pool: Rc<Pool>,
+        page: usize,
+    },
+    /// Keeps the mapping.
+    Guest(Rc<dyn GuestMemory>),
 }
 
 impl fmt::Debug for Buf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Buf").field("page", &self.first).field("len", &self.len).finish_non_exhaustive()
+        f.debug_struct("Buf").field("base", &self.base).field("len", &self.len).finish_non_exhaustive()
     }
 }
 
 impl Drop for Buf {
     fn drop(&mut self) {
-        if self.meta {
-            self.pool.meta.borrow_mut().give(self.first, self.pages);
-            self.pool.meta_freed.wake_all();
-        } else {
-            self.pool.data.borrow_mut().give(self.first, self.pages);
+        match &self.home {
+            Home::Data { pool, index, page, pages } => {
+                pool.chunks.borrow_mut()[*index].runs.give(*page, *pages);
+                pool.data_freed.wake_all();
+            }
+            Home::Meta { pool, page } => {
+                pool.meta.borrow_mut().give(*page, 1);
+                pool.meta_freed.wake_all();
+            }
+            Home::Guest(_) => {}
         }
     }
 }
@@ -133,6 +257,8 @@ pub struct Piece {
     pub ptr: NonNull<u8>,
     /// Bytes, not 0.
     pub len: u32,
+    /// The registered memory that it lies in.
+    pub fixed: Option<Fixed>,
 }
 
 impl Piece {
@@ -141,11 +267,38 @@ impl Piece {
         let len = self.len.checked_sub(done).filter(|&len| len > 0)?;
         // SAFETY: `done < self.len`, so the result lies inside the same buffer.
         let ptr = unsafe { self.ptr.add(done as usize) };
-        Some(Piece { ptr, len })
+        Some(Piece { ptr, len, ..self })
     }
 }
 
 impl Buf {
+    /// Bytes `range` of a guest's mapped pages. `None` if the range is empty or outside.
+    pub fn guest(memory: Rc<dyn GuestMemory>, range: Range<usize>) -> Option<Buf> {
+        let (base, len) = memory.span();
+        if range.start >= range.end || range.end > len {
+            return None;
+        }
+        // SAFETY: inside the mapping, as just checked; the Buf keeps it (invariant 1).
+        let base = unsafe { base.add(range.start) };
+        Some(Buf { base, len: range.end - range.start, fixed: memory.fixed(), home: Home::Guest(memory) })
+    }
+
+    /// One buffer over all of `parts`, if they follow one another in one mapping of a guest's pages.
+    pub fn joined(parts: &[Buf]) -> Option<Buf> {
+        let (first, rest) = parts.split_first()?;
+        let Home::Guest(memory) = &first.home else { return None };
+        let mut end = first.base.addr().get() + first.len;
+        for part in rest {
+            let together = matches!(&part.home, Home::Guest(other) if Rc::ptr_eq(memory, other));
+            if !together || part.base.addr().get() != end {
+                return None;
+            }
+            end += part.len;
+        }
+        let len = end - first.base.addr().get();
+        Some(Buf { base: first.base, len, fixed: first.fixed, home: Home::Guest(memory.clone()) })
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -156,11 +309,6 @@ impl Buf {
         self.len == 0
     }
 
-    fn base(&self) -> NonNull<u8> {
-        // SAFETY: `first` is a page of the region (invariant 2), so the offset lies inside the mapping.
-        unsafe { self.pool.region.base.add(self.first * PAGE_SIZE) }
-    }
-
     /// The bytes `range`, for an operation of the kernel. `None` if the range is empty or outside.
     pub fn piece(&self, range: Range<usize>) -> Option<Piece> {
         if range.start >= range.end || range.end > self.len {
@@ -168,20 +316,49 @@ impl Buf {
         }
         let len = u32::try_from(range.end - range.start).ok()?;
         // SAFETY: `range` was checked to lie inside this buffer.
-        let ptr = unsafe { self.base().add(range.start) };
-        Some(Piece { ptr, len })
+        let ptr = unsafe { self.base.add(range.start) };
+        Some(Piece { ptr, len, fixed: self.fixed })
     }
 
     /// The bytes. Only while no operation on this buffer is in flight (invariant 4).
+    ///
+    /// # Panics
+    ///
+    /// For a guest's pages (invariant 4): [`Buf::copy_to`] reads those.
     pub fn bytes(&self) -> &[u8] {
+        assert!(!matches!(self.home, Home::Guest(_)), "a reference to a guest's memory");
         // SAFETY: the pages are ours alone (invariant 2), initialised by the mapping, and at rest (invariant 4).
-        unsafe { std::slice::from_raw_parts(self.base().as_ptr(), self.len) }
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
     }
 
     /// The bytes, to be changed. Only while no operation on this buffer is in flight (invariant 4).
+    ///
+    /// # Panics
+    ///
+    /// For a guest's pages (invariant 4): [`Buf::copy_to`] writes those.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
+        assert!(!matches!(self.home, Home::Guest(_)), "a reference to a guest's memory");
         // SAFETY: as in `bytes`, and `&mut self` makes the access exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.base().as_ptr(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
+    }
+
+    /// Copies bytes `range` to byte `at` and on of another buffer; false, with nothing done, if they do not lie in both or
+    /// the two overlap. Only while no operation on the parts concerned is in flight.
+    ///
+    /// What a guest writes to its pages meanwhile may come through in part.
+    #[must_use]
+    pub fn copy_to(&self, range: Range<usize>, other: &Buf, at: usize) -> bool {
+        let target = at..at.saturating_add(range.len());
+        let (Some(from), Some(to)) = (self.piece(range), other.piece(target)) else { return false };
+        let len = from.len as usize;
+        if from.ptr.addr().get().abs_diff(to.ptr.addr().get()) < len {
+            return false;
+        }
+        // SAFETY: both lie in live buffers and do not overlap, as just checked. No Rust reference to either exists
+        // (invariant 4). A guest that writes to its page at the same time is outside of this program; the bytes are plain
+        // data to us, and nothing is decided from them twice.
+        unsafe { from.ptr.copy_to_nonoverlapping(to.ptr, len) };
+        true
     }
 
     /// Writes zeros to `range`; other parts of the buffer may have operations in flight. Bytes outside are left alone.
@@ -194,97 +371,78 @@ impl Buf {
     }
 }
 
-/// First-fit allocator of runs of pages.
+/// First-fit allocator of runs of up to [`CHUNK_PAGES`] pages: one bit a page, set when it is free.
 #[derive(Debug)]
 struct Runs {
-    start: usize,
-    used: Vec<bool>,
-    /// No page below this one is free.
-    hint: usize,
+    free: [u64; CHUNK_PAGES / 64],
+    pages: usize,
+    unused: usize,
 }
 
 impl Runs {
-    fn new(pages: Range<usize>) -> Runs {
-        Runs { start: pages.start, used: vec![false; pages.len()], hint: 0 }
+    fn new(pages: usize) -> Runs {
+        let mut runs = Runs { free: [0; CHUNK_PAGES / 64], pages, unused: 0 };
+        runs.give(0, pages);
+        runs
+    }
+
+    fn is_unused(&self) -> bool {
+        self.unused == self.pages
+    }
+
+    /// How many pages from `at` on are alike, all free or all taken.
+    fn alike(&self, at: usize, free: bool) -> usize {
+        let mut end = at;
+        while end < CHUNK_PAGES {
+            let word = if free { self.free[end / 64] } else { !self.free[end / 64] };
+            let here = ((word >> (end % 64)).trailing_ones() as usize).min(64 - end % 64);
+            end += here;
+            if here == 0 || !end.is_multiple_of(64) {
+                break;
+            }
+        }
+        end - at
     }
 
     fn take(&mut self, count: usize) -> Option<usize> {
-        let mut run = 0;
-        for page in self.hint..self.used.len() {
-            run = if self.used[page] { 0 } else { run + 1 };
-            if run == count {
-                let first = page + 1 - count;
-                self.used[first..=page].fill(true);
-                if first == self.hint {
-                    self.hint = page + 1;
-                }
-                return Some(self.start + first);
+        if count > self.unused {
+            return None;
+        }
+        let mut at = 0;
+        while at + count <= self.pages {
+            at += self.alike(at, false);
+            let free = self.alike(at, true);
+            if free >= count {
+                self.mark(at, count, false);
+                self.unused -= count;
+                return Some(at);
             }
+            at += free;
         }
         None
     }
 
     fn give(&mut self, first: usize, count: usize) {
-        let first = first - self.start;
-        self.used[first..first + count].fill(false);
-        self.hint = self.hint.min(first);
+        self.mark(first, count, true);
+        self.unused += count;
+    }
+
+    fn mark(&mut self, first: usize, count: usize, free: bool) {
+        let mut at = first;
+        while at < first + count {
+            let here = (64 - at % 64).min(first + count - at);
+            let bits = (u64::MAX >> (64 - here)) << (at % 64);
+            let word = &mut self.free[at / 64];
+            debug_assert_eq!(*word & bits, if free { 0 } else { bits }, "a page changes hands");
+            if free {
+                *word |= bits
+            } else {
+                *word &= !bits
+            }
+            at += here;
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #[test]
-        fn runs_never_overlap_and_come_back(ops in prop::collection::vec((1usize..12, any::<bool>()), 1..200)) {
-            let mut runs = Runs::new(7..47);
-            let mut live: Vec<(usize, usize)> = Vec::new();
-            for (count, give) in ops {
-                if give && !live.is_empty() {
-                    let (first, count) = live.swap_remove(count % live.len());
-                    runs.give(first, count);
-                } else if let Some(first) = runs.take(count) {
-                    prop_assert!(first >= 7 && first + count <= 47);
-                    for &(other, len) in &live {
-                        prop_assert!(first + count <= other || other + len <= first);
-                    }
-                    live.push((first, count));
-                }
-            }
-            for (first, count) in live.drain(..) {
-                runs.give(first, count);
-            }
-            prop_assert_eq!(runs.take(40), Some(7));
-        }
-    }
-
-    #[test]
-    fn a_pool_keeps_to_its_budget() {
-        let pool = Pool::new(Rc::default(), 10 * PAGE_SIZE).unwrap();
-        let big = pool.data(9 * PAGE_SIZE).unwrap();
-        assert!(pool.data(2 * PAGE_SIZE).is_none());
-        let small = pool.data(1).unwrap();
-        assert!(pool.data(1).is_none());
-        drop(big);
-        assert!(pool.data(9 * PAGE_SIZE).is_some());
-        drop(small);
-    }
-
-    #[test]
-    fn pieces_stay_inside_their_buffer() {
-        let pool = Pool::new(Rc::default(), PAGE_SIZE).unwrap();
-        let mut buf = pool.data(1024).unwrap();
-        buf.bytes_mut().fill(7);
-        buf.zero(512..1024);
-        assert!(buf.bytes()[..512].iter().all(|&b| b == 7));
-        assert!(buf.bytes()[512..].iter().all(|&b| b == 0));
-        assert!(buf.piece(512..1025).is_none());
-        assert!(buf.piece(512..512).is_none());
-        let piece = buf.piece(512..1024).unwrap();
-        assert_eq!(piece.rest(500).unwrap().len, 12);
-        assert!(piece.rest(512).is_none());
-    }
-}
+mod tests;

@@ -15,18 +15,25 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::pin::Pin;
+use std::ptr::NonNull;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
 use self::uring::{Transfer, Uring};
-use crate::buf::{Piece, Pool};
+use crate::buf::Piece;
 use crate::executor::{Scheduler, TaskId};
 
 /// Keys of the watched descriptors; operations count up from 0.
 const KEY_EVENTS: u64 = u64::MAX;
 const KEY_COMMANDS: u64 = u64::MAX - 1;
+const KEY_TIMER: u64 = u64::MAX - 2;
+
+/// Memory that was registered with the engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fixed(u16);
 
 /// The I/O of one worker thread.
 pub struct Reactor {
@@ -56,6 +63,8 @@ pub struct Readable {
     pub events: bool,
     /// The command queue.
     pub commands: bool,
+    /// The time asked for with [`Reactor::timer`] has come.
+    pub timer: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -110,10 +119,26 @@ impl Reactor {
         }))
     }
 
-    /// Registers the pool's memory, which saves pinning it for each operation. Refusal costs speed only.
-    pub fn register(&self, pool: &Pool) -> io::Result<()> {
-        let (base, len) = pool.region();
+    /// Registers memory, which saves pinning it for each operation. `None`: operations on it cost a little more.
+    ///
+    /// The caller gives it up with [`Reactor::unfix`] before it unmaps it.
+    pub fn fix(&self, base: NonNull<u8>, len: usize) -> Option<Fixed> {
         self.engine.borrow_mut().register(base, len)
+    }
+
+    /// Gives registered memory up.
+    pub fn unfix(&self, fixed: Fixed) {
+        self.engine.borrow_mut().unregister(fixed);
+    }
+
+    /// Asks for [`Readable::timer`] once, after this time.
+    pub fn timer(&self, after: Duration) -> io::Result<()> {
+        self.engine.borrow_mut().timer(after, KEY_TIMER)
+    }
+
+    /// Whether [`Reactor::turn`] would find something; for polling, costs no system call.
+    pub fn has_news(&self) -> bool {
+        self.engine.borrow_mut().has_news()
     }
 
     /// Watches the descriptor of the command queue.
@@ -170,11 +195,12 @@ impl Reactor {
     fn advance(&self, wait: bool) -> io::Result<()> {
         let mut engine = self.engine.borrow_mut();
         if wait || engine.has_queued() {
-            engine.enter(usize::from(wait))?;
+            engine.enter(wait)?;
         }
         let mut readable = self.readable.get();
         while let Some((key, result, more)) = engine.complete() {
             match key {
+                KEY_TIMER => readable.timer = true,
                 KEY_EVENTS | KEY_COMMANDS => {
                     let watched = self.watched.borrow();
                     let fd = if key == KEY_EVENTS {
@@ -259,6 +285,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+    use crate::buf::Pool;
     use crate::executor::Executor;
 
     fn run(reactor: &Reactor, executor: &Executor, done: &Cell<bool>) {
@@ -277,7 +304,7 @@ mod tests {
             let reactor = Reactor::new(scheduler.clone()).unwrap();
             let pool = Pool::new(scheduler, 1 << 20).unwrap();
             if register {
-                reactor.register(&pool).unwrap();
+                pool.register_with(reactor.clone());
             }
             let file: Rc<File> = Rc::new(tempfile::tempfile().unwrap());
             let done = Rc::new(Cell::new(false));

@@ -5,19 +5,28 @@
 //! 1. every submission entry refers to a [`Piece`] whose buffer outlives the operation (kept by the caller, see
 //!    `reactor`: an [`super::Op`] that is dropped early waits for its end first), or to no memory at all;
 //! 2. every descriptor given to the kernel stays open until its operation has ended; multishot polls end with the ring;
-//! 3. a registered region stays mapped until it is unregistered or the ring is gone.
+//! 3. registered memory stays mapped until it is unregistered or the ring is gone (the kernel holds the pages themselves
+//!    as long as an operation uses them).
 #![expect(unsafe_code, reason = "submission entries carry raw pointers")]
 
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 
+use super::Fixed;
 use crate::buf::Piece;
 
 /// Entries of the submission queue; the completion queue has twice as many and never loses one (NODROP).
 const ENTRIES: u32 = 256;
+
+/// Places for registered memory: the pool's chunks, and the mappings of the guests' pages.
+const FIXED_PLACES: u16 = 2048;
+
+/// `IORING_ENTER_GETEVENTS`: run what the kernel has put off for us, and show the completions.
+const GET_EVENTS: u32 = 1;
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,34 +40,65 @@ pub(super) enum Transfer {
 /// One ring, of one thread.
 pub(super) struct Uring {
     ring: IoUring,
-    registered: Option<(usize, usize)>,
+    /// Free places of the table of registered memory; `None` until it is first needed, empty if the kernel has no table.
+    places: Option<Vec<u16>>,
+    /// The time that the last timer entry points to.
+    time: types::Timespec,
 }
 
 impl Uring {
     /// A ring with the cheapest set-up the kernel allows.
     pub(super) fn new() -> io::Result<Uring> {
-        // Completions are then delivered when we ask for them, not by interrupting us; Linux 6.1.
+        // Completions are then delivered when we ask for them, not by interrupting us, and a flag in shared memory says
+        // that there are some; Linux 6.1.
         let ring = IoUring::builder()
             .setup_single_issuer()
             .setup_defer_taskrun()
+            .setup_taskrun_flag()
             .build(ENTRIES)
             .or_else(|_| IoUring::builder().build(ENTRIES))?;
-        Ok(Uring { ring, registered: None })
+        // Saves looking the descriptor up in each call. Refusal (before Linux 5.18) costs nothing but that.
+        let _ = ring.submitter().register_ring_fd();
+        Ok(Uring { ring, places: None, time: types::Timespec::new() })
     }
 
-    /// Registers the region that buffers come from; plain reads and writes are used if the kernel refuses.
-    pub(super) fn register(&mut self, base: NonNull<u8>, len: usize) -> io::Result<()> {
-        let region = libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len };
-        // SAFETY: invariant 3: the pool and its reactor live together in one worker, the ring is dropped first.
-        unsafe { self.ring.submitter().register_buffers(&[region]) }?;
-        let start = base.addr().get();
-        self.registered = Some((start, start + len));
-        Ok(())
+    /// Registers memory, so that operations on it need not pin it each time; `None` if the kernel refuses.
+    ///
+    /// It stays mapped until it is [unregistered](Uring::unregister) (invariant 3).
+    pub(super) fn register(&mut self, base: NonNull<u8>, len: usize) -> Option<Fixed> {
+        let places = self.places.get_or_insert_with(|| {
+            let table = self.ring.submitter().register_buffers_sparse(u32::from(FIXED_PLACES));
+            if let Err(error) = &table {
+                log::warn!("the kernel registers no memory for I/O ({error}); I/O costs a little more");
+            }
+            table.map_or_else(|_| Vec::new(), |()| (0..FIXED_PLACES).rev().collect())
+        });
+        let place = places.pop()?;
+        let memory = libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len };
+        // SAFETY: invariant 3, kept by the callers of `Reactor::fix`.
+        let registered =
+            unsafe { self.ring.submitter().register_buffers_update(u32::from(place), &[memory], None) };
+        match registered {
+            Ok(_) => Some(Fixed(place)),
+            Err(error) => {
+                log::debug!("registering {len} bytes for I/O failed: {error}");
+                places.push(place);
+                None
+            }
+        }
     }
 
-    fn is_registered(&self, piece: Piece) -> bool {
-        let start = piece.ptr.addr().get();
-        self.registered.is_some_and(|(low, high)| start >= low && start + piece.len as usize <= high)
+    /// Gives registered memory up. Operations in flight on it go on.
+    pub(super) fn unregister(&mut self, Fixed(place): Fixed) {
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        // SAFETY: an empty place refers to no memory.
+        let emptied =
+            unsafe { self.ring.submitter().register_buffers_update(u32::from(place), &[nothing], None) };
+        match (emptied, &mut self.places) {
+            (Ok(_), Some(places)) => places.push(place),
+            // The place is lost until the ring is gone; its memory is unmapped all the same, the kernel keeps the pages.
+            (result, _) => log::warn!("giving registered memory up failed: {result:?}"),
+        }
     }
 
     /// Queues a transfer. The caller keeps the buffer until the completion with `key` arrives (invariant 1).
@@ -71,13 +111,15 @@ impl Uring {
         key: u64,
     ) -> io::Result<()> {
         let (fd, ptr, len) = (types::Fd(fd), piece.ptr.as_ptr(), piece.len);
-        let entry = match (what, self.is_registered(piece)) {
-            (Transfer::Read, true) => opcode::ReadFixed::new(fd, ptr, len, 0).offset(offset).build(),
-            (Transfer::Read, false) => opcode::Read::new(fd, ptr, len).offset(offset).build(),
-            (Transfer::Write, true) => {
-                opcode::WriteFixed::new(fd, ptr.cast_const(), len, 0).offset(offset).build()
+        let entry = match (what, piece.fixed) {
+            (Transfer::Read, Some(Fixed(place))) => {
+                opcode::ReadFixed::new(fd, ptr, len, place).offset(offset).build()
             }
-            (Transfer::Write, false) => opcode::Write::new(fd, ptr.cast_const(), len).offset(offset).build(),
+            (Transfer::Read, None) => opcode::Read::new(fd, ptr, len).offset(offset).build(),
+            (Transfer::Write, Some(Fixed(place))) => {
+                opcode::WriteFixed::new(fd, ptr.cast_const(), len, place).offset(offset).build()
+            }
+            (Transfer::Write, None) => opcode::Write::new(fd, ptr.cast_const(), len).offset(offset).build(),
         };
         self.push(entry.user_data(key))
     }
@@ -113,14 +155,28 @@ impl Uring {
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
                 return Ok(());
             }
-            self.enter(0)?;
+            self.enter(false)?;
         }
     }
 
-    /// Hands queued entries to the kernel and waits for at least `want` completions.
-    pub(super) fn enter(&mut self, want: usize) -> io::Result<()> {
+    /// Queues a timer: a completion with `key` after `after`.
+    pub(super) fn timer(&mut self, after: Duration, key: u64) -> io::Result<()> {
+        self.time = types::Timespec::from(after);
+        // The kernel reads the time when it takes the entry, which is done before this returns.
+        let entry = opcode::Timeout::new(&raw const self.time).build();
+        self.push(entry.user_data(key))?;
+        self.enter(false)
+    }
+
+    /// Hands queued entries to the kernel, has it show all completions, and with `wait` sleeps until there is one.
+    pub(super) fn enter(&mut self, wait: bool) -> io::Result<()> {
         loop {
-            match self.ring.submitter().submit_and_wait(want) {
+            let queued = u32::try_from(self.ring.submission().len()).map_err(io::Error::other)?;
+            // SAFETY: no argument beside the numbers; the entries are good by invariants 1 and 2.
+            let entered = unsafe {
+                self.ring.submitter().enter::<libc::sigset_t>(queued, u32::from(wait), GET_EVENTS, None)
+            };
+            match entered {
                 Ok(_) => return Ok(()),
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
                 // The completion queue is full: take completions first, then submit again.
@@ -128,6 +184,12 @@ impl Uring {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Whether [`Uring::enter`] or [`Uring::complete`] has something for us; costs no system call.
+    pub(super) fn has_news(&mut self) -> bool {
+        let taskrun = self.ring.submission().taskrun();
+        taskrun || !self.ring.completion().is_empty()
     }
 
     /// Whether entries wait to be handed to the kernel.

@@ -308,9 +308,7 @@ impl<X: Xen> State<X> {
 fn open_devices<X: Xen>(xen: &X, io: &Io) -> io::Result<Devices<X>> {
     let events = xen.open_events()?;
     io.reactor.watch_events(events.as_fd())?;
-    if let Err(error) = io.reactor.register(&io.pool) {
-        log::warn!("the kernel does not register our buffers ({error}); I/O costs a little more");
-    }
+    io.pool.register_with(io.reactor.clone());
     let copier = Copier::new(xen.open_grants()?, io.scheduler.clone());
     Ok(Devices { copier: Rc::new(copier), events: Rc::new(RefCell::new(events)) })
 }

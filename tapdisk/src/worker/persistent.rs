@@ -1,0 +1,281 @@
+//! The pages of a guest that stay mapped, for frontends with persistent grants.
+//!
+//! Such a frontend uses the same granted pages again and again, so mapping them once saves copying through the
+//! hypervisor. Pages that one request shows for the first time are mapped together, as a **group**: neighbours in our
+//! address space, which a transfer can then cover in one piece. A group is registered with the I/O engine, so that reads
+//! and writes of the image go straight to and from the guest's memory without pinning it each time.
+//!
+//! The cache keeps Linux's limits (`xen-blkback`, `max_persistent_grants` and the constants beside it): 1056 pages of a
+//! ring; when it is full, groups that were not used for the longest time make room, at most 5 % in 100 ms; what was not
+//! used for a minute is unmapped. What does not fit is not mapped at all: [`Persistent::lease`] declines, and the caller
+//! copies. The same when mapping fails, because a copy tells for each segment whether it was possible.
+//!
+//! A group that a request is using stays mapped until the request has ended, whatever the cache does: each
+//! [`Buf`] over it holds a reference.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use blkif::ids::PAGE_SIZE;
+use blkif::{DomId, GrantRef, Segment};
+use gntdev::{Access, GrantMap, Grants};
+
+use crate::buf::{Buf, GuestMemory};
+use crate::reactor::{Fixed, Reactor};
+
+/// Most pages of one ring that stay mapped.
+const MAX_PAGES: usize = 1056;
+/// Pages that may be unmapped at once to make room; and how long until the next time.
+const PURGE_PAGES: usize = MAX_PAGES / 20;
+const PURGE_INTERVAL: Duration = Duration::from_millis(100);
+/// Calls of [`Persistent::age`] without use after which a group is unmapped; one call each [`super::HOUSEKEEPING`].
+const MAX_AGE: usize = 6;
+/// After so many failures in a row no more mapping is tried: the frontend does not keep its word.
+const MAX_FAILURES: u32 = 16;
+
+/// A group of mapped pages.
+struct Group<M> {
+    map: M,
+    fixed: Option<Fixed>,
+    reactor: Rc<Reactor>,
+}
+
+impl<M: GrantMap> GuestMemory for Group<M> {
+    fn span(&self) -> (NonNull<u8>, usize) {
+        (self.map.as_ptr(), self.map.len())
+    }
+
+    fn fixed(&self) -> Option<Fixed> {
+        self.fixed
+    }
+}
+
+impl<M> Drop for Group<M> {
+    /// Before the mapping is dropped: the engine must not hold pages that the guest wants back.
+    fn drop(&mut self) {
+        if let Some(fixed) = self.fixed {
+            self.reactor.unfix(fixed);
+        }
+    }
+}
+
+/// A group in the cache.
+struct Kept<M> {
+    group: Rc<Group<M>>,
+    refs: Vec<GrantRef>,
+    /// The lease that used it last.
+    used: u64,
+}
+
+impl<M> Kept<M> {
+    fn is_idle(&self) -> bool {
+        Rc::strong_count(&self.group) == 1
+    }
+}
+
+/// Grant references are small numbers of the guest's choice; a bad choice costs only the guest's own disk.
+#[derive(Default)]
+struct RefHasher(u64);
+
+impl Hasher for RefHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u32(u32::from(*byte)));
+    }
+
+    fn write_u32(&mut self, number: u32) {
+        // Knuth's multiplicative hashing: the high bits depend on all bits.
+        self.0 = (self.0 ^ u64::from(number)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+}
+
+/// Where a page is: which group, and the offset in it in bytes.
+#[derive(Clone, Copy)]
+struct Place {
+    group: usize,
+    offset: usize,
+}
+
+struct Cache<M> {
+    places: HashMap<GrantRef, Place, BuildHasherDefault<RefHasher>>,
+    groups: Vec<Option<Kept<M>>>,
+    free: Vec<usize>,
+    /// Leases so far.
+    clock: u64,
+    /// `clock` at the last calls of `age`, newest last.
+    ages: VecDeque<u64>,
+    purged: Option<Instant>,
+    failures: u32,
+}
+
+/// The mapped pages of one ring.
+pub struct Persistent<G: Grants> {
+    dom: DomId,
+    reactor: Rc<Reactor>,
+    cache: RefCell<Cache<G::Map>>,
+}
+
+impl<G: Grants> fmt::Debug for Persistent<G> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Persistent").field("pages", &self.pages()).finish_non_exhaustive()
+    }
+}
+
+impl<G: Grants> Persistent<G>
+where
+    G::Map: 'static,
+{
+    /// An empty cache of pages of `dom`.
+    pub fn new(dom: DomId, reactor: Rc<Reactor>) -> Persistent<G> {
+        let cache = Cache {
+            places: HashMap::with_capacity_and_hasher(MAX_PAGES, BuildHasherDefault::default()),
+            groups: Vec::new(),
+            free: Vec::new(),
+            clock: 0,
+            ages: VecDeque::with_capacity(MAX_AGE + 1),
+            purged: None,
+            failures: 0,
+        };
+        Persistent { dom, reactor, cache: RefCell::new(cache) }
+    }
+
+    /// Pages mapped.
+    pub fn pages(&self) -> usize {
+        self.cache.borrow().places.len()
+    }
+
+    /// Puts a buffer over each segment's bytes into `out`. False, with `out` empty: copy instead.
+    pub fn lease(&self, grants: &G, segments: &[Segment], out: &mut Vec<Buf>) -> bool {
+        let mut cache = self.cache.borrow_mut();
+        cache.clock += 1;
+        out.clear();
+        if cache.lend(segments, out) {
+            return true;
+        }
+        out.clear();
+        self.admit(&mut cache, grants, segments) && cache.lend(segments, out)
+    }
+
+    /// Maps the pages that are missing.
+    fn admit(&self, cache: &mut Cache<G::Map>, grants: &G, segments: &[Segment]) -> bool {
+        if cache.failures >= MAX_FAILURES {
+            return false;
+        }
+        let mut missing: Vec<GrantRef> = Vec::with_capacity(segments.len());
+        for segment in segments {
+            if !cache.places.contains_key(&segment.gref()) && !missing.contains(&segment.gref()) {
+                missing.push(segment.gref());
+            }
+        }
+        if !cache.make_room(missing.len()) {
+            return false;
+        }
+        match grants.map(self.dom, &missing, Access::ReadWrite) {
+            Ok(map) => {
+                let fixed = self.reactor.fix(map.as_ptr(), map.len());
+                let group = Rc::new(Group { map, fixed, reactor: self.reactor.clone() });
+                cache.keep(group, missing);
+                cache.failures = 0;
+                true
+            }
+            Err(error) => {
+                cache.failures += 1;
+                log::debug!("mapping {} pages of domain {} failed: {error}", missing.len(), self.dom);
+                if cache.failures == MAX_FAILURES {
+                    log::info!("domain {}: its grants cannot be kept mapped; data is copied", self.dom);
+                }
+                false
+            }
+        }
+    }
+
+    /// Time passes: unmaps what was not used lately. Returns whether anything is left.
+    pub fn age(&self) -> bool {
+        let mut cache = self.cache.borrow_mut();
+        let now = cache.clock;
+        cache.ages.push_back(now);
+        if cache.ages.len() > MAX_AGE
+            && let Some(then) = cache.ages.pop_front()
+        {
+            for index in 0..cache.groups.len() {
+                cache.drop_if(index, |kept| kept.used <= then);
+            }
+        }
+        !cache.places.is_empty()
+    }
+}
+
+impl<M: GrantMap + 'static> Cache<M> {
+    fn lend(&mut self, segments: &[Segment], out: &mut Vec<Buf>) -> bool {
+        for segment in segments {
+            let Some(Place { group, offset }) = self.places.get(&segment.gref()).copied() else {
+                return false;
+            };
+            let Some(Some(kept)) = self.groups.get_mut(group) else { return false };
+            kept.used = self.clock;
+            let start = offset + usize::from(segment.offset());
+            let Some(buf) = Buf::guest(kept.group.clone(), start..start + usize::from(segment.bytes())) else {
+                return false;
+            };
+            out.push(buf);
+        }
+        true
+    }
+
+    fn keep(&mut self, group: Rc<Group<M>>, refs: Vec<GrantRef>) {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.groups.push(None);
+            self.groups.len() - 1
+        });
+        for (page, gref) in refs.iter().enumerate() {
+            self.places.insert(*gref, Place { group: index, offset: page * PAGE_SIZE });
+        }
+        self.groups[index] = Some(Kept { group, refs, used: self.clock });
+    }
+
+    /// Drops a group that no request is using, if `when` says so; returns its pages.
+    fn drop_if(&mut self, index: usize, when: impl FnOnce(&Kept<M>) -> bool) -> usize {
+        let Some(slot) = self.groups.get_mut(index) else { return 0 };
+        let Some(kept) = slot.take_if(|kept| kept.is_idle() && when(kept)) else { return 0 };
+        for gref in &kept.refs {
+            self.places.remove(gref);
+        }
+        self.free.push(index);
+        kept.refs.len()
+    }
+
+    /// Makes sure that `count` more pages fit.
+    fn make_room(&mut self, count: usize) -> bool {
+        let excess = (self.places.len() + count).saturating_sub(MAX_PAGES);
+        if excess == 0 {
+            return true;
+        }
+        // The clock is read only here, when the cache is full.
+        let now = Instant::now();
+        if self.purged.is_some_and(|then| now.duration_since(then) < PURGE_INTERVAL) {
+            return false;
+        }
+        self.purged = Some(now);
+        let goal = excess.max(PURGE_PAGES);
+        let mut freed = 0;
+        while freed < goal {
+            let idle = self.groups.iter().enumerate().filter_map(|(index, slot)| {
+                slot.as_ref().filter(|kept| kept.is_idle()).map(|kept| (kept.used, index))
+            });
+            let Some((_, oldest)) = idle.min() else { break };
+            freed += self.drop_if(oldest, |_| true);
+        }
+        freed >= excess
+    }
+}
+
+#[cfg(test)]
+mod tests;

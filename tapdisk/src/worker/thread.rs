@@ -100,6 +100,8 @@ fn set_up<X: Xen>(xen: X, params: &OpenParams, inbox: Inbox) -> Result<(State<X>
         sector_size: 512,
         physical_sector_size: disk.physical_block_size(),
         readonly: disk.is_readonly(),
+        discard: None,
+        queues: 1,
     };
     let state = State {
         xen,
@@ -235,6 +237,9 @@ impl<X: Xen> State<X> {
             readonly: params.readonly || self.disk.is_readonly(),
             flush: true,
             barrier: true,
+            discard: false,
+            discard_secure: false,
+            max_indirect: 0,
         };
         let devices = match &self.devices {
             Some(devices) => devices,

@@ -7,6 +7,7 @@
 //! Source: `blkif.h` for the fields; the offsets below are what its structures compile to for either alignment.
 
 use std::fmt;
+use std::mem::offset_of;
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -29,8 +30,18 @@ pub mod op {
     pub const INDIRECT: u8 = 6;
 }
 
+/// Bit 0 of a DISCARD's `flag`: the sectors must not be readable by anybody any more (`BLKIF_DISCARD_SECURE`).
+pub const DISCARD_SECURE: u8 = 1;
+
 /// Most segments a request can carry in the ring entry itself (`BLKIF_MAX_SEGMENTS_PER_REQUEST`).
 pub const MAX_SEGMENTS: usize = 11;
+/// Most segments of an INDIRECT request that this crate accepts: 1 MiB of data. They fill half of one page, so that the
+/// first of the entry's page references is the only one ever used.
+pub const MAX_INDIRECT_SEGMENTS: u16 = 256;
+/// Page references in an INDIRECT entry (`BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST`).
+pub const MAX_INDIRECT_PAGES: usize = 8;
+/// Bytes of one segment, in an entry and in an indirect page alike.
+pub const SEGMENT_SIZE: usize = size_of::<WireSegment>();
 /// Largest entry of any ABI, in bytes.
 pub const MAX_ENTRY_SIZE: usize = size_of::<Entry64>();
 /// Largest response of any ABI, in bytes.
@@ -85,14 +96,81 @@ pub(crate) struct Entry32 {
     pub seg: [WireSegment; MAX_SEGMENTS],
 }
 
-/// [`Entry32`] in the buffer that is large enough for either layout.
+/// A DISCARD entry where `uint64_t` is aligned to 8.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-pub(crate) struct PaddedEntry32 {
-    pub entry: Entry32,
-    /// Not part of the ring.
-    pub unused: [u8; size_of::<Entry64>() - size_of::<Entry32>()],
+pub(crate) struct Discard64 {
+    pub operation: u8,
+    pub flag: u8,
+    pub handle: U16,
+    pub pad: U32,
+    pub id: U64,
+    pub sector_number: U64,
+    pub nr_sectors: U64,
 }
+
+/// The same entry where `uint64_t` is aligned to 4.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct Discard32 {
+    pub operation: u8,
+    pub flag: u8,
+    pub handle: U16,
+    pub id: U64,
+    pub sector_number: U64,
+    pub nr_sectors: U64,
+}
+
+/// An INDIRECT entry where `uint64_t` is aligned to 8.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct Indirect64 {
+    pub operation: u8,
+    pub indirect_op: u8,
+    pub nr_segments: U16,
+    pub pad1: U32,
+    pub id: U64,
+    pub sector_number: U64,
+    pub handle: U16,
+    pub pad2: U16,
+    pub pages: [U32; MAX_INDIRECT_PAGES],
+    pub pad3: U32,
+}
+
+/// The same entry where `uint64_t` is aligned to 4; the header pads it to the other one's size.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct Indirect32 {
+    pub operation: u8,
+    pub indirect_op: u8,
+    pub nr_segments: U16,
+    pub id: U64,
+    pub sector_number: U64,
+    pub handle: U16,
+    pub pad1: U16,
+    pub pages: [U32; MAX_INDIRECT_PAGES],
+    pub pad2: U64,
+}
+
+/// An entry in the buffer that is large enough for each of them.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct Padded<T, const N: usize> {
+    pub entry: T,
+    /// Not part of the entry.
+    pub unused: [u8; N],
+}
+
+/// [`Entry32`] in a buffer of [`MAX_ENTRY_SIZE`].
+pub(crate) type PaddedEntry32 = Padded<Entry32, { MAX_ENTRY_SIZE - size_of::<Entry32>() }>;
+/// [`Discard64`] in a buffer of [`MAX_ENTRY_SIZE`].
+pub(crate) type PaddedDiscard64 = Padded<Discard64, { MAX_ENTRY_SIZE - size_of::<Discard64>() }>;
+/// [`Discard32`] in a buffer of [`MAX_ENTRY_SIZE`].
+pub(crate) type PaddedDiscard32 = Padded<Discard32, { MAX_ENTRY_SIZE - size_of::<Discard32>() }>;
+/// [`Indirect64`] in a buffer of [`MAX_ENTRY_SIZE`].
+pub(crate) type PaddedIndirect64 = Padded<Indirect64, { MAX_ENTRY_SIZE - size_of::<Indirect64>() }>;
+/// [`Indirect32`] in a buffer of [`MAX_ENTRY_SIZE`].
+pub(crate) type PaddedIndirect32 = Padded<Indirect32, { MAX_ENTRY_SIZE - size_of::<Indirect32>() }>;
 
 /// A response; the 32-bit layout is the first 12 bytes of it.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -109,17 +187,30 @@ pub(crate) struct WireResponse {
 const _: () = {
     assert!(size_of::<WireSegment>() == 8);
     assert!(size_of::<Entry64>() == 112);
-    assert!(std::mem::offset_of!(Entry64, id) == 8);
-    assert!(std::mem::offset_of!(Entry64, sector_number) == 16);
-    assert!(std::mem::offset_of!(Entry64, seg) == 24);
+    assert!(offset_of!(Entry64, id) == 8);
+    assert!(offset_of!(Entry64, sector_number) == 16);
+    assert!(offset_of!(Entry64, seg) == 24);
     assert!(size_of::<Entry32>() == 108);
-    assert!(std::mem::offset_of!(Entry32, id) == 4);
-    assert!(std::mem::offset_of!(Entry32, sector_number) == 12);
-    assert!(std::mem::offset_of!(Entry32, seg) == 20);
+    assert!(offset_of!(Entry32, id) == 4);
+    assert!(offset_of!(Entry32, sector_number) == 12);
+    assert!(offset_of!(Entry32, seg) == 20);
+    assert!(size_of::<Discard64>() == 32);
+    assert!(offset_of!(Discard64, nr_sectors) == 24);
+    assert!(size_of::<Discard32>() == 28);
+    assert!(offset_of!(Discard32, nr_sectors) == 20);
+    assert!(size_of::<Indirect64>() == 64);
+    assert!(offset_of!(Indirect64, id) == 8);
+    assert!(offset_of!(Indirect64, handle) == 24);
+    assert!(offset_of!(Indirect64, pages) == 28);
+    assert!(size_of::<Indirect32>() == 64);
+    assert!(offset_of!(Indirect32, id) == 4);
+    assert!(offset_of!(Indirect32, handle) == 20);
+    assert!(offset_of!(Indirect32, pages) == 24);
+    assert!(MAX_INDIRECT_SEGMENTS as usize * SEGMENT_SIZE <= PAGE_SIZE);
     assert!(size_of::<WireResponse>() == MAX_RESPONSE_SIZE);
-    assert!(std::mem::offset_of!(WireResponse, operation) == 8);
-    assert!(std::mem::offset_of!(WireResponse, status) == 10);
-    assert!(std::mem::offset_of!(WireResponse, tail) == 12);
+    assert!(offset_of!(WireResponse, operation) == 8);
+    assert!(offset_of!(WireResponse, status) == 10);
+    assert!(offset_of!(WireResponse, tail) == 12);
     // The ring copies entries and responses word by word.
     assert!(HEADER_SIZE.is_multiple_of(4));
     assert!(size_of::<Entry64>().is_multiple_of(4));
@@ -178,6 +269,24 @@ impl Abi {
         match self {
             Abi::X86_64 => size_of::<Entry64>(),
             Abi::X86_32 => size_of::<Entry32>(),
+        }
+    }
+
+    /// Bytes of an entry that its first two, operation and detail, give a meaning: the fields every operation has, and
+    /// behind them the segments that are said to be there, or a discard's or an indirect request's own fields. A
+    /// multiple of 4, at most [`Abi::entry_size`].
+    pub(crate) fn used(self, operation: u8, detail: u8) -> usize {
+        let (head, discard, indirect) = match self {
+            Abi::X86_64 => (offset_of!(Entry64, seg), size_of::<Discard64>(), size_of::<Indirect64>()),
+            Abi::X86_32 => (offset_of!(Entry32, seg), size_of::<Discard32>(), size_of::<Indirect32>()),
+        };
+        match operation {
+            op::READ | op::WRITE | op::WRITE_BARRIER => {
+                head + usize::from(detail).min(MAX_SEGMENTS) * SEGMENT_SIZE
+            }
+            op::DISCARD => discard,
+            op::INDIRECT => indirect,
+            _ => head,
         }
     }
 

@@ -36,6 +36,10 @@ pub const BOOTABLE: &str = "bootable";
 pub const DISCARD_ENABLE: &str = "discard-enable";
 /// Flag: the file's pages are not referenced after an O_DIRECT transfer has completed.
 pub const DIRECT_IO_SAFE: &str = "direct-io-safe";
+/// How long to look for requests before sleeping, in microseconds (XenServer's key); 0: never.
+pub const POLLING_DURATION: &str = "polling-duration";
+/// Do not look for requests while the host's processors are idle for less than this share, in percent (XenServer's key).
+pub const POLLING_IDLE_THRESHOLD: &str = "polling-idle-threshold";
 /// Path of the hotplug script.
 pub const SCRIPT: &str = "script";
 /// Outcome of the hotplug script, `connected` or `error`.
@@ -103,7 +107,7 @@ pub const PROTOCOL: &str = "protocol";
 pub const RING_PAGE_ORDER: &str = "ring-page-order";
 /// Size of the ring in pages: the older spelling of [`RING_PAGE_ORDER`].
 pub const NUM_RING_PAGES: &str = "num-ring-pages";
-/// Number of rings; with more than one their keys stand in `queue-0`, `queue-1`...
+/// Number of rings; with more than one their keys stand in folders [`queue`].
 pub const MULTI_QUEUE_NUM_QUEUES: &str = "multi-queue-num-queues";
 /// Flag: the frontend counts sectors in units of `sector-size`.
 pub const FEATURE_LARGE_SECTOR_SIZE: &str = "feature-large-sector-size";
@@ -113,3 +117,8 @@ pub const VIRTUAL_DEVICE: &str = "virtual-device";
 pub const BACKEND: &str = "backend";
 /// Domain id of the backend.
 pub const BACKEND_ID: &str = "backend-id";
+
+/// The folder of one ring's keys inside the frontend's directory, when it has several; counted from 0.
+pub fn queue(number: u32) -> String {
+    format!("queue-{number}")
+}

@@ -29,10 +29,12 @@ pub mod ring;
 pub mod state;
 mod sync;
 
-pub use abi::{Abi, RingOrder};
+pub use abi::{Abi, MAX_INDIRECT_SEGMENTS, RingOrder};
 pub use ids::{DomId, GrantRef, Port, Sector, VdevId};
 pub use indices::{AttachError, RingBroken};
-pub use request::{Geometry, RawRequest, Reason, Rejection, Request, RequestKind, Segment, Segments};
+pub use request::{
+    Geometry, RawRequest, Reason, Rejection, Request, RequestKind, Segment, Segments, Transfer,
+};
 pub use response::{Response, Status};
 #[cfg(not(loom))]
 pub use ring::BackRing;

@@ -2,17 +2,26 @@
 //!
 //! [`parse`] is total: any bytes give one or the other. It works on a private copy, so the guest cannot change what was
 //! checked; it allocates nothing, and its result says exactly which bytes of which granted page to touch and which
-//! sectors of the disk, both inside their bounds.
+//! sectors of the disk, both inside their bounds. Only an indirect request takes a second step, [`parse_indirect`],
+//! because its segments are elsewhere.
 //!
 //! Two fields are ignored on purpose: `handle`, which frontends fill with anything (`blkif.h` calls it historical), and
 //! the segments of a flush, where NetBSD leaves stale numbers of the slot's previous use.
 
-use crate::abi::{Abi, Entry64, MAX_ENTRY_SIZE, MAX_SEGMENTS, PaddedEntry32, WireSegment, op};
-use crate::ids::{GrantRef, SECTOR_SIZE, Sector};
+mod indirect;
+mod reason;
+mod segment;
+
+use crate::abi::{
+    Abi, DISCARD_SECURE, Entry32, Entry64, MAX_ENTRY_SIZE, MAX_INDIRECT_SEGMENTS, MAX_SEGMENTS,
+    PaddedDiscard32, PaddedDiscard64, PaddedEntry32, PaddedIndirect32, PaddedIndirect64, WireSegment, op,
+};
+use crate::ids::{GrantRef, Sector};
 use crate::response::Status;
 
-/// The last 512-byte sector of a granted page.
-const LAST_SECTOR_OF_PAGE: u8 = 7;
+pub use indirect::parse_indirect;
+pub use reason::Reason;
+pub use segment::{Segment, Segments};
 
 /// A private copy of one ring entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,40 +46,74 @@ impl RawRequest {
         self.bytes.get(..self.abi.entry_size()).unwrap_or(&self.bytes)
     }
 
-    /// The fields, whichever layout they come in.
-    fn fields(&self) -> Fields {
+    /// What entries of all operations have in common.
+    fn head(&self) -> Head {
         match self.abi {
             Abi::X86_64 => {
-                let entry: Entry64 = zerocopy::transmute!(self.bytes);
-                Fields {
-                    op: entry.operation,
-                    nr_segments: entry.nr_segments,
-                    id: entry.id.get(),
-                    sector: entry.sector_number.get(),
-                    seg: entry.seg,
-                }
+                let Entry64 { operation, nr_segments, id, sector_number, .. } =
+                    zerocopy::transmute!(self.bytes);
+                Head { op: operation, detail: nr_segments, id: id.get(), sector: Sector(sector_number.get()) }
             }
             Abi::X86_32 => {
-                let PaddedEntry32 { entry, .. } = zerocopy::transmute!(self.bytes);
-                Fields {
-                    op: entry.operation,
-                    nr_segments: entry.nr_segments,
-                    id: entry.id.get(),
-                    sector: entry.sector_number.get(),
-                    seg: entry.seg,
-                }
+                let PaddedEntry32 {
+                    entry: Entry32 { operation, nr_segments, id, sector_number, .. }, ..
+                } = zerocopy::transmute!(self.bytes);
+                Head { op: operation, detail: nr_segments, id: id.get(), sector: Sector(sector_number.get()) }
             }
         }
     }
+
+    /// The segments of a direct request.
+    fn segments(&self) -> [WireSegment; MAX_SEGMENTS] {
+        match self.abi {
+            Abi::X86_64 => {
+                let Entry64 { seg, .. } = zerocopy::transmute!(self.bytes);
+                seg
+            }
+            Abi::X86_32 => {
+                let PaddedEntry32 { entry, .. } = zerocopy::transmute!(self.bytes);
+                entry.seg
+            }
+        }
+    }
+
+    /// The number of sectors of a discard.
+    fn discard_sectors(&self) -> u64 {
+        match self.abi {
+            Abi::X86_64 => {
+                let PaddedDiscard64 { entry, .. } = zerocopy::transmute!(self.bytes);
+                entry.nr_sectors.get()
+            }
+            Abi::X86_32 => {
+                let PaddedDiscard32 { entry, .. } = zerocopy::transmute!(self.bytes);
+                entry.nr_sectors.get()
+            }
+        }
+    }
+
+    /// The number of segments of an indirect request, and the first page they stand in.
+    fn indirect(&self) -> (u16, GrantRef) {
+        let (nr_segments, [page, ..]) = match self.abi {
+            Abi::X86_64 => {
+                let PaddedIndirect64 { entry, .. } = zerocopy::transmute!(self.bytes);
+                (entry.nr_segments, entry.pages)
+            }
+            Abi::X86_32 => {
+                let PaddedIndirect32 { entry, .. } = zerocopy::transmute!(self.bytes);
+                (entry.nr_segments, entry.pages)
+            }
+        };
+        (nr_segments.get(), GrantRef(page.get()))
+    }
 }
 
-/// What all four direct operations have in common, still unchecked.
-struct Fields {
+/// The fields that stand at the same place whatever the operation, still unchecked.
+struct Head {
     op: u8,
-    nr_segments: u8,
+    /// Byte 1: `nr_segments` of a direct request, `flag` of a discard, `indirect_op` of an indirect request.
+    detail: u8,
     id: u64,
-    sector: u64,
-    seg: [WireSegment; MAX_SEGMENTS],
+    sector: Sector,
 }
 
 /// What a disk is and offers, as published to the frontend.
@@ -84,100 +127,21 @@ pub struct Geometry {
     pub flush: bool,
     /// Whether `feature-barrier` was published as 1.
     pub barrier: bool,
+    /// Whether `feature-discard` was published as 1.
+    pub discard: bool,
+    /// Whether `discard-secure` was published as 1.
+    pub discard_secure: bool,
+    /// What was published as `feature-max-indirect-segments`, at most [`MAX_INDIRECT_SEGMENTS`]; 0: not offered.
+    pub max_indirect: u16,
 }
 
-/// One piece of a request's data: consecutive sectors inside one granted page.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Segment {
-    gref: GrantRef,
-    first: u8,
-    last: u8,
-}
-
-impl Segment {
-    /// Sectors `first` to `last`, both included, of the page `gref`; `None` unless `first <= last <= 7`.
-    pub fn new(gref: GrantRef, first: u8, last: u8) -> Option<Segment> {
-        (first <= last && last <= LAST_SECTOR_OF_PAGE).then_some(Segment { gref, first, last })
-    }
-
-    /// The granted page.
-    pub fn gref(self) -> GrantRef {
-        self.gref
-    }
-
-    /// First sector in the page, 0 to 7.
-    pub fn first(self) -> u8 {
-        self.first
-    }
-
-    /// Last sector in the page, included; 0 to 7.
-    pub fn last(self) -> u8 {
-        self.last
-    }
-
-    /// Number of 512-byte sectors, 1 to 8.
-    pub fn sectors(self) -> u8 {
-        self.last - self.first + 1
-    }
-
-    /// Byte offset in the page, 0 to 3584.
-    pub fn offset(self) -> u16 {
-        u16::from(self.first) << SECTOR_SIZE.trailing_zeros()
-    }
-
-    /// Length in bytes, 512 to 4096.
-    pub fn bytes(self) -> u16 {
-        u16::from(self.sectors()) << SECTOR_SIZE.trailing_zeros()
-    }
-}
-
-/// The data of a direct request: up to 11 segments, in the order of the disk's sectors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Segments {
-    list: [Segment; MAX_SEGMENTS],
-    len: u8,
-}
-
-impl Segments {
-    /// The segments as a slice.
-    pub fn as_slice(&self) -> &[Segment] {
-        self.list.get(..usize::from(self.len)).unwrap_or(&self.list)
-    }
-
-    /// The segments one by one.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = Segment> + '_ {
-        self.as_slice().iter().copied()
-    }
-
-    /// Number of segments, 0 to 11.
-    pub fn len(&self) -> usize {
-        usize::from(self.len)
-    }
-
-    /// Whether there is no data.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Number of 512-byte sectors in all, 0 to 88.
-    pub fn sectors(&self) -> u32 {
-        self.iter().map(|segment| u32::from(segment.sectors())).sum()
-    }
-
-    /// Length of all data in bytes, 0 to 45056.
-    pub fn bytes(&self) -> u32 {
-        self.iter().map(|segment| u32::from(segment.bytes())).sum()
-    }
-
-    fn check(seg: &[WireSegment; MAX_SEGMENTS], count: u8) -> Result<Segments, Reason> {
-        let wire = seg.get(..usize::from(count)).ok_or(Reason::TooManySegments { count })?;
-        let mut list = [Segment::default(); MAX_SEGMENTS];
-        for (to, from) in list.iter_mut().zip(wire) {
-            *to = Segment::new(GrantRef(from.gref.get()), from.first_sect, from.last_sect)
-                .ok_or(Reason::BadSegment { first: from.first_sect, last: from.last_sect })?;
-        }
-        Ok(Segments { list, len: count })
-    }
+/// The direction of an indirect request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transfer {
+    /// From the disk to the guest.
+    Read,
+    /// From the guest to the disk.
+    Write,
 }
 
 /// What a request wants, inside the bounds of the disk and of the granted pages.
@@ -206,6 +170,28 @@ pub enum RequestKind {
         /// Where the data comes from; may be empty.
         segments: Segments,
     },
+    /// Forget sectors. Advisory, so what lies outside the store's units may be left as it is.
+    Discard {
+        /// First sector on the disk.
+        sector: Sector,
+        /// Number of 512-byte sectors, inside the disk; may be 0, which is nothing to do.
+        count: u64,
+        /// Nobody may be able to read the old content afterwards. Only where this was offered: elsewhere the frontend's
+        /// flag has no meaning (`blkif.h`).
+        secure: bool,
+    },
+    /// A read or write whose segments stand in a page of the guest: copy the first `count` × 8 bytes of it, and have
+    /// them judged by [`parse_indirect`]. Until then nothing is known about the data but its place on the disk.
+    Indirect {
+        /// Read or write.
+        transfer: Transfer,
+        /// First sector on the disk.
+        sector: Sector,
+        /// Number of segments, 1 to 256 and no more than were offered.
+        count: u16,
+        /// The page with the segments; only to be read.
+        page: GrantRef,
+    },
 }
 
 /// A request that may be executed as it stands.
@@ -213,7 +199,7 @@ pub enum RequestKind {
 pub struct Request {
     /// The frontend's name for it, opaque; goes into the response.
     pub id: u64,
-    /// The operation to put into the response.
+    /// The operation to put into the response; of an indirect request the one inside it.
     pub op: u8,
     /// What to do.
     pub kind: RequestKind,
@@ -232,114 +218,93 @@ pub struct Rejection {
     pub reason: Reason,
 }
 
-/// What is wrong with a request. A guest can cause each of these at will.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Reason {
-    /// The operation does not exist or was not offered to this frontend.
-    #[error("operation {op} is not offered")]
-    NotOffered {
-        /// Byte 0 of the entry.
-        op: u8,
-    },
-    /// More segments than an entry has.
-    #[error("{count} segments, but an entry has room for 11")]
-    TooManySegments {
-        /// `nr_segments`.
-        count: u8,
-    },
-    /// A read or write without data.
-    #[error("a read or write without segments")]
-    NoSegments,
-    /// A segment that does not lie inside its page.
-    #[error("a segment from sector {first} to {last} of a page of 8 sectors")]
-    BadSegment {
-        /// `first_sect`.
-        first: u8,
-        /// `last_sect`.
-        last: u8,
-    },
-    /// Sectors beyond the end of the disk.
-    #[error("{count} sectors at {sector} reach beyond the disk's end")]
-    OutOfRange {
-        /// First sector.
-        sector: Sector,
-        /// Number of sectors.
-        count: u32,
-    },
-    /// A request to change a read-only disk.
-    #[error("the disk is read-only")]
-    ReadOnly,
-}
-
-impl Reason {
-    /// The status a frontend gets for it.
-    pub fn status(self) -> Status {
-        match self {
-            Reason::NotOffered { .. } => Status::NotSupported,
-            Reason::TooManySegments { .. }
-            | Reason::NoSegments
-            | Reason::BadSegment { .. }
-            | Reason::OutOfRange { .. }
-            | Reason::ReadOnly => Status::Error,
-        }
-    }
-}
-
 /// Judges one ring entry.
 pub fn parse(raw: &RawRequest, geometry: &Geometry) -> Result<Request, Rejection> {
-    let fields = raw.fields();
-    let echo = echoed_operation(&fields);
-    match decide(&fields, geometry) {
-        Ok(kind) => Ok(Request { id: fields.id, op: echo, kind }),
-        Err(reason) => Err(Rejection { id: fields.id, op: echo, status: reason.status(), reason }),
+    let head = raw.head();
+    let (id, op) = (head.id, echoed_operation(&head));
+    match decide(&head, raw, geometry) {
+        Ok(kind) => Ok(Request { id, op, kind }),
+        Err(reason) => Err(Rejection { id, op, status: reason.status(), reason }),
     }
 }
 
 /// The operation a response must carry. For an indirect request that is the operation inside it, also when it is
 /// rejected: Linux's frontend compares the two and disables the disk for good when they differ
 /// (`drivers/block/xen-blkfront.c`, `blkif_interrupt`).
-fn echoed_operation(fields: &Fields) -> u8 {
-    match fields.op {
-        // `indirect_op` stands where a direct request has its number of segments.
-        op::INDIRECT => fields.nr_segments,
+fn echoed_operation(head: &Head) -> u8 {
+    match head.op {
+        op::INDIRECT => head.detail,
         other => other,
     }
 }
 
-fn decide(fields: &Fields, geometry: &Geometry) -> Result<RequestKind, Reason> {
-    let sector = Sector(fields.sector);
-    match fields.op {
-        op::READ => Ok(RequestKind::Read { sector, segments: data(fields, geometry)? }),
+fn decide(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<RequestKind, Reason> {
+    let sector = head.sector;
+    match head.op {
+        op::READ => Ok(RequestKind::Read { sector, segments: data(head, raw, geometry)? }),
         op::WRITE => {
-            let segments = data(fields, geometry)?;
+            let segments = data(head, raw, geometry)?;
             writable(geometry)?;
             Ok(RequestKind::Write { sector, segments })
         }
         op::FLUSH_DISKCACHE if geometry.flush => Ok(RequestKind::Flush),
         op::WRITE_BARRIER if geometry.barrier => {
-            if fields.nr_segments == 0 {
+            if head.detail == 0 {
                 // Windows puts the sector of the SCSI command here, which may lie beyond the end: no range check.
                 return Ok(RequestKind::Barrier { sector, segments: Segments::default() });
             }
-            let segments = data(fields, geometry)?;
+            let segments = data(head, raw, geometry)?;
             writable(geometry)?;
             Ok(RequestKind::Barrier { sector, segments })
         }
+        op::DISCARD if geometry.discard => {
+            writable(geometry)?;
+            let count = raw.discard_sectors();
+            in_range(sector, count, geometry)?;
+            let secure = geometry.discard_secure && head.detail & DISCARD_SECURE != 0;
+            Ok(RequestKind::Discard { sector, count, secure })
+        }
+        op::INDIRECT if geometry.max_indirect > 0 => indirect(head, raw, geometry),
         op => Err(Reason::NotOffered { op }),
     }
 }
 
-/// The segments of a request that must have some, and whose sectors must exist.
-fn data(fields: &Fields, geometry: &Geometry) -> Result<Segments, Reason> {
-    let segments = Segments::check(&fields.seg, fields.nr_segments)?;
+/// The segments of a direct request that must have some, and whose sectors must exist.
+fn data(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<Segments, Reason> {
+    let segments = Segments::check(&raw.segments(), head.detail)?;
     if segments.is_empty() {
         return Err(Reason::NoSegments);
     }
-    let count = segments.sectors();
-    let end = fields.sector.checked_add(u64::from(count));
-    match end {
-        Some(end) if end <= geometry.capacity => Ok(segments),
-        _ => Err(Reason::OutOfRange { sector: Sector(fields.sector), count }),
+    in_range(head.sector, u64::from(segments.sectors()), geometry)?;
+    Ok(segments)
+}
+
+fn indirect(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<RequestKind, Reason> {
+    let transfer = match head.detail {
+        op::READ => Transfer::Read,
+        op::WRITE => Transfer::Write,
+        op => return Err(Reason::NotIndirect { op }),
+    };
+    let (count, page) = raw.indirect();
+    let limit = geometry.max_indirect.min(MAX_INDIRECT_SEGMENTS);
+    if count == 0 {
+        return Err(Reason::NoSegments);
+    }
+    if count > limit {
+        return Err(Reason::TooManySegments { count, limit });
+    }
+    if transfer == Transfer::Write {
+        writable(geometry)?;
+    }
+    // A segment moves a sector at least. That refuses what is far outside before a page is copied for it.
+    in_range(head.sector, u64::from(count), geometry)?;
+    Ok(RequestKind::Indirect { transfer, sector: head.sector, count, page })
+}
+
+fn in_range(sector: Sector, count: u64, geometry: &Geometry) -> Result<(), Reason> {
+    match sector.0.checked_add(count) {
+        Some(end) if end <= geometry.capacity => Ok(()),
+        _ => Err(Reason::OutOfRange { sector, count }),
     }
 }
 

@@ -149,13 +149,21 @@ impl RingMemory {
         }
     }
 
-    /// Copies an entry, each word once.
+    /// Copies what an entry uses of its place, each word once; the rest of the copy is zero.
+    ///
+    /// How much that is stands in the first word, and is taken from its copy.
     fn copy_entry(&self, position: u32) -> RawRequest {
         let offset = self.entry_offset(position);
+        let first = self.word(offset).load(Ordering::Relaxed).to_ne_bytes();
+        let [operation, detail, ..] = first;
+        let used = self.abi.used(operation, detail) / WORD;
         let mut bytes = [0; MAX_ENTRY_SIZE];
         let (words, _) = bytes.as_chunks_mut::<WORD>();
-        for (i, to) in words.iter_mut().take(self.abi.entry_size() / WORD).enumerate() {
-            *to = self.word(offset + i * WORD).load(Ordering::Relaxed).to_ne_bytes();
+        for (i, to) in words.iter_mut().take(used).enumerate() {
+            *to = match i {
+                0 => first,
+                _ => self.word(offset + i * WORD).load(Ordering::Relaxed).to_ne_bytes(),
+            };
         }
         RawRequest::new(bytes, self.abi)
     }

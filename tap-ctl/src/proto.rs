@@ -1,14 +1,22 @@
 //! The messages.
 //!
 //! A client connects to a tapdisk's control socket, sends one [`Request`] and gets one [`Reply`]; it may send more
-//! requests on the same connection, each answered in turn. Errors travel as a positive errno, which becomes the exit
-//! code of `tap-ctl`, and a sentence for people.
+//! requests on the same connection, each answered in turn. Only [`Request::Follow`] is answered for as long as the
+//! connection lasts. Errors travel as a positive errno, which becomes the exit code of `tap-ctl`, and a sentence for
+//! people.
+//!
+//! A tapdisk lives as long as its disk, so the xenio or tap-ctl that speaks to it may be of another release: what a
+//! release adds to a message has a default, and what it does not know is skipped.
+
+mod image;
 
 use std::fmt;
 use std::str::FromStr;
 
 use blkif::{DomId, GrantRef, Port, VdevId};
 use serde::{Deserialize, Serialize};
+
+pub use image::{ImageSpec, ImageSpecError, ImageType, null_size};
 
 /// Names one VBD on this host: the number N of the marker file `tapdisk-N`. 0 to 16383.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -42,72 +50,6 @@ impl fmt::Display for Minor {
     }
 }
 
-/// The format of an image, as the part of `type:path` before the colon. Never guessed from content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ImageType {
-    /// A raw file or block device.
-    Aio,
-    /// A VHD with its chain of parents.
-    Vhd,
-}
-
-impl ImageType {
-    /// The name in `type:path`.
-    pub fn name(self) -> &'static str {
-        match self {
-            ImageType::Aio => "aio",
-            ImageType::Vhd => "vhd",
-        }
-    }
-}
-
-/// An image as users name it: `type:path`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ImageSpec {
-    /// The format.
-    pub kind: ImageType,
-    /// The path; any characters, `:` and blanks included.
-    pub path: String,
-}
-
-impl fmt::Display for ImageSpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.kind.name(), self.path)
-    }
-}
-
-/// Why a string is no [`ImageSpec`].
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ImageSpecError {
-    /// There is no `:`.
-    #[error("{0:?} is no image: write type:path, for example vhd:/srv/debian.vhd")]
-    NoType(String),
-    /// The type is not known.
-    #[error("unknown image type {0:?}: known are aio (raw) and vhd")]
-    UnknownType(String),
-    /// Nothing follows the colon.
-    #[error("the image {0:?} has an empty path")]
-    EmptyPath(String),
-}
-
-impl FromStr for ImageSpec {
-    type Err = ImageSpecError;
-
-    fn from_str(text: &str) -> Result<ImageSpec, ImageSpecError> {
-        let (kind, path) = text.split_once(':').ok_or_else(|| ImageSpecError::NoType(text.to_owned()))?;
-        let kind = match kind {
-            "aio" => ImageType::Aio,
-            "vhd" => ImageType::Vhd,
-            _ => return Err(ImageSpecError::UnknownType(kind.to_owned())),
-        };
-        if path.is_empty() {
-            return Err(ImageSpecError::EmptyPath(text.to_owned()));
-        }
-        Ok(ImageSpec { kind, path: path.to_owned() })
-    }
-}
-
 /// How to open an image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenParams {
@@ -128,10 +70,25 @@ pub struct RingParams {
     pub vdev: u32,
     /// Value of the `protocol` key after its default rule: `x86_64-abi`, `x86_32-abi` or `arm-abi`.
     pub protocol: String,
-    /// One entry a queue.
+    /// One entry a queue, at least one.
     pub queues: Vec<QueueParams>,
     /// The toolstack's mode is not `w`: every request that would change the disk is refused.
     pub readonly: bool,
+    /// Both ends offered `feature-persistent`: the frontend uses the same grants again, so they may stay mapped.
+    #[serde(default)]
+    pub persistent: bool,
+    /// When to look for requests before sleeping.
+    #[serde(default)]
+    pub polling: Polling,
+}
+
+/// When to look for requests before sleeping until the frontend notifies the next one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Polling {
+    /// How long at most, in microseconds; 0: not at all; `None`: as long as tapdisk finds best.
+    pub duration_us: Option<u32>,
+    /// Not while the host's processors are idle for less than this share, in percent, 0 to 100.
+    pub idle_threshold: u8,
 }
 
 /// One queue of a frontend.
@@ -203,6 +160,18 @@ pub enum Request {
         /// The minor.
         minor: Minor,
     },
+    /// Take up a new size of the open image, and tell it as [`Reply::DiskInfo`]. The frontends go on. EINVAL if the image
+    /// would shrink, EOPNOTSUPP if its format cannot grow.
+    Resize {
+        /// The minor.
+        minor: Minor,
+        /// The new size in bytes; `None`: whatever the file or the block device has become.
+        size: Option<u64>,
+    },
+    /// Answers with a stream of [`Reply::Changed`], until the client closes the connection: at once one for each open
+    /// image, later one for each change. A client that does not read is disconnected. Nothing else may be asked on the
+    /// connection.
+    Follow,
     /// Serve a frontend's ring. EALREADY if this (domid, vdev) is served already.
     Connect {
         /// The minor.
@@ -245,8 +214,17 @@ pub enum Reply {
         /// The VBDs.
         vbds: Vec<VbdEntry>,
     },
-    /// Size of a disk; answer to Open and DiskInfo.
+    /// Size of a disk; answer to Open, DiskInfo and Resize.
     DiskInfo(DiskInfo),
+    /// The state of an open image, unasked; see [`Request::Follow`].
+    Changed {
+        /// Its minor.
+        minor: Minor,
+        /// The disk as it is now.
+        info: DiskInfo,
+        /// The disk serves no writes any more, and its frontends wait for answers that will not come: why, for people.
+        failed: Option<String>,
+    },
 }
 
 /// A VBD in [`Reply::List`].
@@ -282,6 +260,27 @@ pub struct DiskInfo {
     pub physical_sector_size: u32,
     /// The image was opened read-only.
     pub readonly: bool,
+    /// What a discard may be; `None`: the image cannot discard.
+    #[serde(default)]
+    pub discard: Option<Discard>,
+    /// The most rings this disk serves with a thread each; further ones share. 1 for formats with metadata.
+    #[serde(default = "one")]
+    pub queues: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// What a disk can discard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Discard {
+    /// Smallest unit, in bytes; a power of two from 512 on.
+    pub granularity: u32,
+    /// Offset of the first unit, in bytes.
+    pub alignment: u32,
+    /// Whether the old content can be made unreadable.
+    pub secure: bool,
 }
 
 #[cfg(test)]
@@ -298,20 +297,6 @@ mod tests {
     }
 
     #[test]
-    fn image_spec_keeps_colons_and_blanks_of_the_path() {
-        let spec: ImageSpec = "vhd:/srv/a b:c.vhd".parse().unwrap();
-        assert_eq!(spec.path, "/srv/a b:c.vhd");
-        assert_eq!(spec.to_string(), "vhd:/srv/a b:c.vhd");
-    }
-
-    #[test]
-    fn image_spec_without_known_type_is_refused() {
-        assert!(matches!("/srv/a.vhd".parse::<ImageSpec>(), Err(ImageSpecError::NoType(_))));
-        assert!(matches!("raw:/srv/a".parse::<ImageSpec>(), Err(ImageSpecError::UnknownType(_))));
-        assert!(matches!("vhd:".parse::<ImageSpec>(), Err(ImageSpecError::EmptyPath(_))));
-    }
-
-    #[test]
     fn requests_survive_the_wire() {
         let request = Request::Connect {
             minor: Minor(3),
@@ -321,9 +306,24 @@ mod tests {
                 protocol: "x86_64-abi".into(),
                 queues: vec![QueueParams { ring_refs: vec![8, 9], port: 4 }],
                 readonly: true,
+                persistent: true,
+                polling: Polling { duration_us: Some(0), idle_threshold: 50 },
             },
         };
         let text = serde_json::to_string(&request).unwrap();
         assert_eq!(serde_json::from_str::<Request>(&text).unwrap(), request);
+    }
+
+    #[test]
+    fn what_an_older_release_does_not_say_has_a_default() {
+        let ring = r#"{"domid":7,"vdev":51712,"protocol":"x86_64-abi","queues":[],"readonly":false}"#;
+        let ring: RingParams = serde_json::from_str(ring).unwrap();
+        assert_eq!(
+            (ring.persistent, ring.polling),
+            (false, Polling { duration_us: None, idle_threshold: 0 })
+        );
+        let info = r#"{"reply":"disk-info","sectors":8,"sector_size":512,"physical_sector_size":512,"readonly":true}"#;
+        let Reply::DiskInfo(info) = serde_json::from_str(info).unwrap() else { panic!("{info}") };
+        assert_eq!((info.discard, info.queues), (None, 1));
     }
 }

@@ -260,6 +260,9 @@ impl<X: Xen> Server<X> {
                 }
                 Err(reply) => reply,
             }),
+            Request::Resize { .. } | Request::Follow => {
+                Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that".into()))
+            }
             Request::Connect { minor, ring } => {
                 self.command(token, minor, |answer| Command::Connect(ring, answer))
             }

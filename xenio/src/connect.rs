@@ -8,7 +8,7 @@ use std::collections::HashSet;
 
 use blkif::{Abi, RingOrder, keys};
 use nix::errno::Errno;
-use tap_ctl::proto::{QueueParams, RingParams};
+use tap_ctl::proto::{Polling, QueueParams, RingParams};
 use xenstore::path::Escaped;
 use xenstore::value::{ValueError, parse_u32};
 use xenstore::{Client, Error};
@@ -100,6 +100,8 @@ fn params(id: DeviceId, writable: bool, offer: Offer, get: &mut Get<'_>) -> Resu
         protocol: abi.protocol_name().to_owned(),
         queues,
         readonly: !writable,
+        persistent: false,
+        polling: Polling::default(),
     })
 }
 

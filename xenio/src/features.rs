@@ -57,7 +57,14 @@ mod tests {
     use super::*;
 
     fn info_of(writable: bool, cdrom: bool, readonly: bool) -> String {
-        let info = DiskInfo { sectors: 8, sector_size: 512, physical_sector_size: 4096, readonly };
+        let info = DiskInfo {
+            sectors: 8,
+            sector_size: 512,
+            physical_sector_size: 4096,
+            readonly,
+            discard: None,
+            queues: 1,
+        };
         let entries = disk(&info, Role { writable, cdrom }, 7);
         entries.into_iter().find(|(key, _)| *key == "info").unwrap().1
     }

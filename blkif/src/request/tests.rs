@@ -1,5 +1,8 @@
 //! Requests: every rejection by name, and any bytes at all.
 
+mod discard;
+mod indirect;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -8,7 +11,15 @@ use crate::encode::{Draft, DraftSegment};
 const ABIS: [Abi; 2] = [Abi::X86_64, Abi::X86_32];
 
 fn geometry() -> Geometry {
-    Geometry { capacity: 1000, readonly: false, flush: true, barrier: true }
+    Geometry {
+        capacity: 1000,
+        readonly: false,
+        flush: true,
+        barrier: true,
+        discard: true,
+        discard_secure: true,
+        max_indirect: MAX_INDIRECT_SEGMENTS,
+    }
 }
 
 fn segment(first: u8, last: u8) -> DraftSegment {
@@ -44,7 +55,7 @@ fn h9_more_segments_than_an_entry_has_are_refused() {
     for count in 12..=255 {
         let mut draft = Draft::new(op::WRITE, 1, 0, &[segment(0, 0); 11]);
         draft.nr_segments = count;
-        assert_eq!(reason(&draft), Reason::TooManySegments { count });
+        assert_eq!(reason(&draft), Reason::TooManySegments { count: u16::from(count), limit: 11 });
     }
     let draft = Draft::new(op::WRITE, 1, 0, &[segment(0, 0); 11]);
     assert!(parse_draft(&draft, &geometry()).is_ok());
@@ -94,7 +105,7 @@ fn h14_range_may_end_at_the_capacity_and_not_beyond() {
 
 #[test]
 fn h15_unknown_operations_are_not_supported_and_echoed() {
-    for op in (4..=255).filter(|op| *op != op::INDIRECT) {
+    for op in (4..=255).filter(|op| ![op::DISCARD, op::INDIRECT].contains(op)) {
         let rejection = parse_draft(&Draft::new(op, 5, 0, &[segment(0, 7)]), &geometry()).unwrap_err();
         let expected =
             Rejection { id: 5, op, status: Status::NotSupported, reason: Reason::NotOffered { op } };
@@ -103,17 +114,9 @@ fn h15_unknown_operations_are_not_supported_and_echoed() {
 }
 
 #[test]
-fn indirect_request_is_refused_with_the_inner_operation() {
-    let mut draft = Draft::new(op::INDIRECT, 5, 0, &[]);
-    draft.nr_segments = op::WRITE;
-    let rejection = parse_draft(&draft, &geometry()).unwrap_err();
-    assert_eq!((rejection.op, rejection.status), (op::WRITE, Status::NotSupported));
-}
-
-#[test]
 fn operation_that_was_not_offered_is_not_supported() {
-    let bare = Geometry { flush: false, barrier: false, ..geometry() };
-    for op in [op::FLUSH_DISKCACHE, op::WRITE_BARRIER] {
+    let bare = Geometry { flush: false, barrier: false, discard: false, max_indirect: 0, ..geometry() };
+    for op in [op::FLUSH_DISKCACHE, op::WRITE_BARRIER, op::DISCARD, op::INDIRECT] {
         let rejection = parse_draft(&Draft::new(op, 1, 0, &[]), &bare).unwrap_err();
         assert_eq!(rejection.status, Status::NotSupported);
     }
@@ -150,51 +153,67 @@ fn h21_handle_is_ignored() {
 }
 
 fn bounds_hold(kind: &RequestKind, geometry: &Geometry) {
-    let (sector, segments, changes) = match kind {
+    let (sector, sectors, segments, changes) = match kind {
         RequestKind::Flush => return,
-        RequestKind::Read { sector, segments } => (sector, segments, false),
-        RequestKind::Write { sector, segments } => (sector, segments, true),
-        RequestKind::Barrier { sector, segments } => {
-            if segments.is_empty() {
-                return;
-            }
-            (sector, segments, true)
+        RequestKind::Barrier { segments, .. } if segments.is_empty() => return,
+        RequestKind::Read { sector, segments } => (sector, segments.sectors().into(), Some(segments), false),
+        RequestKind::Write { sector, segments } | RequestKind::Barrier { sector, segments } => {
+            (sector, segments.sectors().into(), Some(segments), true)
+        }
+        RequestKind::Discard { sector, count, secure } => {
+            assert!(geometry.discard && (geometry.discard_secure || !secure));
+            (sector, *count, None, true)
+        }
+        RequestKind::Indirect { transfer, sector, count, .. } => {
+            assert!((1..=geometry.max_indirect).contains(count) && *count <= MAX_INDIRECT_SEGMENTS);
+            (sector, u64::from(*count), None, *transfer == Transfer::Write)
         }
     };
     assert!(!changes || !geometry.readonly);
-    assert!((1..=MAX_SEGMENTS).contains(&segments.len()));
-    assert!(u128::from(sector.0) + u128::from(segments.sectors()) <= u128::from(geometry.capacity));
-    assert_eq!(segments.bytes(), segments.sectors() * 512);
-    for segment in segments.iter() {
+    assert!(u128::from(sector.0) + u128::from(sectors) <= u128::from(geometry.capacity));
+    if let Some(segments) = segments {
+        assert!((1..=MAX_SEGMENTS).contains(&segments.len()));
+        assert_eq!(segments.bytes(), segments.sectors() * 512);
+        segments_hold(segments.as_slice());
+    }
+}
+
+fn segments_hold(segments: &[Segment]) {
+    for segment in segments {
         assert!(usize::from(segment.offset()) + usize::from(segment.bytes()) <= crate::ids::PAGE_SIZE);
         assert!(segment.bytes() > 0);
     }
 }
 
 fn any_geometry() -> impl Strategy<Value = Geometry> {
-    (prop_oneof![0..200u64, any::<u64>()], any::<bool>(), any::<bool>(), any::<bool>())
-        .prop_map(|(capacity, readonly, flush, barrier)| Geometry { capacity, readonly, flush, barrier })
+    let capacity = prop_oneof![0..3000u64, any::<u64>()];
+    let max_indirect = prop_oneof![Just(0), Just(32), Just(256), any::<u16>()];
+    (capacity, any::<[bool; 5]>(), max_indirect).prop_map(|(capacity, flags, max_indirect)| {
+        let [readonly, flush, barrier, discard, discard_secure] = flags;
+        Geometry { capacity, readonly, flush, barrier, discard, discard_secure, max_indirect }
+    })
 }
 
 fn any_abi() -> impl Strategy<Value = Abi> {
     prop_oneof![Just(Abi::X86_64), Just(Abi::X86_32)]
 }
 
+/// Mostly inside its page.
+fn any_segment() -> impl Strategy<Value = DraftSegment> + Clone {
+    let good = (0..8u8).prop_flat_map(|first| (Just(first), first..8));
+    (any::<u32>(), prop_oneof![1 => (0..10u8, 0..10u8), 15 => good])
+        .prop_map(|(gref, (first, last))| DraftSegment { gref: GrantRef(gref), first, last })
+}
+
 /// Fields near their limits, so that a good share of the drafts is valid.
 fn any_draft() -> impl Strategy<Value = Draft> {
-    let one = (any::<u32>(), 0..10u8, 0..10u8).prop_map(|(gref, first, last)| DraftSegment {
-        gref: GrantRef(gref),
-        first,
-        last,
-    });
-    let good = any::<u32>().prop_map(|gref| DraftSegment { gref: GrantRef(gref), first: 1, last: 6 });
     (
-        0..8u8,
+        0..5u8,
         0..14u8,
         any::<u16>(),
         any::<u64>(),
         prop_oneof![0..200u64, any::<u64>()],
-        proptest::array::uniform11(prop_oneof![1 => one, 9 => good]),
+        proptest::array::uniform11(any_segment()),
     )
         .prop_map(|(op, nr_segments, handle, id, sector, segments)| Draft {
             op,
@@ -219,7 +238,8 @@ proptest! {
         let raw = RawRequest::new(bytes, abi);
         match parse(&raw, &geometry) {
             Ok(request) => {
-                prop_assert_eq!(request.op, op);
+                let inner = if op == op::INDIRECT { bytes[1] } else { op };
+                prop_assert_eq!(request.op, inner);
                 bounds_hold(&request.kind, &geometry);
             }
             Err(rejection) => prop_assert_ne!(rejection.status, Status::Okay),
@@ -245,6 +265,7 @@ proptest! {
                     RequestKind::Read { sector, segments } => (op::READ, sector, segments),
                     RequestKind::Write { sector, segments } => (op::WRITE, sector, segments),
                     RequestKind::Barrier { sector, segments } => (op::WRITE_BARRIER, sector, segments),
+                    RequestKind::Discard { .. } | RequestKind::Indirect { .. } => unreachable!(),
                 };
                 prop_assert_eq!((op, sector.0), (draft.op, draft.sector));
                 let back: Vec<DraftSegment> = segments.iter().map(DraftSegment::from).collect();

@@ -5,11 +5,14 @@
 //!
 //! | page | holds |
 //! |---|---|
-//! | 0 | word 0: 1 while the domain lives |
-//! | 1 to 16 | the grant table: 8192 entries of 8 bytes |
-//! | from 17 on | the guest's pages; a *frame* is a page's number in the file |
+//! | 0 | word 0: 1 while the domain lives; word 1: [`Refusal`] bits; word 2: pages that others have mapped now |
+//! | 1 to 64 | the grant table: 32768 entries of 8 bytes |
+//! | 65 to 96 | for each entry a u32: how often it is mapped now |
+//! | from 97 on | the guest's pages; a *frame* is a page's number in the file |
 //!
-//! A grant entry is laid out as in Xen's `grant_table.h`, version 1: flags u16, domid u16, frame u32.
+//! A grant entry is laid out as in Xen's `grant_table.h`, version 1: flags u16, domid u16, frame u32. Xen counts mappings in the
+//! entry's flags; a counter beside it does the same, and says how many there are. A process that is killed leaves its
+//! mappings counted, unlike on Xen.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -23,14 +26,20 @@ use gntdev::Access;
 
 use super::memory::SharedFile;
 
-const TABLE_PAGES: usize = 16;
-const FIRST_FRAME: usize = 1 + TABLE_PAGES;
+const TABLE_PAGES: usize = 64;
+const COUNT_PAGES: usize = 32;
+const FIRST_FRAME: usize = 1 + TABLE_PAGES + COUNT_PAGES;
 const ENTRY_SIZE: usize = 8;
-/// Entries of a grant table.
-const ENTRIES: u32 = 8192;
+/// Entries of a grant table: those of 64 pages, Xen's default limit.
+const ENTRIES: u32 = 32768;
 /// The entries that Xen's tools use for console and XenStore; never given out.
 const RESERVED_ENTRIES: u32 = 8;
 const ALIVE: u32 = 1;
+
+// Byte offsets in page 0.
+const LIFE: usize = 0;
+const REFUSALS: usize = 4;
+const MAPPED: usize = 8;
 
 const PERMIT_ACCESS: u32 = 1;
 const READ_ONLY: u32 = 4;
@@ -48,6 +57,15 @@ pub enum GrantFault {
     Denied,
     /// The entry gives a page that the domain does not have.
     BadFrame,
+}
+
+/// What the hypervisor refuses for a domain's grants, good ones included, as it does when it is out of some resource.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusal {
+    /// Every mapping.
+    pub maps: bool,
+    /// Every copy.
+    pub copies: bool,
 }
 
 /// A domain's memory as any process may see it.
@@ -76,7 +94,7 @@ impl DomainMemory {
 
     /// Whether the domain still exists.
     pub fn is_alive(&self) -> bool {
-        self.memory.word(0).load(Ordering::Acquire) == ALIVE
+        self.memory.word(LIFE).load(Ordering::Acquire) == ALIVE
     }
 
     /// The mapped file.
@@ -100,6 +118,25 @@ impl DomainMemory {
             return Err(GrantFault::Denied);
         }
         self.page(Frame(frame)).ok_or(GrantFault::BadFrame)
+    }
+
+    /// What is refused at present.
+    pub fn refusal(&self) -> Refusal {
+        let bits = self.memory.word(REFUSALS).load(Ordering::Acquire);
+        Refusal { maps: bits & 1 != 0, copies: bits & 2 != 0 }
+    }
+
+    /// Counts a page that was mapped through a grant.
+    pub fn count_map(&self, gref: GrantRef) {
+        self.memory.word(count_offset(gref)).fetch_add(1, Ordering::AcqRel);
+        self.memory.word(MAPPED).fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Counts a page that is not mapped any more.
+    pub fn count_unmap(&self, gref: GrantRef) {
+        let before = self.memory.word(count_offset(gref)).fetch_sub(1, Ordering::AcqRel);
+        assert!(before > 0, "grant {gref} was unmapped more often than mapped");
+        self.memory.word(MAPPED).fetch_sub(1, Ordering::AcqRel);
     }
 
     /// Byte offset of a frame, if the domain has it.
@@ -138,7 +175,7 @@ impl SimDomain {
         let path = DomainMemory::path(dir, id);
         let total = FIRST_FRAME + pages as usize;
         let memory = DomainMemory { memory: SharedFile::create(&path, total * PAGE_SIZE)? };
-        memory.memory.word(0).store(ALIVE, Ordering::Release);
+        memory.memory.word(LIFE).store(ALIVE, Ordering::Release);
         let frames = (FIRST_FRAME..total).map(|frame| Frame(u32::try_from(frame).unwrap_or(u32::MAX)));
         Ok(SimDomain {
             id,
@@ -198,6 +235,22 @@ impl SimDomain {
         self.free_entries.insert(gref);
     }
 
+    /// How often the page behind a grant is mapped by others now.
+    pub fn mappings(&self, gref: GrantRef) -> u32 {
+        self.memory.memory.word(count_offset(gref)).load(Ordering::Acquire)
+    }
+
+    /// Pages of this domain that others have mapped now, one mapped twice counting twice.
+    pub fn mapped_pages(&self) -> u32 {
+        self.memory.memory.word(MAPPED).load(Ordering::Acquire)
+    }
+
+    /// Makes the hypervisor refuse operations on this domain's grants, from now on.
+    pub fn refuse(&self, refusal: Refusal) {
+        let bits = u32::from(refusal.maps) | u32::from(refusal.copies) << 1;
+        self.memory.memory.word(REFUSALS).store(bits, Ordering::Release);
+    }
+
     /// Byte offset of a page in [`SimDomain::memory`].
     ///
     /// # Panics
@@ -225,7 +278,7 @@ impl SimDomain {
 
 impl Drop for SimDomain {
     fn drop(&mut self) {
-        self.memory.memory.word(0).store(0, Ordering::Release);
+        self.memory.memory.word(LIFE).store(0, Ordering::Release);
         if let Err(error) = std::fs::remove_file(&self.path) {
             log::warn!("cannot remove {}: {error}", self.path.display());
         }
@@ -235,4 +288,9 @@ impl Drop for SimDomain {
 /// Byte offset of a grant entry in the file.
 fn entry_offset(gref: GrantRef) -> usize {
     PAGE_SIZE + gref.0 as usize * ENTRY_SIZE
+}
+
+/// Byte offset in the file of a grant entry's counter of mappings.
+fn count_offset(gref: GrantRef) -> usize {
+    (1 + TABLE_PAGES) * PAGE_SIZE + gref.0 as usize * size_of::<u32>()
 }

@@ -5,6 +5,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `dom<N>.ports` | the ports of a domain (see `ports.rs`) |
+//! | `dom<N>.calls` | how often a domain has called its devices |
 //! | `events.<pid>.<n>` | one open device: a FIFO of fired ports, locked by its owner |
 //! | `lock` | held while ports are bound and unbound |
 //!
@@ -29,6 +30,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::Mode;
 
+use super::calls::{Call, Calls};
 use ports::{Device, PortTable, State};
 
 /// Ports taken in one read.
@@ -44,6 +46,7 @@ pub struct SimEvents {
     queue: Flock<File>,
     own_ports: PortTable,
     bound: HashMap<Port, Channel>,
+    calls: Calls,
     /// The queues of other devices.
     queues: RefCell<HashMap<Device, File>>,
 }
@@ -83,6 +86,7 @@ impl SimEvents {
             queue,
             own_ports,
             bound: HashMap::new(),
+            calls: Calls::open(dir, own)?,
             queues: RefCell::default(),
         })
     }
@@ -207,6 +211,7 @@ impl EventChannel for SimEvents {
     }
 
     fn pending(&self, out: &mut [Port]) -> io::Result<usize> {
+        self.calls.count(Call::Pending);
         let mut buffer = [0; PORTS_PER_READ * size_of::<u32>()];
         let wanted = out.len().min(PORTS_PER_READ) * size_of::<u32>();
         if wanted == 0 {
@@ -226,6 +231,7 @@ impl EventChannel for SimEvents {
     }
 
     fn unmask(&self, local: Port) -> io::Result<()> {
+        self.calls.count(Call::Unmask);
         // The real device ignores ports that it has not bound.
         if self.bound.contains_key(&local) && self.own_ports.unmask(local) {
             self.deliver(self.device, local)?;
@@ -234,6 +240,7 @@ impl EventChannel for SimEvents {
     }
 
     fn notify(&self, local: Port) -> io::Result<()> {
+        self.calls.count(Call::Notify);
         let channel = self.bound.get(&local).ok_or(Errno::ENOTCONN)?;
         if self.own_ports.state(local) != Some(State::Bound) {
             return Ok(());

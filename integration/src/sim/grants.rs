@@ -10,6 +10,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -21,6 +22,7 @@ use gntdev::{Access, CopyDirection, CopySegment, CopyStatus, DomId, GrantMap, Gr
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
+use super::calls::{Call, Calls};
 use super::domain::{DomainMemory, GrantFault};
 
 // Codes of Xen's `grant_table.h`.
@@ -28,6 +30,7 @@ const GENERAL_ERROR: CopyStatus = CopyStatus(-1);
 const BAD_DOMAIN: CopyStatus = CopyStatus(-2);
 const BAD_GNTREF: CopyStatus = CopyStatus(-3);
 const BAD_PAGE: CopyStatus = CopyStatus(-9);
+const NO_SPACE: CopyStatus = CopyStatus(-13);
 
 /// An open simulated grant device.
 #[derive(Debug)]
@@ -35,13 +38,14 @@ pub struct SimGrants {
     dir: PathBuf,
     own: DomId,
     domains: RefCell<HashMap<DomId, Rc<DomainMemory>>>,
+    calls: Rc<Calls>,
 }
 
 impl SimGrants {
     /// Opens the device of domain `own` in the simulated hypervisor's folder.
     pub fn open(dir: &Path, own: DomId) -> io::Result<SimGrants> {
-        std::fs::metadata(dir)?;
-        Ok(SimGrants { dir: dir.to_owned(), own, domains: RefCell::default() })
+        let calls = Rc::new(Calls::open(dir, own)?);
+        Ok(SimGrants { dir: dir.to_owned(), own, domains: RefCell::default(), calls })
     }
 
     /// The memory of a living domain.
@@ -60,6 +64,9 @@ impl SimGrants {
     fn copy_one(&self, segment: &CopySegment) -> CopyStatus {
         let (dom, gref, offset) = segment.guest();
         let Some(domain) = self.domain(dom) else { return BAD_DOMAIN };
+        if domain.refusal().copies {
+            return NO_SPACE;
+        }
         let access = match segment.direction() {
             CopyDirection::FromGuest => Access::ReadOnly,
             CopyDirection::ToGuest => Access::ReadWrite,
@@ -90,20 +97,22 @@ impl Grants for SimGrants {
     type Map = SimMapping;
 
     fn map(&self, dom: DomId, refs: &[GrantRef], access: Access) -> io::Result<SimMapping> {
-        let domain = self.domain(dom).ok_or(Errno::EINVAL)?;
+        self.calls.count(Call::Map);
+        let domain = self.domain(dom).filter(|domain| !domain.refusal().maps).ok_or(Errno::EINVAL)?;
         let protection = match access {
             Access::ReadOnly => ProtFlags::PROT_READ,
             Access::ReadWrite => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
         };
-        let mapping = SimMapping::reserve(refs.len())?;
-        for (i, gref) in refs.iter().enumerate() {
+        let mut mapping = SimMapping::reserve(&domain, refs.len(), &self.calls)?;
+        for gref in refs {
             let page = domain.granted_page(*gref, self.own, access).map_err(|_| Errno::EINVAL)?;
-            mapping.place(i, &domain, page, protection)?;
+            mapping.place(*gref, page, protection)?;
         }
         Ok(mapping)
     }
 
     unsafe fn copy(&self, direction: CopyDirection, segments: &mut [CopySegment]) -> io::Result<()> {
+        self.calls.count(Call::Copy);
         for segment in segments {
             // The kernel does not look at the direction of a batch; a mixed one is a mistake all the same.
             assert_eq!(segment.direction(), direction, "a batch of grant copies in two directions");
@@ -115,35 +124,45 @@ impl Grants for SimGrants {
 }
 
 /// Granted pages of a simulated domain in our address space. Dropping it unmaps them.
-#[derive(Debug)]
 pub struct SimMapping {
     base: NonNull<u8>,
     len: NonZeroUsize,
+    domain: Rc<DomainMemory>,
+    /// The pages that are mapped, in order.
+    refs: Vec<GrantRef>,
+    calls: Rc<Calls>,
+}
+
+impl fmt::Debug for SimMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimMapping")
+            .field("base", &self.base)
+            .field("refs", &self.refs)
+            .finish_non_exhaustive()
+    }
 }
 
 impl SimMapping {
     /// Addresses for `pages` pages, with nothing behind them yet.
-    fn reserve(pages: usize) -> io::Result<SimMapping> {
+    fn reserve(domain: &Rc<DomainMemory>, pages: usize, calls: &Rc<Calls>) -> io::Result<SimMapping> {
         let len = pages.checked_mul(PAGE_SIZE).and_then(NonZeroUsize::new).ok_or(Errno::EINVAL)?;
         // SAFETY: the kernel picks a free range of addresses, so no existing mapping changes.
         let base = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE) }?;
-        Ok(SimMapping { base: base.cast(), len })
+        let refs = Vec::with_capacity(pages);
+        Ok(SimMapping { base: base.cast(), len, domain: domain.clone(), refs, calls: calls.clone() })
     }
 
-    /// Puts the page at byte `page` of a domain's memory at position `index`, which lies in the range reserved.
-    fn place(
-        &self,
-        index: usize,
-        domain: &DomainMemory,
-        page: usize,
-        protection: ProtFlags,
-    ) -> io::Result<()> {
-        let address = self.base.addr().get() + index * PAGE_SIZE;
+    /// Puts the page at byte `page` of the domain's memory, which `gref` gives, at the next position of the range reserved.
+    fn place(&mut self, gref: GrantRef, page: usize, protection: ProtFlags) -> io::Result<()> {
+        let address = self.base.addr().get() + self.refs.len() * PAGE_SIZE;
         let size = NonZeroUsize::new(PAGE_SIZE).ok_or(Errno::EINVAL)?;
         let offset = libc::off_t::try_from(page).map_err(io::Error::other)?;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+        let file = self.domain.memory().file();
         // SAFETY: replaces one page of the range that this mapping reserved and that nobody uses yet.
-        unsafe { mmap(NonZeroUsize::new(address), size, protection, flags, domain.memory().file(), offset) }?;
+        unsafe { mmap(NonZeroUsize::new(address), size, protection, flags, file, offset) }?;
+        self.domain.count_map(gref);
+        self.refs.push(gref);
         Ok(())
     }
 }
@@ -163,6 +182,10 @@ impl Drop for SimMapping {
         // SAFETY: the range is ours alone, and whoever used its pointer does no longer.
         if let Err(errno) = unsafe { munmap(self.base.cast(), self.len.get()) } {
             log::error!("cannot unmap simulated grants: {errno}");
+        }
+        self.calls.count(Call::Unmap);
+        for gref in &self.refs {
+            self.domain.count_unmap(*gref);
         }
     }
 }

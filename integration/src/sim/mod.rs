@@ -1,5 +1,6 @@
 //! Simulated Xen: the devices and daemons that the backend talks to, in this process and without privileges.
 
+pub mod calls;
 pub mod domain;
 pub mod events;
 pub mod front_ring;

@@ -1,6 +1,6 @@
 //! From the toolstack's first write to a guest that uses its disk, and through the guest's own restarts.
 
-use tap_ctl::proto::{DiskInfo, QueueParams, RingParams};
+use tap_ctl::proto::{DiskInfo, Polling, QueueParams, RingParams};
 use tap_ctl::{Minor, Request};
 
 use crate::fake_tapdisk::disk;
@@ -46,6 +46,8 @@ fn a_disk_is_described_after_hotplug_and_connected_for_the_frontends_ring() {
         protocol: "x86_64-abi".into(),
         queues: vec![QueueParams { ring_refs: vec![8], port: 9 }],
         readonly: false,
+        persistent: false,
+        polling: Polling::default(),
     };
     assert_eq!(rig.tapdisk.rings(), [ring]);
     assert_eq!(rig.value(&DISK.error()), None);

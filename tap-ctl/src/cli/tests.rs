@@ -16,7 +16,14 @@ fn refuse(errno: i32, message: &str) -> Reply {
 }
 
 fn disk_info() -> Reply {
-    Reply::DiskInfo(DiskInfo { sectors: 8, sector_size: 512, physical_sector_size: 512, readonly: false })
+    Reply::DiskInfo(DiskInfo {
+        sectors: 8,
+        sector_size: 512,
+        physical_sector_size: 512,
+        readonly: false,
+        discard: None,
+        queues: 1,
+    })
 }
 
 #[test]

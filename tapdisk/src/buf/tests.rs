@@ -56,7 +56,7 @@ fn a_buffer_lies_in_one_chunk() {
 fn trimmed_memory_is_zero_and_can_be_used_again() {
     let scheduler = Rc::new(Scheduler::default());
     let pool = Pool::new(scheduler.clone(), 2 * MAX_DATA).unwrap();
-    pool.register_with(Reactor::new(scheduler).unwrap());
+    pool.register_with(Reactor::new(scheduler, crate::reactor::EngineChoice::Auto).unwrap());
     let mut kept = pool.data(PAGE_SIZE).unwrap();
     kept.bytes_mut().fill(1);
     pool.data(MAX_DATA).unwrap().bytes_mut().fill(2);

@@ -30,6 +30,9 @@ pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
     let (leaf, parents) = match params.image.kind {
         ImageType::Aio => (Layer::Raw(Raw::new(file)?), Vec::new()),
         ImageType::Vhd => open_chain(file, params, io)?,
+        ImageType::Null => {
+            return Err(OpenError::new(path, Errno::EOPNOTSUPP, "null images are not supported"));
+        }
     };
     Ok(Disk::new(leaf, parents, io.clone(), params.readonly))
 }

@@ -13,12 +13,12 @@ use tap_ctl::proto::{ImageSpec, ImageType, OpenParams};
 use super::*;
 use crate::buf::Pool;
 use crate::executor::{Executor, Scheduler};
-use crate::reactor::Reactor;
+use crate::reactor::{EngineChoice, Reactor};
 
 /// Runs a task on an executor and a reactor of its own.
 pub(crate) fn run<F: Future<Output = ()> + 'static>(task: impl FnOnce(Io) -> F) {
     let scheduler = Rc::new(Scheduler::default());
-    let reactor = Reactor::new(scheduler.clone()).unwrap();
+    let reactor = Reactor::new(scheduler.clone(), EngineChoice::Auto).unwrap();
     let pool = Pool::new(scheduler.clone(), 1 << 20).unwrap();
     let io = Io { reactor: reactor.clone(), pool, scheduler: scheduler.clone() };
     let executor = Executor::new(scheduler);

@@ -1,5 +1,7 @@
 //! How a worker thread waits: operations on files, and two watched descriptors.
 //!
+//! `engine` carries them out, by io_uring or by threads; nothing above this folder knows which.
+//!
 //! Starting an operation queues it; everything queued goes to the kernel in one system call when the thread has nothing
 //! else to do ([`Reactor::turn`]). An [`Op`] is the future of its result.
 //!
@@ -7,6 +9,8 @@
 //! has ended. The caller therefore keeps the [`Buf`](crate::buf::Buf) beside the `Op`, declared before it; if an `Op` is
 //! dropped early (a task being torn down), its drop waits for the end.
 
+mod engine;
+mod pool;
 mod uring;
 
 use std::cell::{Cell, RefCell};
@@ -22,22 +26,36 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use self::uring::{Transfer, Uring};
+use self::engine::Engine;
+pub use self::engine::{EngineChoice, UnknownEngine};
+use self::uring::Transfer;
 use crate::buf::Piece;
 use crate::executor::{Scheduler, TaskId};
 
 /// Keys of the watched descriptors; operations count up from 0.
 const KEY_EVENTS: u64 = u64::MAX;
 const KEY_COMMANDS: u64 = u64::MAX - 1;
-const KEY_TIMER: u64 = u64::MAX - 2;
+/// The engine's own.
+const KEY_HELPER: u64 = u64::MAX - 2;
+/// One for each [`Timer`].
+const KEY_TIMERS: [u64; 2] = [u64::MAX - 3, u64::MAX - 4];
 
 /// Memory that was registered with the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fixed(u16);
 
+/// What a timer is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timer {
+    /// Giving unused memory back.
+    Housekeeping,
+    /// Looking at a ring again whose event channel is kept silent.
+    HoldOff,
+}
+
 /// The I/O of one worker thread.
 pub struct Reactor {
-    engine: RefCell<Uring>,
+    engine: RefCell<Engine>,
     scheduler: Rc<Scheduler>,
     ops: RefCell<Ops>,
     watched: RefCell<Watched>,
@@ -63,8 +81,8 @@ pub struct Readable {
     pub events: bool,
     /// The command queue.
     pub commands: bool,
-    /// The time asked for with [`Reactor::timer`] has come.
-    pub timer: bool,
+    /// The timers whose time has come, by [`Timer`].
+    pub timers: [bool; 2],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -109,9 +127,9 @@ impl Ops {
 
 impl Reactor {
     /// A reactor for the calling thread, which alone may use it.
-    pub fn new(scheduler: Rc<Scheduler>) -> io::Result<Rc<Reactor>> {
+    pub fn new(scheduler: Rc<Scheduler>, choice: EngineChoice) -> io::Result<Rc<Reactor>> {
         Ok(Rc::new(Reactor {
-            engine: RefCell::new(Uring::new()?),
+            engine: RefCell::new(Engine::new(choice)?),
             scheduler,
             ops: RefCell::default(),
             watched: RefCell::default(),
@@ -131,9 +149,9 @@ impl Reactor {
         self.engine.borrow_mut().unregister(fixed);
     }
 
-    /// Asks for [`Readable::timer`] once, after this time.
-    pub fn timer(&self, after: Duration) -> io::Result<()> {
-        self.engine.borrow_mut().timer(after, KEY_TIMER)
+    /// Asks for the mark in [`Readable::timers`] once, after this time.
+    pub fn timer(&self, timer: Timer, after: Duration) -> io::Result<()> {
+        self.engine.borrow_mut().timer(after, KEY_TIMERS[timer as usize])
     }
 
     /// Whether [`Reactor::turn`] would find something; for polling, costs no system call.
@@ -153,7 +171,7 @@ impl Reactor {
         self.engine.borrow_mut().watch(fd.as_raw_fd(), KEY_EVENTS)
     }
 
-    fn start(&self, queue: impl FnOnce(&mut Uring, u64) -> io::Result<()>) -> Op<'_> {
+    fn start(&self, queue: impl FnOnce(&mut Engine, u64) -> io::Result<()>) -> Op<'_> {
         let index = self.ops.borrow_mut().begin();
         if let Err(error) = queue(&mut self.engine.borrow_mut(), index as u64) {
             // Never reached the kernel: it ends here with the error.
@@ -183,6 +201,11 @@ impl Reactor {
         self.start(|engine, key| engine.fallocate(file.as_raw_fd(), mode, offset, len, key))
     }
 
+    /// Starts something rare that blocks, on a thread; the result is the number that `work` returns.
+    pub fn blocking(&self, work: impl FnOnce() -> io::Result<u32> + Send + 'static) -> Op<'_> {
+        self.start(|engine, key| engine.blocking(Box::new(work), key))
+    }
+
     /// Takes completions, waking their tasks, and says what has become readable since the last call. With `wait`, sleeps
     /// until there is something.
     pub fn turn(&self, wait: bool) -> io::Result<Readable> {
@@ -200,7 +223,11 @@ impl Reactor {
         let mut readable = self.readable.get();
         while let Some((key, result, more)) = engine.complete() {
             match key {
-                KEY_TIMER => readable.timer = true,
+                _ if KEY_TIMERS.contains(&key) => {
+                    for (mark, timer) in readable.timers.iter_mut().zip(KEY_TIMERS) {
+                        *mark |= timer == key;
+                    }
+                }
                 KEY_EVENTS | KEY_COMMANDS => {
                     let watched = self.watched.borrow();
                     let fd = if key == KEY_EVENTS {
@@ -280,101 +307,4 @@ impl Drop for Op<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::File;
-    use std::os::fd::AsFd;
-
-    use super::*;
-    use crate::buf::Pool;
-    use crate::executor::Executor;
-
-    fn run(reactor: &Reactor, executor: &Executor, done: &Cell<bool>) {
-        while !done.get() {
-            if !executor.run_ready() {
-                reactor.turn(true).unwrap();
-            }
-        }
-    }
-
-    #[test]
-    fn what_is_written_is_read_back_with_and_without_registration() {
-        for register in [false, true] {
-            let scheduler = Rc::new(Scheduler::default());
-            let executor = Executor::new(scheduler.clone());
-            let reactor = Reactor::new(scheduler.clone()).unwrap();
-            let pool = Pool::new(scheduler, 1 << 20).unwrap();
-            if register {
-                pool.register_with(reactor.clone());
-            }
-            let file: Rc<File> = Rc::new(tempfile::tempfile().unwrap());
-            let done = Rc::new(Cell::new(false));
-            executor.spawn({
-                let (reactor, pool, file, done) = (reactor.clone(), pool.clone(), file.clone(), done.clone());
-                async move {
-                    let mut out = pool.data(8192).unwrap();
-                    out.bytes_mut().iter_mut().zip((0..251).cycle()).for_each(|(to, byte)| *to = byte);
-                    let wrote = reactor.write(file.as_fd(), 512, out.piece(0..8192).unwrap()).await;
-                    assert_eq!(wrote, Ok(8192));
-                    assert_eq!(reactor.fdatasync(file.as_fd()).await, Ok(0));
-                    let back = pool.data(8192).unwrap();
-                    let (a, b) = (
-                        reactor.read(file.as_fd(), 512, back.piece(0..4096).unwrap()),
-                        reactor.read(file.as_fd(), 4608, back.piece(4096..8192).unwrap()),
-                    );
-                    assert_eq!((a.await, b.await), (Ok(4096), Ok(4096)));
-                    assert_eq!(back.bytes(), out.bytes());
-                    done.set(true);
-                }
-            });
-            run(&reactor, &executor, &done);
-        }
-    }
-
-    #[test]
-    fn errors_come_back_as_errno() {
-        let scheduler = Rc::new(Scheduler::default());
-        let executor = Executor::new(scheduler.clone());
-        let reactor = Reactor::new(scheduler.clone()).unwrap();
-        let pool = Pool::new(scheduler, 4096).unwrap();
-        let done = Rc::new(Cell::new(false));
-        executor.spawn({
-            let (reactor, done) = (reactor.clone(), done.clone());
-            async move {
-                let file = File::open("/proc/self/exe").unwrap();
-                let buf = pool.data(512).unwrap();
-                let wrote = reactor.write(file.as_fd(), 0, buf.piece(0..512).unwrap()).await;
-                assert_eq!(wrote, Err(Errno::EBADF));
-                done.set(true);
-            }
-        });
-        run(&reactor, &executor, &done);
-    }
-
-    #[test]
-    fn a_dropped_operation_is_waited_for() {
-        let scheduler = Rc::new(Scheduler::default());
-        let reactor = Reactor::new(scheduler.clone()).unwrap();
-        let pool = Pool::new(scheduler, 4096).unwrap();
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(4096).unwrap();
-        let buf = pool.data(4096).unwrap();
-        drop(reactor.read(file.as_fd(), 0, buf.piece(0..4096).unwrap()));
-        assert!(matches!(reactor.ops.borrow().slots[..], [Slot::Free]));
-    }
-
-    #[test]
-    fn what_became_readable_while_an_operation_was_dropped_is_told() {
-        let scheduler = Rc::new(Scheduler::default());
-        let reactor = Reactor::new(scheduler.clone()).unwrap();
-        let pool = Pool::new(scheduler, 4096).unwrap();
-        let wake = nix::sys::eventfd::EventFd::new().unwrap();
-        reactor.watch_commands(wake.as_fd()).unwrap();
-        reactor.turn(false).unwrap();
-        wake.write(1).unwrap();
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(4096).unwrap();
-        let buf = pool.data(4096).unwrap();
-        drop(reactor.read(file.as_fd(), 0, buf.piece(0..4096).unwrap()));
-        assert!(reactor.turn(true).unwrap().commands);
-    }
-}
+mod tests;

@@ -290,7 +290,7 @@ fn data_len(request: &Request) -> usize {
         RequestKind::Read { segments, .. }
         | RequestKind::Write { segments, .. }
         | RequestKind::Barrier { segments, .. } => segments.bytes() as usize,
-        RequestKind::Flush => 0,
+        RequestKind::Flush | RequestKind::Discard { .. } | RequestKind::Indirect { .. } => 0,
     }
 }
 

@@ -68,6 +68,10 @@ async fn serve<G: Grants>(
                 failed => failed.into(),
             }
         }
+        // Neither is offered.
+        (RequestKind::Discard { .. } | RequestKind::Indirect { .. }, _) => {
+            Outcome::Answer(Status::NotSupported)
+        }
         // Taking gives every request with data its buffer.
         (RequestKind::Read { .. } | RequestKind::Write { .. }, None) => Outcome::Answer(Status::Error),
     }

@@ -24,7 +24,7 @@ use crate::copier::Copier;
 use crate::executor::{Executor, Scheduler};
 use crate::image::{self, Disk};
 use crate::io::Io;
-use crate::reactor::Reactor;
+use crate::reactor::{EngineChoice, Reactor};
 use crate::xen::Xen;
 
 /// Budget for data in flight of one disk: 32 slots of eleven pages with room to spare. Requests beyond stay on the ring.
@@ -90,7 +90,7 @@ fn set_up<X: Xen>(xen: X, params: &OpenParams, inbox: Inbox) -> Result<(State<X>
         )
     };
     let scheduler = Rc::new(Scheduler::default());
-    let reactor = Reactor::new(scheduler.clone()).map_err(|e| system("io_uring", &e))?;
+    let reactor = Reactor::new(scheduler.clone(), EngineChoice::Auto).map_err(|e| system("io_uring", &e))?;
     let pool = Pool::new(scheduler.clone(), DATA_BYTES).map_err(|e| system("buffers", &e))?;
     reactor.watch_commands(inbox.fd()).map_err(|e| system("io_uring", &e))?;
     let io = Io { reactor, pool, scheduler: scheduler.clone() };
@@ -100,6 +100,8 @@ fn set_up<X: Xen>(xen: X, params: &OpenParams, inbox: Inbox) -> Result<(State<X>
         sector_size: 512,
         physical_sector_size: disk.physical_block_size(),
         readonly: disk.is_readonly(),
+        discard: None,
+        queues: 1,
     };
     let state = State {
         xen,
@@ -235,6 +237,9 @@ impl<X: Xen> State<X> {
             readonly: params.readonly || self.disk.is_readonly(),
             flush: true,
             barrier: true,
+            discard: false,
+            discard_secure: false,
+            max_indirect: 0,
         };
         let devices = match &self.devices {
             Some(devices) => devices,

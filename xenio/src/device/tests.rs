@@ -2,7 +2,7 @@ use super::*;
 use blkif::{DomId, VdevId};
 use mio::Poll;
 use tap_ctl::ControlDir;
-use tap_ctl::proto::{ImageSpec, RingEntry};
+use tap_ctl::proto::{ImageSpec, Polling, RingEntry};
 
 use crate::features::Role;
 use crate::tapdisk::Links;
@@ -61,7 +61,15 @@ fn error(errno: Errno) -> Reply {
 
 fn params(port: u32) -> RingParams {
     let queues = vec![tap_ctl::proto::QueueParams { ring_refs: vec![8], port }];
-    RingParams { domid: 5, vdev: 51712, protocol: "x86_64-abi".into(), queues, readonly: false }
+    RingParams {
+        domid: 5,
+        vdev: 51712,
+        protocol: "x86_64-abi".into(),
+        queues,
+        readonly: false,
+        persistent: false,
+        polling: Polling::default(),
+    }
 }
 
 fn tap_and_ring(device: &Device) -> (Tap, Ring) {

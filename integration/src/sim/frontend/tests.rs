@@ -50,7 +50,15 @@ impl Backend {
         while self.events.pending(&mut ports).unwrap() > 0 {}
         loop {
             while let Some(raw) = self.ring.take().unwrap() {
-                let geometry = Geometry { capacity: CAPACITY, readonly: false, flush: true, barrier: true };
+                let geometry = Geometry {
+                    capacity: CAPACITY,
+                    readonly: false,
+                    flush: true,
+                    barrier: true,
+                    discard: false,
+                    discard_secure: false,
+                    max_indirect: 0,
+                };
                 let (id, op, status) = match parse(&raw, &geometry) {
                     Ok(request) => (request.id, request.op, self.serve(&request)),
                     Err(rejection) => (rejection.id, rejection.op, rejection.status),
@@ -77,6 +85,7 @@ impl Backend {
                 self.copy(CopyDirection::FromGuest, sector, &segments)
             }
             RequestKind::Flush => Status::Okay,
+            RequestKind::Discard { .. } | RequestKind::Indirect { .. } => Status::NotSupported,
         }
     }
 

@@ -1,7 +1,7 @@
 //! Grants that are good, and every way in which one can be bad.
 
 use super::*;
-use crate::sim::domain::{Frame, SimDomain};
+use crate::sim::domain::{Frame, Refusal, SimDomain};
 
 const US: DomId = DomId(0);
 const GUEST: DomId = DomId(5);
@@ -134,4 +134,44 @@ fn domain_that_is_gone_is_a_bad_domain_and_its_number_can_come_back() {
     let frame = next.allocate(1);
     next.set_grant(gref, frame, US, Access::ReadOnly);
     assert!(copy().is_okay());
+}
+
+#[test]
+fn every_mapping_is_counted_until_it_is_gone_also_when_it_fails_half_way() {
+    let mut bench = bench();
+    let other = bench.domain.allocate(1);
+    let a = bench.domain.grant(bench.frame, US, Access::ReadWrite);
+    let b = bench.domain.grant(other, US, Access::ReadOnly);
+    let one = bench.grants.map(GUEST, &[a], Access::ReadWrite).unwrap();
+    let both = bench.grants.map(GUEST, &[a, b], Access::ReadOnly).unwrap();
+    assert!(bench.grants.map(GUEST, &[a, b], Access::ReadWrite).is_err());
+    assert_eq!((bench.domain.mappings(a), bench.domain.mappings(b), bench.domain.mapped_pages()), (2, 1, 3));
+    drop(one);
+    assert_eq!((bench.domain.mappings(a), bench.domain.mapped_pages()), (1, 2));
+    drop(both);
+    assert_eq!((bench.domain.mappings(a), bench.domain.mapped_pages()), (0, 0));
+}
+
+#[test]
+fn what_the_hypervisor_refuses_fails_until_it_does_not_any_more() {
+    let mut bench = bench();
+    let gref = bench.domain.grant(bench.frame, US, Access::ReadWrite);
+    let map = |bench: &Bench| bench.grants.map(GUEST, &[gref], Access::ReadWrite).is_ok();
+    for (maps, copies) in [(true, false), (false, true), (true, true), (false, false)] {
+        bench.domain.refuse(Refusal { maps, copies });
+        assert_eq!((map(&bench), bench.read(gref).is_okay()), (!maps, !copies));
+    }
+}
+
+#[test]
+fn calls_are_counted_for_all_devices_of_a_domain_together() {
+    let mut bench = bench();
+    let gref = bench.domain.grant(bench.frame, US, Access::ReadWrite);
+    let second = SimGrants::open(bench.dir.path(), US).unwrap();
+    drop(second.map(GUEST, &[gref], Access::ReadOnly));
+    bench.read(gref);
+    bench.read(GrantRef(0));
+    let calls = Calls::open(bench.dir.path(), US).unwrap();
+    let counts = [Call::Map, Call::Unmap, Call::Copy, Call::Notify].map(|call| calls.so_far(call));
+    assert_eq!(counts, [1, 1, 2, 0]);
 }

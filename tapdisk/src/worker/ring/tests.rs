@@ -56,7 +56,15 @@ fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Pool>, Rc<Scheduler>) {
     let mapped = MappedRing::attach(TestMap(page.clone()), Abi::X86_64, RingOrder::default()).unwrap();
     let scheduler = Rc::new(Scheduler::default());
     let pool = Pool::new(scheduler.clone(), 16 * 4096).unwrap();
-    let geometry = Geometry { capacity: 1 << 20, readonly: false, flush: true, barrier: true };
+    let geometry = Geometry {
+        capacity: 1 << 20,
+        readonly: false,
+        flush: true,
+        barrier: true,
+        discard: false,
+        discard_secure: false,
+        max_indirect: 0,
+    };
     let ring = Ring::new((DomId(1), VdevId(51712)), Port(1), geometry, mapped, scheduler.clone());
     (Guest { page, produced: 0 }, Rc::new(ring), pool, scheduler)
 }

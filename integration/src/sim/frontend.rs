@@ -1,34 +1,39 @@
 //! A simulated block frontend: one guest with one disk.
 //!
-//! It does what Linux's `xen-blkfront` does: allocates a ring, grants it, offers an event channel, sends requests whose
+//! It does what Linux's `xen-blkfront` does: allocates rings, grants them, offers event channels, sends requests whose
 //! data lies in granted pages, and waits for the answers. It checks each answer as Linux does, and hands it out with
 //! the data. [`Frontend::ring`], [`Frontend::domain`] and [`Frontend::put_raw`] give tests the means to misbehave.
 //!
 //! Publishing the keys in XenStore is the caller's: [`Frontend::keys`] says which.
 
-use std::collections::{HashMap, VecDeque};
+mod pages;
+mod queue;
+
+use std::collections::VecDeque;
 use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use blkif::abi::{MAX_SEGMENTS, op};
-use blkif::encode::{Draft, DraftSegment};
+use blkif::abi::MAX_SEGMENTS;
 use blkif::ids::{PAGE_SIZE, SECTOR_SIZE};
-use blkif::{Abi, DomId, GrantRef, Port, RawRequest, Response, RingOrder, Sector, Status, keys};
+use blkif::{Abi, DomId, GrantRef, Port, RawRequest, RingOrder, Sector, Status, keys};
 use evtchn::EventChannel;
 use gntdev::Access;
 
+use self::queue::Queue;
 use super::domain::{Frame, SimDomain};
 use super::events::SimEvents;
 use super::front_ring::FrontRing;
 
-/// Pages of the simulated guest: enough for the largest ring with 11 pages of data in each entry.
-const GUEST_PAGES: u32 = 16 + 512 * 11 + 64;
+pub use self::queue::write_segments;
+
+/// Most pages of data that a simulated guest has: its grant table has room for as many.
+const MAX_DATA_PAGES: u32 = 30_000;
 
 /// [`SECTOR_SIZE`] for lengths in memory.
 const SECTOR_BYTES: usize = 512;
 
-/// Longest transfer of one request, in bytes.
+/// Longest transfer of one direct request, in bytes.
 pub const MAX_TRANSFER: usize = MAX_SEGMENTS * PAGE_SIZE;
 
 /// What the guest's pages hold before a read, to show what the backend did not write.
@@ -41,22 +46,50 @@ pub struct Shape {
     pub guest: DomId,
     /// The backend's domain.
     pub backend: DomId,
-    /// Layout of the ring's entries.
+    /// Layout of the rings' entries.
     pub abi: Abi,
-    /// Size of the ring.
+    /// Size of each ring.
     pub order: RingOrder,
-    /// Where the ring's counters start; 0 unless the wrap at 2³² is the subject.
+    /// Where the rings' counters start; 0 unless the wrap at 2³² is the subject.
     pub start: u32,
+    /// Number of rings, from 1 on.
+    pub queues: usize,
+    /// Whether pages are used again under the grants that the backend keeps mapped.
+    pub persistent: bool,
+    /// Most segments of an indirect request, up to 512; 0 for a frontend that does not know them.
+    pub indirect: u16,
 }
 
 impl Shape {
-    /// A guest with a ring of one page, served from domain 0.
+    /// A guest with one ring of one page and no extras, served from domain 0.
     pub fn simple(guest: DomId) -> Shape {
-        Shape { guest, backend: DomId(0), abi: Abi::X86_64, order: RingOrder::default(), start: 0 }
+        Shape {
+            guest,
+            backend: DomId(0),
+            abi: Abi::X86_64,
+            order: RingOrder::default(),
+            start: 0,
+            queues: 1,
+            persistent: false,
+            indirect: 0,
+        }
+    }
+
+    /// Longest transfer of one request, in bytes.
+    pub fn max_transfer(&self) -> usize {
+        MAX_SEGMENTS.max(usize::from(self.indirect)) * PAGE_SIZE
+    }
+
+    /// Pages that a guest needs to fill its rings with the longest requests.
+    fn pages(&self) -> u32 {
+        let queues = u32::try_from(self.queues).unwrap_or(u32::MAX);
+        let slots = queues.saturating_mul(self.abi.slots(self.order));
+        let each = u32::from(self.indirect).max(11) + 1;
+        (queues << self.order.get()) + slots.saturating_mul(each).min(MAX_DATA_PAGES) + 64
     }
 }
 
-/// A request to send. Data is a positive multiple of 512 bytes, at most [`MAX_TRANSFER`].
+/// A request to send. Data is a positive multiple of 512 bytes, at most [`Shape::max_transfer`].
 #[derive(Clone, Copy, Debug)]
 pub enum Io<'a> {
     /// Read so many bytes.
@@ -65,8 +98,28 @@ pub enum Io<'a> {
     Write(Sector, &'a [u8]),
     /// Flush.
     Flush,
-    /// Write with a barrier; may be empty.
+    /// Write with a barrier; may be empty, and is at most [`MAX_TRANSFER`] long.
     Barrier(Sector, &'a [u8]),
+    /// Forget sectors.
+    Discard {
+        /// The first.
+        sector: Sector,
+        /// How many.
+        count: u64,
+        /// Nobody may be able to read them any more.
+        secure: bool,
+    },
+}
+
+impl Io<'_> {
+    /// Bytes of data.
+    fn len(&self) -> usize {
+        match self {
+            Io::Read(_, len) => *len,
+            Io::Write(_, data) | Io::Barrier(_, data) => data.len(),
+            Io::Flush | Io::Discard { .. } => 0,
+        }
+    }
 }
 
 /// An answered request.
@@ -89,79 +142,88 @@ impl Completion {
     }
 }
 
-#[derive(Debug)]
-struct InFlight {
-    op: u8,
-    pages: Vec<(Frame, GrantRef)>,
-    /// Bytes to hand out; 0 unless it is a read.
-    read: usize,
-}
-
 /// A guest's disk.
 #[derive(Debug)]
 pub struct Frontend {
     shape: Shape,
     domain: SimDomain,
     events: SimEvents,
-    port: Port,
-    ring: FrontRing,
-    ring_refs: Vec<GrantRef>,
-    pool: Vec<(Frame, GrantRef)>,
-    in_flight: HashMap<u64, InFlight>,
-    /// Ids of raw requests without an answer.
-    raw: HashMap<u64, u32>,
+    queues: Vec<Queue>,
+    /// The queue for the next request.
+    turn: usize,
     next_id: u64,
 }
 
 impl Frontend {
-    /// Creates the guest in the simulated hypervisor's folder, with its ring granted and its port waiting.
+    /// Creates the guest in the simulated hypervisor's folder, with its rings granted and its ports waiting.
     pub fn create(dir: &Path, shape: Shape) -> io::Result<Frontend> {
-        let mut domain = SimDomain::create(dir, shape.guest, GUEST_PAGES)?;
-        let mut events = SimEvents::open(dir, shape.guest)?;
-        let port = events.allocate(shape.backend)?;
-        let ring = FrontRing::create(&mut domain, shape.abi, shape.order, shape.start);
-        let frames: Vec<Frame> = ring.frames().collect();
-        let ring_refs =
-            frames.into_iter().map(|frame| domain.grant(frame, shape.backend, Access::ReadWrite)).collect();
-        Ok(Frontend {
-            shape,
-            domain,
-            events,
-            port,
-            ring,
-            ring_refs,
-            pool: Vec::new(),
-            in_flight: HashMap::new(),
-            raw: HashMap::new(),
-            next_id: 1,
-        })
+        let domain = SimDomain::create(dir, shape.guest, shape.pages())?;
+        let events = SimEvents::open(dir, shape.guest)?;
+        let mut frontend = Frontend { shape, domain, events, queues: Vec::new(), turn: 0, next_id: 1 };
+        frontend.set_up()?;
+        Ok(frontend)
+    }
+
+    fn set_up(&mut self) -> io::Result<()> {
+        for _ in 0..self.shape.queues {
+            let port = self.events.allocate(self.shape.backend)?;
+            self.queues.push(Queue::create(&mut self.domain, &self.shape, port));
+        }
+        Ok(())
+    }
+
+    /// What a driver does that was unloaded and loaded again: gives up everything the backend had, and starts with new rings.
+    /// Requests in flight are forgotten.
+    ///
+    /// # Errors
+    ///
+    /// The backend has something mapped.
+    pub fn restart(&mut self) -> io::Result<()> {
+        let mapped = self.domain.mapped_pages();
+        if mapped > 0 {
+            return Err(io::Error::other(format!("{mapped} pages are mapped after the backend has closed")));
+        }
+        for queue in std::mem::take(&mut self.queues) {
+            self.events.unbind(queue.port)?;
+            queue.dissolve(&mut self.domain)?;
+        }
+        self.set_up()
     }
 
     /// The keys for the frontend's XenStore directory, without `state`, as Linux writes them.
     pub fn keys(&self) -> Vec<(String, String)> {
         let mut list = vec![
-            (keys::EVENT_CHANNEL.to_owned(), self.port.to_string()),
             (keys::PROTOCOL.to_owned(), self.shape.abi.protocol_name().to_owned()),
+            (keys::FEATURE_PERSISTENT.to_owned(), u8::from(self.shape.persistent).to_string()),
         ];
-        if let [only] = self.ring_refs[..] {
-            list.push((keys::RING_REF.to_owned(), only.to_string()));
-            return list;
+        if self.shape.order != RingOrder::default() {
+            list.push((keys::RING_PAGE_ORDER.to_owned(), self.shape.order.get().to_string()));
         }
-        list.push((keys::RING_PAGE_ORDER.to_owned(), self.shape.order.get().to_string()));
-        for (i, gref) in self.ring_refs.iter().enumerate() {
-            list.push((format!("{}{i}", keys::RING_REF), gref.to_string()));
+        if self.queues.len() > 1 {
+            list.push((keys::MULTI_QUEUE_NUM_QUEUES.to_owned(), self.queues.len().to_string()));
+        }
+        for (i, queue) in self.queues.iter().enumerate() {
+            let folder = if self.queues.len() > 1 { format!("queue-{i}/") } else { String::new() };
+            list.push((format!("{folder}{}", keys::EVENT_CHANNEL), queue.port.to_string()));
+            if let [only] = queue.refs[..] {
+                list.push((format!("{folder}{}", keys::RING_REF), only.to_string()));
+                continue;
+            }
+            for (n, gref) in queue.refs.iter().enumerate() {
+                list.push((format!("{folder}{}{n}", keys::RING_REF), gref.to_string()));
+            }
         }
         list
     }
 
-    /// The grant references of the ring's pages.
+    /// The grant references of the first ring's pages.
     pub fn ring_refs(&self) -> &[GrantRef] {
-        &self.ring_refs
+        &self.queues[0].refs
     }
 
-    /// The guest's event channel port.
+    /// The first ring's event channel, on the guest's side.
     pub fn port(&self) -> Port {
-        self.port
+        self.queues[0].port
     }
 
     /// How the frontend was created.
@@ -169,9 +231,9 @@ impl Frontend {
         self.shape
     }
 
-    /// Whether a backend has bound the port.
+    /// Whether a backend has bound every port.
     pub fn is_connected(&self) -> bool {
-        self.events.is_connected(self.port)
+        self.queues.iter().all(|queue| self.events.is_connected(queue.port))
     }
 
     /// The guest's memory and grants.
@@ -179,57 +241,58 @@ impl Frontend {
         &mut self.domain
     }
 
-    /// The ring, with the memory it lies in.
+    /// The first ring, with the memory it lies in.
     pub fn ring(&mut self) -> (&mut FrontRing, &SimDomain) {
-        (&mut self.ring, &self.domain)
+        (&mut self.queues[0].ring, &self.domain)
     }
 
-    /// Requests that can be sent before the ring is full.
+    /// Pages that the backend has mapped now, beside those of the rings.
+    pub fn mapped_data_pages(&self) -> u32 {
+        let refs = self.queues.iter().flat_map(|queue| &queue.refs);
+        self.domain.mapped_pages() - refs.map(|gref| self.domain.mappings(*gref)).sum::<u32>()
+    }
+
+    /// Requests that can be sent before all rings are full.
     pub fn free_slots(&self) -> u32 {
-        self.ring.free_slots()
+        self.queues.iter().map(|queue| queue.ring.free_slots()).sum()
     }
 
     /// Requests without an answer.
     pub fn outstanding(&self) -> usize {
-        self.in_flight.len() + self.raw.len()
+        self.queues.iter().map(Queue::outstanding).sum()
     }
 
-    /// Puts a request into the ring. The backend sees it after [`Frontend::kick`].
+    /// Puts a request into a ring, the rings taking turns. The backend sees it after [`Frontend::kick`].
     ///
     /// # Panics
     ///
-    /// If the ring is full or the length is not one a request can have.
+    /// If all rings are full or the length is not one a request can have.
     pub fn submit(&mut self, io: Io<'_>) -> u64 {
-        let (op, sector, len, data) = match io {
-            Io::Read(sector, len) => (op::READ, sector, len, &[][..]),
-            Io::Write(sector, data) => (op::WRITE, sector, data.len(), data),
-            Io::Flush => (op::FLUSH_DISKCACHE, Sector(0), 0, &[][..]),
-            Io::Barrier(sector, data) => (op::WRITE_BARRIER, sector, data.len(), data),
-        };
-        assert!(len <= MAX_TRANSFER && len.is_multiple_of(SECTOR_BYTES), "a request of {len} bytes");
-        let pages: Vec<_> = (0..len.div_ceil(PAGE_SIZE)).map(|_| self.take_page()).collect();
-        let mut segments = Vec::with_capacity(pages.len());
-        for (i, (frame, gref)) in pages.iter().enumerate() {
-            let bytes = (len - i * PAGE_SIZE).min(PAGE_SIZE);
-            match data.get(i * PAGE_SIZE..i * PAGE_SIZE + bytes) {
-                Some(data) => self.domain.write(*frame, 0, data),
-                None => self.domain.write(*frame, 0, &[UNTOUCHED; PAGE_SIZE]),
-            }
-            let last = u8::try_from(bytes / SECTOR_BYTES - 1).expect("at most 8 sectors");
-            segments.push(DraftSegment { gref: *gref, first: 0, last });
-        }
+        let limit = if matches!(io, Io::Barrier(..)) { MAX_TRANSFER } else { self.shape.max_transfer() };
+        assert!(
+            io.len() <= limit && io.len().is_multiple_of(SECTOR_BYTES),
+            "a request of {} bytes",
+            io.len()
+        );
+        let count = self.queues.len();
+        let has_room = |queue: &usize| self.queues[*queue].ring.free_slots() > 0;
+        let turn = (self.turn..self.turn + count).map(|turn| turn % count).find(has_room);
+        let queue = turn.expect("all rings are full");
+        self.turn = queue + 1;
         let id = self.next_id;
         self.next_id += 1;
-        self.ring.put(&self.domain, &Draft::new(op, id, sector.0, &segments).encode(self.shape.abi));
-        let read = if op == op::READ { len } else { 0 };
-        self.in_flight.insert(id, InFlight { op, pages, read });
+        self.queues[queue].submit(&mut self.domain, id, io);
         id
     }
 
-    /// Puts an entry into the ring as it stands. Its answer, if one comes, is completed without data and unchecked.
+    /// Puts an entry into the first ring as it stands. Its answer, if one comes, is completed without data and unchecked.
     pub fn put_raw(&mut self, id: u64, request: &RawRequest) {
-        self.ring.put(&self.domain, request);
-        *self.raw.entry(id).or_default() += 1;
+        self.put_raw_on(0, id, request);
+    }
+
+    /// The same for any ring.
+    pub fn put_raw_on(&mut self, queue: usize, id: u64, request: &RawRequest) {
+        self.queues[queue].put_raw(&self.domain, id, request);
     }
 
     /// A page with a grant for the backend, for raw requests. It is never used for others.
@@ -238,24 +301,32 @@ impl Frontend {
         (frame, self.domain.grant(frame, self.shape.backend, access))
     }
 
-    /// Publishes what was put, and notifies the backend if it asked for it.
+    /// Publishes what was put, and notifies the backend of each ring where it asked for it.
     pub fn kick(&mut self) -> io::Result<()> {
-        if self.ring.push(&self.domain) { self.notify() } else { Ok(()) }
+        for queue in &mut self.queues {
+            if queue.ring.push(&self.domain) {
+                self.events.notify(queue.port)?;
+            }
+        }
+        Ok(())
     }
 
-    /// Notifies the backend, asked for or not.
+    /// Notifies the backend of every ring, asked for or not.
     pub fn notify(&self) -> io::Result<()> {
-        self.events.notify(self.port)
+        self.queues.iter().try_for_each(|queue| self.events.notify(queue.port))
     }
 
     /// Takes the answers that are there, without waiting, and puts them behind `out`.
     ///
     /// # Errors
     ///
-    /// An answer that Linux would disable the disk for: to no request, or with another operation.
+    /// An answer that Linux would disable the disk for: to no request, with another operation, or given while a page
+    /// that must not be mapped any more still is.
     pub fn poll(&mut self, out: &mut VecDeque<Completion>) -> io::Result<()> {
-        while let Some(response) = self.ring.take(&self.domain) {
-            out.push_back(self.complete(response)?);
+        for queue in &mut self.queues {
+            while let Some(response) = queue.ring.take(&self.domain) {
+                out.push_back(queue.complete(&mut self.domain, response)?);
+            }
         }
         Ok(())
     }
@@ -273,7 +344,9 @@ impl Frontend {
             if out.len() > before {
                 return Ok(());
             }
-            if self.ring.arm(&self.domain) {
+            // Each ring must be armed, whichever has answers already.
+            let answered = |queue: &Queue| queue.ring.arm(&self.domain);
+            if self.queues.iter().map(answered).fold(false, |any, one| any | one) {
                 continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -301,7 +374,7 @@ impl Frontend {
         let mut data = Vec::with_capacity(len);
         while data.len() < len {
             let at = Sector(sector.0 + data.len() as u64 / SECTOR_SIZE);
-            let part = (len - data.len()).min(MAX_TRANSFER);
+            let part = (len - data.len()).min(self.shape.max_transfer());
             data.extend(okay(self.run(Io::Read(at, part))?)?.data);
         }
         Ok(data)
@@ -310,47 +383,21 @@ impl Frontend {
     /// Writes `data`, in as many requests as it takes, one after the other.
     pub fn write(&mut self, sector: Sector, data: &[u8]) -> io::Result<()> {
         let mut at = sector;
-        for part in data.chunks(MAX_TRANSFER) {
+        for part in data.chunks(self.shape.max_transfer()) {
             okay(self.run(Io::Write(at, part))?)?;
             at.0 += part.len() as u64 / SECTOR_SIZE;
         }
         Ok(())
     }
 
+    /// Forgets sectors.
+    pub fn discard(&mut self, sector: Sector, count: u64) -> io::Result<()> {
+        okay(self.run(Io::Discard { sector, count, secure: false })?).map(drop)
+    }
+
     /// Makes everything written durable.
     pub fn flush(&mut self) -> io::Result<()> {
         okay(self.run(Io::Flush)?).map(drop)
-    }
-
-    fn complete(&mut self, response: Response) -> io::Result<Completion> {
-        let Response { id, op, status } = response;
-        if let Some(count) = self.raw.get_mut(&id) {
-            *count -= 1;
-            if *count == 0 {
-                self.raw.remove(&id);
-            }
-            return Ok(Completion { id, op, status, data: Vec::new() });
-        }
-        let Some(request) = self.in_flight.remove(&id) else {
-            return Err(io::Error::other(format!("an answer to no request: {response:?}")));
-        };
-        if op != request.op {
-            return Err(io::Error::other(format!("an answer to operation {}: {response:?}", request.op)));
-        }
-        let mut data = vec![0; request.read];
-        for (part, (frame, _)) in data.chunks_mut(PAGE_SIZE).zip(&request.pages) {
-            self.domain.read(*frame, 0, part);
-        }
-        self.pool.extend(request.pages);
-        Ok(Completion { id, op, status, data })
-    }
-
-    /// A page for data; its grant lives as long as the guest.
-    fn take_page(&mut self) -> (Frame, GrantRef) {
-        match self.pool.pop() {
-            Some(page) => page,
-            None => self.page(Access::ReadWrite),
-        }
     }
 
     fn drain_events(&self) -> io::Result<()> {

@@ -1,9 +1,12 @@
 //! The frontend, the simulated devices and the real ring code, with a disk of bytes in memory behind them.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use blkif::request::parse;
-use blkif::{BackRing, Geometry, Request, RequestKind, Segments};
+use blkif::abi::{SEGMENT_SIZE, op};
+use blkif::encode::{Draft, DraftSegment};
+use blkif::request::{Segment, Transfer, parse, parse_indirect};
+use blkif::{BackRing, Geometry, Request, RequestKind};
 use gntdev::{CopyDirection, CopySegment, GrantMap, Grants};
 use proptest::prelude::*;
 
@@ -12,27 +15,46 @@ use crate::sim::grants::{SimGrants, SimMapping};
 
 const US: DomId = DomId(0);
 const CAPACITY: u64 = 4096;
+const GEOMETRY: Geometry = Geometry {
+    capacity: CAPACITY,
+    readonly: false,
+    flush: true,
+    barrier: true,
+    discard: true,
+    discard_secure: false,
+    max_indirect: 256,
+};
+
+/// A ring as the backend has it.
+struct Served {
+    ring: BackRing,
+    port: Port,
+    _map: SimMapping,
+}
 
 /// A backend of a few lines: the disk is a vector.
 struct Backend {
-    guest: DomId,
+    shape: Shape,
     grants: SimGrants,
     events: SimEvents,
-    port: Port,
-    ring: BackRing,
-    _map: SimMapping,
+    rings: Vec<Served>,
+    /// Pages kept mapped, as a backend with persistent grants does.
+    kept: HashMap<GrantRef, SimMapping>,
     disk: Vec<u8>,
 }
 
 impl Backend {
-    fn connect(dir: &Path, shape: Shape, ring_refs: &[GrantRef], remote: Port) -> Backend {
+    fn connect(dir: &Path, shape: Shape, queues: &[(Vec<GrantRef>, Port)]) -> Backend {
         let grants = SimGrants::open(dir, US).unwrap();
         let mut events = SimEvents::open(dir, US).unwrap();
-        let map = grants.map(shape.guest, ring_refs, Access::ReadWrite).unwrap();
-        let port = events.bind(shape.guest, remote).unwrap();
-        let ring = attach(&map, shape);
+        let mut serve = |(refs, port): &(Vec<GrantRef>, Port)| {
+            let map = grants.map(shape.guest, refs, Access::ReadWrite).unwrap();
+            let port = events.bind(shape.guest, *port).unwrap();
+            Served { ring: attach(&map, shape), port, _map: map }
+        };
+        let rings = queues.iter().map(&mut serve).collect();
         let disk = vec![0; usize::try_from(CAPACITY * SECTOR_SIZE).unwrap()];
-        Backend { guest: shape.guest, grants, events, port, ring, _map: map, disk }
+        Backend { shape, grants, events, rings, kept: HashMap::new(), disk }
     }
 
     /// Serves until told to stop.
@@ -44,61 +66,81 @@ impl Backend {
         }
     }
 
-    /// Serves what is in the ring; then the port may fire again.
+    /// Serves what is in the rings; then the ports may fire again.
     fn drain(&mut self) {
         let mut ports = [Port(0); 4];
         while self.events.pending(&mut ports).unwrap() > 0 {}
-        loop {
-            while let Some(raw) = self.ring.take().unwrap() {
-                let geometry = Geometry {
-                    capacity: CAPACITY,
-                    readonly: false,
-                    flush: true,
-                    barrier: true,
-                    discard: false,
-                    discard_secure: false,
-                    max_indirect: 0,
-                };
-                let (id, op, status) = match parse(&raw, &geometry) {
-                    Ok(request) => (request.id, request.op, self.serve(&request)),
-                    Err(rejection) => (rejection.id, rejection.op, rejection.status),
-                };
-                self.ring.respond(id, op, status);
+        let mut rings = std::mem::take(&mut self.rings);
+        for Served { ring, port, .. } in &mut rings {
+            loop {
+                while let Some(raw) = ring.take().unwrap() {
+                    let (id, op, status) = match parse(&raw, &GEOMETRY) {
+                        Ok(request) => (request.id, request.op, self.serve(&request)),
+                        Err(rejection) => (rejection.id, rejection.op, rejection.status),
+                    };
+                    ring.respond(id, op, status);
+                }
+                if ring.push() {
+                    self.events.notify(*port).unwrap();
+                }
+                if !ring.final_check().unwrap() {
+                    break;
+                }
             }
-            if self.ring.push() {
-                self.events.notify(self.port).unwrap();
+            if ring.nudge() {
+                self.events.notify(*port).unwrap();
             }
-            if !self.ring.final_check().unwrap() {
-                break;
-            }
+            self.events.unmask(*port).unwrap();
         }
-        if self.ring.nudge() {
-            self.events.notify(self.port).unwrap();
-        }
-        self.events.unmask(self.port).unwrap();
+        self.rings = rings;
     }
 
     fn serve(&mut self, request: &Request) -> Status {
+        use CopyDirection::{FromGuest, ToGuest};
         match request.kind {
-            RequestKind::Read { sector, segments } => self.copy(CopyDirection::ToGuest, sector, &segments),
+            RequestKind::Read { sector, segments } => self.copy(ToGuest, sector, segments.as_slice()),
             RequestKind::Write { sector, segments } | RequestKind::Barrier { sector, segments } => {
-                self.copy(CopyDirection::FromGuest, sector, &segments)
+                self.copy(FromGuest, sector, segments.as_slice())
             }
             RequestKind::Flush => Status::Okay,
-            RequestKind::Discard { .. } | RequestKind::Indirect { .. } => Status::NotSupported,
+            RequestKind::Discard { sector, count, .. } => {
+                let (at, len) = (sector.0 * SECTOR_SIZE, count * SECTOR_SIZE);
+                let range = usize::try_from(at).unwrap()..usize::try_from(at + len).unwrap();
+                self.disk[range].fill(0);
+                Status::Okay
+            }
+            RequestKind::Indirect { transfer, sector, count, page } => {
+                let mut bytes = vec![0; usize::from(count) * SEGMENT_SIZE];
+                let local = std::ptr::NonNull::from_mut(&mut bytes[..]).cast();
+                let len = u16::try_from(bytes.len()).unwrap();
+                let guest = self.shape.guest;
+                let mut batch = [CopySegment::new(FromGuest, guest, page, 0, len, local).unwrap()];
+                copy_batch(&self.grants, FromGuest, &mut batch);
+                let mut segments = Vec::new();
+                match parse_indirect(&bytes, sector, transfer, &GEOMETRY, &mut segments) {
+                    Ok(_) if transfer == Transfer::Read => self.copy(ToGuest, sector, &segments),
+                    Ok(_) => self.copy(FromGuest, sector, &segments),
+                    Err(reason) => reason.status(),
+                }
+            }
         }
     }
 
-    fn copy(&mut self, direction: CopyDirection, sector: Sector, segments: &Segments) -> Status {
+    fn copy(&mut self, direction: CopyDirection, sector: Sector, segments: &[Segment]) -> Status {
+        let guest = self.shape.guest;
         let mut batch = Vec::new();
         let at = usize::try_from(sector.0 * SECTOR_SIZE).unwrap();
         let mut disk = self.disk.get_mut(at..).unwrap_or_default();
-        for segment in segments.iter() {
+        for segment in segments {
             let (part, rest) = disk.split_at_mut(usize::from(segment.bytes()));
             disk = rest;
             let local = std::ptr::NonNull::from_mut(part).cast();
             let (gref, offset, len) = (segment.gref(), segment.offset(), segment.bytes());
-            batch.push(CopySegment::new(direction, self.guest, gref, offset, len, local).unwrap());
+            batch.push(CopySegment::new(direction, guest, gref, offset, len, local).unwrap());
+            if self.shape.persistent {
+                let map = || self.grants.map(guest, &[gref], Access::ReadWrite).unwrap();
+                self.kept.entry(gref).or_insert_with(map);
+            }
         }
         copy_batch(&self.grants, direction, &mut batch);
         if batch.iter().all(|segment| segment.status().is_okay()) { Status::Okay } else { Status::Error }
@@ -107,13 +149,13 @@ impl Backend {
 
 #[expect(unsafe_code, reason = "the contracts of the ring and of the grants")]
 fn attach(map: &SimMapping, shape: Shape) -> BackRing {
-    // SAFETY: the mapping has the ring's size and lives as long as the ring: both are in the same Backend.
+    // SAFETY: the mapping has the ring's size and lives as long as the ring: both are in the same Served.
     unsafe { BackRing::attach(map.as_ptr(), shape.abi, shape.order) }.unwrap()
 }
 
 #[expect(unsafe_code, reason = "the contracts of the ring and of the grants")]
 fn copy_batch(grants: &SimGrants, direction: CopyDirection, batch: &mut [CopySegment]) {
-    // SAFETY: the local sides are disjoint parts of the disk's vector, which is borrowed for the whole call.
+    // SAFETY: the local sides are disjoint parts of vectors that are borrowed for the whole call.
     unsafe { grants.copy(direction, batch) }.unwrap();
 }
 
@@ -130,11 +172,12 @@ impl Drop for Stop<'_> {
 fn with_backend(shape: Shape, test: impl FnOnce(&mut Frontend)) {
     let dir = tempfile::tempdir().unwrap();
     let mut frontend = Frontend::create(dir.path(), shape).unwrap();
-    let (dir, refs, port) = (dir.path(), frontend.ring_refs().to_vec(), frontend.port());
+    let dir = dir.path();
+    let queues: Vec<_> = frontend.queues.iter().map(|queue| (queue.refs.clone(), queue.port)).collect();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let _stop = Stop(&stop);
-        scope.spawn(|| Backend::connect(dir, shape, &refs, port).run(&stop));
+        scope.spawn(|| Backend::connect(dir, shape, &queues).run(&stop));
         test(&mut frontend);
     });
 }
@@ -165,11 +208,78 @@ fn keys_are_those_of_linux() {
     let dir = tempfile::tempdir().unwrap();
     let one = Frontend::create(dir.path(), Shape::simple(DomId(1))).unwrap();
     let names = |frontend: &Frontend| frontend.keys().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
-    assert_eq!(names(&one), ["event-channel", "protocol", "ring-ref"]);
+    assert_eq!(names(&one), ["protocol", "feature-persistent", "event-channel", "ring-ref"]);
     let order = RingOrder::new(1).unwrap();
     let two = Frontend::create(dir.path(), Shape { order, ..Shape::simple(DomId(2)) }).unwrap();
-    assert_eq!(names(&two), ["event-channel", "protocol", "ring-page-order", "ring-ref0", "ring-ref1"]);
+    assert_eq!(
+        names(&two),
+        ["protocol", "feature-persistent", "ring-page-order", "event-channel", "ring-ref0", "ring-ref1"]
+    );
     assert_eq!(two.keys()[2].1, "1");
+    let several = Shape { queues: 2, persistent: true, ..Shape::simple(DomId(3)) };
+    let several = Frontend::create(dir.path(), several).unwrap();
+    assert_eq!(
+        names(&several)[2..],
+        [
+            "multi-queue-num-queues",
+            "queue-0/event-channel",
+            "queue-0/ring-ref",
+            "queue-1/event-channel",
+            "queue-1/ring-ref"
+        ]
+    );
+    assert_eq!((several.keys()[1].1.as_str(), several.keys()[2].1.as_str()), ("1", "2"));
+}
+
+#[test]
+fn long_requests_are_indirect_and_discards_discard_in_both_layouts() {
+    for abi in [Abi::X86_64, Abi::X86_32] {
+        for persistent in [false, true] {
+            let shape = Shape { abi, persistent, indirect: 256, queues: 3, ..Shape::simple(DomId(3)) };
+            with_backend(shape, |frontend| {
+                let data = pattern(shape.max_transfer() + 12 * 4096, 5);
+                frontend.write(Sector(3), &data).unwrap();
+                assert!(frontend.read(Sector(3), data.len()).unwrap() == data);
+                frontend.discard(Sector(10), 20).unwrap();
+                assert!(frontend.read(Sector(10), 20 * 512).unwrap() == [0; 20 * 512]);
+                assert!(frontend.read(Sector(30), 512).unwrap() == data[27 * 512..28 * 512]);
+                assert_eq!(frontend.mapped_data_pages() > 0, persistent);
+            });
+        }
+    }
+}
+
+#[test]
+fn a_page_that_stays_mapped_is_used_again_if_persistent_and_a_mistake_if_not() {
+    for persistent in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let grants = SimGrants::open(dir.path(), US).unwrap();
+        let mut domain = SimDomain::create(dir.path(), DomId(3), 8).unwrap();
+        let mut pages = pages::Pages::new(US, persistent);
+        let first = pages.take(&mut domain, Access::ReadWrite);
+        let map = grants.map(DomId(3), &[first.1], Access::ReadWrite).unwrap();
+        assert_eq!(pages.give(&mut domain, first).is_ok(), persistent);
+        if persistent {
+            assert_eq!(pages.take(&mut domain, Access::ReadOnly), first);
+            drop(map);
+            pages.give(&mut domain, first).unwrap();
+            assert!(grants.map(DomId(3), &[first.1], Access::ReadOnly).is_err(), "its grant has ended");
+        }
+    }
+}
+
+#[test]
+fn a_restart_needs_everything_unmapped_and_gives_a_fresh_ring() {
+    let dir = tempfile::tempdir().unwrap();
+    let shape = Shape { queues: 2, ..Shape::simple(DomId(3)) };
+    let mut frontend = Frontend::create(dir.path(), shape).unwrap();
+    frontend.submit(Io::Write(Sector(0), &[1; 8192]));
+    let grants = SimGrants::open(dir.path(), US).unwrap();
+    let map = grants.map(DomId(3), frontend.ring_refs(), Access::ReadWrite).unwrap();
+    assert!(frontend.restart().is_err());
+    drop(map);
+    frontend.restart().unwrap();
+    assert_eq!((frontend.outstanding(), frontend.free_slots()), (0, 64));
 }
 
 #[test]

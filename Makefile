@@ -7,7 +7,7 @@ DENY := target/tools/bin/cargo-deny
 PREFIX ?= /usr
 DESTDIR ?=
 
-.PHONY: all demo test check fmt clippy deny unit loom doc xen bench-xen deps release install clean
+.PHONY: all demo test check fmt clippy deny unit loom doc xen bench bench-xen deps release install clean
 
 all: release
 
@@ -52,6 +52,14 @@ xen: release
 ## bench-xen: instruction-counted comparison with blkback and qdisk on real Xen
 bench-xen: release
 	integration/xen/run.sh bench
+
+## bench: a simulated guest on the real programs against fio, on this machine; into target/bench.json
+# BENCH_FILE is where the image lies (1 GiB of random data, made once): the file system under it is what is measured.
+BENCH_FILE ?= target/bench.img
+bench: deps
+	mkdir -p target
+	$(CARGO) build --release --locked -p integration --bins
+	$(CARGO) run --release --locked --quiet -p integration --bin bench -- --file $(BENCH_FILE) $(BENCH_ARGS)
 
 deps:
 	integration/deps.sh

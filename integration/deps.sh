@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that `make check` uses beside the Rust toolchain; those that are there already cost nothing.
+# Installs the Debian packages that `make check` and `make bench` use beside the Rust toolchain; those that are there already cost nothing.
 #   gcc, make    linking
 #   xz-utils     unpacks the golden VHD images
 #   qemu-utils   an independent reader and writer of images
 #   libxen-dev   Xen's public headers, against which layouts and numbers are checked
+#   fio          what the bench compares with
+#   valgrind, strace   count instructions and system calls in the bench
 set -euo pipefail
-wanted=(gcc make xz-utils qemu-utils libxen-dev)
+wanted=(gcc make xz-utils qemu-utils libxen-dev fio valgrind strace)
 missing=()
 for package in "${wanted[@]}"; do
     if ! dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed'; then

@@ -59,6 +59,8 @@ pub struct Rig {
     pub store: SimStore,
     programs: Programs,
     xenio: Option<Child>,
+    /// Options for `tap-ctl spawn`, such as `--engine=pool`.
+    pub spawn_options: Vec<String>,
 }
 
 /// A disk as the toolstack sees it.
@@ -82,10 +84,16 @@ impl Rig {
     /// A host without guests; xenio runs.
     #[must_use]
     pub fn start(programs: Programs) -> Rig {
-        let folder = tempfile::Builder::new().prefix("xenio").tempdir().expect("a temporary folder");
+        Rig::start_in(programs, &std::env::temp_dir())
+    }
+
+    /// The same in a new folder below `parent`, which is best short: it becomes part of socket paths.
+    #[must_use]
+    pub fn start_in(programs: Programs, parent: &Path) -> Rig {
+        let folder = tempfile::Builder::new().prefix("xenio").tempdir_in(parent).expect("a temporary folder");
         let host = SimHost::create(folder.path()).expect("the host's folders");
         let store = SimStore::start(&host.store());
-        let mut rig = Rig { folder, host, store, programs, xenio: None };
+        let mut rig = Rig { folder, host, store, programs, xenio: None, spawn_options: Vec::new() };
         rig.start_xenio();
         rig
     }
@@ -210,7 +218,8 @@ impl Rig {
         self.wait_value(&format!("{}/state", device.backend), "2");
         let marker = self.tap_ctl_ok(&["allocate"])?;
         let minor = marker.rsplit('-').next().unwrap_or_default().to_owned();
-        let pid = self.tap_ctl_ok(&["spawn"])?;
+        let options = self.spawn_options.iter().map(String::as_str);
+        let pid = self.tap_ctl_ok(&std::iter::once("spawn").chain(options).collect::<Vec<_>>())?;
         self.tap_ctl_ok(&["attach", "-p", &pid, "-m", &minor])?;
         if let Err(error) = self.tap_ctl_ok(&["open", "-p", &pid, "-m", &minor, "-a", params]) {
             self.tap_ctl_ok(&["detach", "-p", &pid, "-m", &minor])?;
@@ -228,9 +237,14 @@ impl Rig {
 
     /// The guest's side of connecting, as Linux does it: keys and state 3, wait for the backend's 4, state 4.
     pub fn connect(&self, device: &Device, frontend: &Frontend) {
+        self.connect_with(device, &frontend.keys());
+    }
+
+    /// The same with any keys.
+    pub fn connect_with(&self, device: &Device, keys: &[(String, String)]) {
         let state = format!("{}/state", device.frontend);
-        let mut values = frontend.keys();
-        values.iter_mut().for_each(|(key, _)| *key = format!("{}/{key}", device.frontend));
+        let mut values: Vec<_> =
+            keys.iter().map(|(key, value)| (format!("{}/{key}", device.frontend), value.clone())).collect();
         values.push((state.clone(), "3".into()));
         let values: Vec<(&str, &str)> =
             values.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();

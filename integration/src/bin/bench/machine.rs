@@ -1,0 +1,106 @@
+//! The machine under the bench: which CPU does what, the file, and the tools that count.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::Context;
+
+/// CPUs for the two sides, if there are two.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpus {
+    /// The backend's, and fio's.
+    pub backend: u32,
+    /// The guest's.
+    pub guest: u32,
+}
+
+impl Cpus {
+    /// The first and the last CPU that this process may use; `None` if they are the same.
+    pub fn find() -> Option<Cpus> {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?.trim();
+        let number = |text: &str| text.parse::<u32>().ok();
+        let backend = number(list.split([',', '-']).next()?)?;
+        let guest = number(list.rsplit([',', '-']).next()?)?;
+        (backend != guest).then_some(Cpus { backend, guest })
+    }
+}
+
+/// Keeps all threads of a process, and those they start, on one CPU.
+pub fn pin(pid: i32, cpu: u32) -> anyhow::Result<()> {
+    let status = Command::new("taskset")
+        .args(["-a", "-c", "-p", &cpu.to_string(), &pid.to_string()])
+        .stdout(Stdio::null())
+        .status()
+        .context("cannot run taskset")?;
+    anyhow::ensure!(status.success(), "taskset does not move process {pid} to CPU {cpu}");
+    Ok(())
+}
+
+/// Makes a file of `bytes` random bytes, unless it is there: a sparse or compressible one would flatter.
+pub fn make_file(path: &Path, bytes: u64) -> anyhow::Result<()> {
+    if std::fs::metadata(path).is_ok_and(|found| found.len() == bytes) {
+        return Ok(());
+    }
+    println!("writing {} ({} MiB of random data), once", path.display(), bytes >> 20);
+    let write = || -> io::Result<()> {
+        let mut random = File::open("/dev/urandom")?;
+        let draft = path.with_extension("draft");
+        let mut file = File::create(&draft)?;
+        let mut block = vec![0; 1 << 20];
+        for _ in 0..bytes >> 20 {
+            random.read_exact(&mut block)?;
+            file.write_all(&block)?;
+        }
+        file.sync_all()?;
+        // Only a complete file gets the name.
+        std::fs::rename(draft, path)
+    };
+    write().with_context(|| format!("cannot make {}", path.display()))
+}
+
+/// How often a process enters io_uring in a second, measured over `time` while it works; `None` without a tool that can tell.
+///
+/// `perf` counts without slowing anything down; `strace` slows every call, which makes batches larger than they are.
+pub fn enters_per_second(pid: i32, time: Duration) -> Option<(f64, &'static str)> {
+    let seconds = time.as_secs().max(1).to_string();
+    let pid = pid.to_string();
+    let event = "syscalls:sys_enter_io_uring_enter";
+    let perf = Command::new("perf")
+        .args(["stat", "-x", ",", "-e", event, "-p", &pid, "--", "sleep", &seconds])
+        .output();
+    let divide = |count: f64| count / time.as_secs().max(1).to_string().parse::<f64>().unwrap_or(1.0);
+    if let Ok(output) = perf {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let count = text.lines().find(|line| line.contains(event)).and_then(|line| line.split(',').next());
+        if let Some(count) = count.and_then(|count| count.parse().ok()) {
+            return Some((divide(count), "perf"));
+        }
+    }
+    let strace = Command::new("timeout")
+        .args(["-s", "INT", &seconds, "strace", "-f", "-c", "-e", "trace=io_uring_enter", "-p", &pid])
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&strace.stderr);
+    // % time, seconds, usecs/call, calls, [errors,] name
+    let count = text.lines().find(|line| line.ends_with("io_uring_enter"))?.split_whitespace().nth(3)?;
+    Some((divide(count.parse().ok()?), "strace"))
+}
+
+/// Instructions in user space of the functions whose names match `functions`, while `program` runs with `args`.
+pub fn instructions(program: &Path, args: &[&str], functions: &str) -> anyhow::Result<u64> {
+    let output = Command::new("valgrind")
+        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+        .arg(format!("--toggle-collect={functions}"))
+        .arg(program)
+        .args(args)
+        .output()
+        .context("cannot run valgrind")?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    let collected = text.lines().find_map(|line| line.split_once("Collected : "));
+    let count = collected.and_then(|(_, count)| count.trim().parse().ok());
+    count.with_context(|| format!("valgrind did not tell a count of instructions:\n{text}"))
+}

@@ -77,6 +77,9 @@ pub struct RingParams {
     /// Both ends offered `feature-persistent`: the frontend uses the same grants again, so they may stay mapped.
     #[serde(default)]
     pub persistent: bool,
+    /// `feature-discard` was published as 1.
+    #[serde(default)]
+    pub discard: bool,
     /// When to look for requests before sleeping.
     #[serde(default)]
     pub polling: Polling,
@@ -307,6 +310,7 @@ mod tests {
                 queues: vec![QueueParams { ring_refs: vec![8, 9], port: 4 }],
                 readonly: true,
                 persistent: true,
+                discard: true,
                 polling: Polling { duration_us: Some(0), idle_threshold: 50 },
             },
         };

@@ -1,5 +1,11 @@
 //! Whole transfers between image files and buffers.
+//!
+//! A transfer that the store takes as it is goes straight through ([`Io::start`]); [`Io::read`] and [`Io::write`] also take
+//! single sectors of a store with larger blocks, see [`blocks`].
 
+mod blocks;
+
+use std::ops::Range;
 use std::rc::Rc;
 
 use nix::errno::Errno;
@@ -41,7 +47,7 @@ pub struct Transfer<'a> {
 }
 
 impl Io {
-    /// Starts to move all of `piece`; see [`Transfer::finish`].
+    /// Starts to move all of `piece`, which the file must take as it is ([`ImageFile::takes`]); see [`Transfer::finish`].
     pub fn start<'a>(
         &'a self,
         direction: Direction,
@@ -49,6 +55,11 @@ impl Io {
         offset: u64,
         piece: Piece,
     ) -> Transfer<'a> {
+        debug_assert!(
+            file.takes(offset, piece),
+            "{} bytes at {offset} are no whole blocks, or lie askew",
+            piece.len
+        );
         let op = self.op(direction, file, offset, piece);
         Transfer { io: self, file, direction, offset, piece, op }
     }
@@ -65,9 +76,15 @@ impl Io {
         file.with(|fd| self.reactor.fdatasync(fd)).await.map(drop)
     }
 
-    /// Makes a range of a file or block device read as zeros.
-    pub async fn zero_range(&self, file: &ImageFile, offset: u64, len: u64) -> Result<(), Errno> {
-        file.with(|fd| self.reactor.fallocate(fd, libc::FALLOC_FL_ZERO_RANGE, offset, len)).await.map(drop)
+    /// Gives the room of a byte range of a regular file back to its file system; the range reads as zeros then.
+    pub async fn punch(&self, file: &ImageFile, range: Range<u64>) -> Result<(), Errno> {
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        self.fallocate(file, mode, range).await
+    }
+
+    async fn fallocate(&self, file: &ImageFile, mode: i32, range: Range<u64>) -> Result<(), Errno> {
+        let len = range.end.saturating_sub(range.start);
+        file.with(|fd| self.reactor.fallocate(fd, mode, range.start, len)).await.map(drop)
     }
 }
 
@@ -77,12 +94,7 @@ impl Transfer<'_> {
     pub async fn finish(self) -> Result<(), Errno> {
         let Transfer { io, file, direction, mut offset, mut piece, mut op } = self;
         loop {
-            let moved = match op.await {
-                Ok(0) => return Err(Errno::EIO),
-                Ok(moved) => moved,
-                Err(Errno::EINTR | Errno::EAGAIN) => 0,
-                Err(errno) => return Err(errno),
-            };
+            let moved = moved(op.await)?;
             match piece.rest(moved) {
                 None => return Ok(()),
                 Some(rest) => piece = rest,
@@ -90,5 +102,14 @@ impl Transfer<'_> {
             offset += u64::from(moved);
             op = io.op(direction, file, offset, piece);
         }
+    }
+}
+
+/// How far an operation got that may be repeated for the rest.
+fn moved(result: Result<u32, Errno>) -> Result<u32, Errno> {
+    match result {
+        Ok(0) => Err(Errno::EIO),
+        Err(Errno::EINTR | Errno::EAGAIN) => Ok(0),
+        other => other,
     }
 }

@@ -5,17 +5,24 @@
 //! which our writers collide with, and byte 201 (QEMU's "nobody else may write", `block/file-posix.c`), which QEMU's
 //! writers collide with while its readers do not. A writer's lock covers QEMU's bytes too.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
 
+use blkif::ids::PAGE_SIZE;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::OpenError;
+use super::locks::BlockLocks;
+use super::store::Store;
+use crate::buf::Piece;
+use crate::executor::Scheduler;
 
 const QEMU_UNSHARE_WRITE: i64 = 201;
 
@@ -28,16 +35,74 @@ pub enum Mode {
     Shared,
 }
 
-/// An open image file.
+/// A descriptor that may hold a lock.
+///
+/// It gives the lock up when the last handle lets go of it: all I/O has ended by then, because every operation borrows a
+/// handle. Closing the descriptor alone would keep the lock a little longer, as io_uring lets go of its own references
+/// later, and who opens the image next would find it in use.
+#[derive(Debug)]
+pub struct Locked(File);
+
+impl Locked {
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.0
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        if let Err(errno) = set_lock(&self.0, libc::F_UNLCK, 0, 0) {
+            log::warn!("giving up the lock of an image failed: {errno}");
+        }
+    }
+}
+
+/// An open image file, for one thread.
 #[derive(Debug)]
 pub struct ImageFile {
     path: PathBuf,
     /// Replaced only while no I/O is in flight, see [`ImageFile::make_readonly`].
-    file: RefCell<File>,
+    file: RefCell<Arc<Locked>>,
     regular: bool,
     direct: bool,
-    block_size: u32,
     len: u64,
+    store: Store,
+    granule: u32,
+    memory_align: u32,
+    locks: OnceCell<BlockLocks>,
+    /// The same file through the page cache, for writing; see [`ImageFile::tail`].
+    buffered: RefCell<Option<Rc<File>>>,
+}
+
+/// What another thread needs for an [`ImageFile`] of its own over the same descriptor.
+#[derive(Debug)]
+pub struct FileShare {
+    path: PathBuf,
+    file: Arc<Locked>,
+    regular: bool,
+    direct: bool,
+    len: u64,
+    store: Store,
+}
+
+impl From<FileShare> for ImageFile {
+    fn from(share: FileShare) -> ImageFile {
+        let FileShare { path, file, regular, direct, len, store } = share;
+        let (granule, memory_align) = if direct { (store.block_size, store.memory_align) } else { (512, 1) };
+        ImageFile {
+            path,
+            file: RefCell::new(file),
+            regular,
+            direct,
+            len,
+            store,
+            granule,
+            memory_align,
+            locks: OnceCell::new(),
+            buffered: RefCell::new(None),
+        }
+    }
 }
 
 impl ImageFile {
@@ -66,9 +131,9 @@ impl ImageFile {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::file(path, "is neither a file nor a block device:", Errno::EINVAL));
         }
-        let block_size = if kind.is_block_device() { logical_block_size(metadata.rdev()) } else { 512 };
-        // A store with blocks larger than a guest's sectors cannot take single sectors past the page cache.
-        let (mut file, direct) = match direct && block_size == 512 {
+        let store = Store::of(&probe, &metadata, mode == Mode::Exclusive);
+        // Parts of a block go through a page of memory, so a block must fit in.
+        let (mut file, direct) = match direct && store.block_size as usize <= PAGE_SIZE {
             true => match plain(libc::O_DIRECT) {
                 Ok(file) => (file, true),
                 Err(Errno::EINVAL) => (probe, false),
@@ -77,19 +142,13 @@ impl ImageFile {
             false => (probe, false),
         };
         let len = file.seek(SeekFrom::End(0)).map_err(|e| OpenError::io(path, "cannot measure", &e))?;
-        Ok(ImageFile {
-            path: path.to_owned(),
-            file: RefCell::new(file),
-            regular: kind.is_file(),
-            direct,
-            block_size,
-            len,
-        })
+        let file = Arc::new(Locked(file));
+        Ok(FileShare { path: path.to_owned(), file, regular: kind.is_file(), direct, len, store }.into())
     }
 
     /// Takes the lock that `mode` needs.
     pub fn lock(&self, mode: Mode) -> Result<(), OpenError> {
-        lock(&self.file.borrow(), mode).map_err(|errno| match errno {
+        lock(self.file.borrow().file(), mode).map_err(|errno| match errno {
             Errno::EAGAIN | Errno::EACCES => OpenError::in_use(&self.path, mode),
             errno => OpenError::file(&self.path, "cannot lock", errno),
         })
@@ -105,9 +164,42 @@ impl ImageFile {
         self.regular
     }
 
-    /// Logical block size of a block device; 512 for files.
-    pub fn block_size(&self) -> u32 {
-        self.block_size
+    /// What the store asks for and can do.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Bytes; offsets and lengths of transfers are multiples of it.
+    pub fn granule(&self) -> u32 {
+        self.granule
+    }
+
+    /// Whether a transfer can go to the descriptor as it is.
+    pub fn takes(&self, offset: u64, piece: Piece) -> bool {
+        let position = (offset | u64::from(piece.len)) & u64::from(self.granule - 1);
+        let address = piece.ptr.addr().get() & (self.memory_align as usize - 1);
+        position == 0 && address == 0
+    }
+
+    /// The writes under way, if the store's blocks are larger than a guest's sectors.
+    pub fn locks(&self, scheduler: &Rc<Scheduler>) -> Option<&BlockLocks> {
+        (self.granule > 512).then(|| self.locks.get_or_init(|| BlockLocks::new(scheduler.clone())))
+    }
+
+    /// A descriptor for writing a part of a block that ends at `end`, if that lies behind the end of a regular file.
+    ///
+    /// Writing the whole block past the page cache would round the file's length up, and the end of a file has a meaning.
+    /// The page cache takes single bytes; the kernel keeps it in step with what goes past it.
+    pub fn tail(&self, end: u64) -> Result<Option<Rc<File>>, Errno> {
+        if !self.regular || end <= self.measure()? {
+            return Ok(None);
+        }
+        let mut buffered = self.buffered.borrow_mut();
+        if let Some(file) = &*buffered {
+            return Ok(Some(file.clone()));
+        }
+        let file = self.reopen(OpenOptions::new().read(true).write(true), 0).map_err(|e| errno(&e))?;
+        Ok(Some(buffered.insert(Rc::new(file)).clone()))
     }
 
     /// Length in bytes when it was opened.
@@ -115,68 +207,104 @@ impl ImageFile {
         self.len
     }
 
+    /// As if the store had blocks of this size: I/O is aligned to them, although the file under a test would take less.
+    #[cfg(test)]
+    pub fn with_block_size(mut self, block_size: u32) -> ImageFile {
+        self.granule = block_size;
+        self.store.block_size = block_size;
+        self.store.physical_block_size = block_size;
+        self
+    }
+
+    /// As if the store took memory at multiples of this only.
+    #[cfg(test)]
+    pub fn with_memory_align(mut self, memory_align: u32) -> ImageFile {
+        self.memory_align = memory_align;
+        self
+    }
+
     /// Whether it had no byte when it was opened.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
+    /// Length in bytes now.
+    pub fn measure(&self) -> Result<u64, Errno> {
+        let file = self.file.borrow();
+        let mut file = file.file();
+        let len = match self.regular {
+            true => file.metadata().map(|metadata| metadata.len()),
+            false => file.seek(SeekFrom::End(0)),
+        };
+        len.map_err(|e| errno(&e))
+    }
+
     /// Calls `operation` with the descriptor.
     pub fn with<T>(&self, operation: impl FnOnce(BorrowedFd<'_>) -> T) -> T {
-        operation(self.file.borrow().as_fd())
+        operation(self.file.borrow().file().as_fd())
+    }
+
+    /// The descriptor, to be kept while another thread works on it.
+    pub fn keep(&self) -> Arc<Locked> {
+        self.file.borrow().clone()
+    }
+
+    /// For a handle on another thread.
+    pub fn share(&self) -> FileShare {
+        FileShare {
+            path: self.path.clone(),
+            file: self.keep(),
+            regular: self.regular,
+            direct: self.direct,
+            len: self.len,
+            store: self.store,
+        }
     }
 
     /// Changes the length of a regular file.
     pub fn set_len(&self, len: u64) -> Result<(), Errno> {
-        self.file.borrow().set_len(len).map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
+        self.file.borrow().file().set_len(len).map_err(|e| errno(&e))
     }
 
     /// The same file through another descriptor, for reading metadata while the image is being opened: blocking, and
     /// without the alignment rules of one that goes past the page cache.
     pub fn reader(&self) -> Result<File, OpenError> {
-        self.reopen(0).map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
+        self.reopen(OpenOptions::new().read(true), 0)
+            .map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
     }
 
-    /// Opens the file again, read-only. Through /proc, so that it is the same file whatever happened to its name.
-    fn reopen(&self, flags: i32) -> std::io::Result<File> {
-        let link = format!("/proc/self/fd/{}", self.file.borrow().as_raw_fd());
-        OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | flags).open(link)
+    /// Opens the file again. Through /proc, so that it is the same file whatever happened to its name.
+    fn reopen(&self, options: &mut OpenOptions, flags: i32) -> std::io::Result<File> {
+        let link = format!("/proc/self/fd/{}", self.file.borrow().file().as_raw_fd());
+        options.custom_flags(libc::O_NONBLOCK | flags).open(link)
     }
 
-    /// Gives up writing for good: from now on the descriptor itself refuses it, and other readers are let in.
+    /// Gives up writing for good: from now on the descriptor itself refuses it, and other readers are let in. Handles on
+    /// other threads keep theirs.
     ///
     /// Only while no I/O is in flight.
     pub fn make_readonly(&self) -> Result<(), OpenError> {
         let old = self.file.borrow();
-        lock(&old, Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
+        lock(old.file(), Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
         let file = self
-            .reopen(if self.direct { libc::O_DIRECT } else { 0 })
+            .reopen(OpenOptions::new().read(true), if self.direct { libc::O_DIRECT } else { 0 })
             .map_err(|e| OpenError::io(&self.path, "cannot reopen read-only", &e))?;
         lock(&file, Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
         drop(old);
-        unlock(&self.file.replace(file));
+        self.file.replace(Arc::new(Locked(file)));
+        self.buffered.take();
         Ok(())
     }
 
     /// Device and inode, which name the file whatever its paths.
     pub fn identity(&self) -> std::io::Result<(u64, u64)> {
-        let metadata = self.file.borrow().metadata()?;
+        let metadata = self.file.borrow().file().metadata()?;
         Ok(if self.regular { (metadata.dev(), metadata.ino()) } else { (0, metadata.rdev()) })
     }
 }
 
-impl Drop for ImageFile {
-    /// Gives the lock up at once. All I/O has ended: every transfer borrows the file. Closing the descriptor alone would
-    /// keep the lock a little longer, as io_uring lets go of its own references later, and who opens the image next would
-    /// find it in use.
-    fn drop(&mut self) {
-        unlock(&self.file.borrow());
-    }
-}
-
-fn unlock(file: &File) {
-    if let Err(errno) = set_lock(file, libc::F_UNLCK, 0, 0) {
-        log::warn!("giving up the lock of an image failed: {errno}");
-    }
+fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 fn set_lock(file: &File, kind: i32, start: i64, len: i64) -> Result<(), Errno> {
@@ -201,15 +329,6 @@ fn lock(file: &File, mode: Mode) -> Result<(), Errno> {
             set_lock(file, libc::F_UNLCK, QEMU_UNSHARE_WRITE + 1, 0)
         }
     }
-}
-
-/// Reads `/sys/dev/block/M:N/queue/logical_block_size` (of the whole disk for a partition); 512 where it cannot be told.
-fn logical_block_size(rdev: u64) -> u32 {
-    let device = format!("/sys/dev/block/{}:{}", libc::major(rdev), libc::minor(rdev));
-    [format!("{device}/queue/logical_block_size"), format!("{device}/../queue/logical_block_size")]
-        .iter()
-        .find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok())
-        .unwrap_or(512)
 }
 
 #[cfg(test)]
@@ -251,7 +370,7 @@ mod tests {
         let file = image();
         let image = ImageFile::open(file.path(), Mode::Exclusive, false).unwrap();
         image.make_readonly().unwrap();
-        assert!(image.file.borrow().write_at(b"x", 0).is_err());
+        assert!(image.file.borrow().file().write_at(b"x", 0).is_err());
         ImageFile::open(file.path(), Mode::Shared, true).unwrap();
         assert_eq!(ImageFile::open(file.path(), Mode::Exclusive, true).unwrap_err().errno(), Errno::EBUSY);
     }

@@ -3,14 +3,20 @@
 //! A read is resolved iteratively: each layer says of a sector range "the data is here", "zeros" or "ask my parent"; only
 //! the leaf is ever written.
 
+mod discard;
 mod error;
 pub mod file;
+pub mod locks;
+mod null;
 mod open;
 mod raw;
+mod resize;
+mod share;
+pub mod store;
 mod vhd;
 
 use std::cell::Cell;
-use std::ops::Range;
+use std::sync::Arc;
 
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
@@ -18,8 +24,11 @@ use nix::errno::Errno;
 
 pub use self::error::OpenError;
 use self::file::ImageFile;
+use self::null::Null;
 pub use self::open::open;
 use self::raw::Raw;
+use self::share::Common;
+pub use self::share::DiskShare;
 use self::vhd::VhdLayer;
 use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
@@ -59,20 +68,15 @@ pub enum Extent {
 enum Layer {
     Raw(Raw),
     Vhd(Box<VhdLayer>),
+    Null(Null),
 }
 
 impl Layer {
-    fn file(&self) -> &ImageFile {
+    fn file(&self) -> Option<&ImageFile> {
         match self {
-            Layer::Raw(raw) => &raw.file,
-            Layer::Vhd(vhd) => &vhd.file,
-        }
-    }
-
-    fn sectors(&self) -> u64 {
-        match self {
-            Layer::Raw(raw) => raw.sectors(),
-            Layer::Vhd(vhd) => vhd.sectors(),
+            Layer::Raw(raw) => Some(&raw.file),
+            Layer::Vhd(vhd) => Some(&vhd.file),
+            Layer::Null(_) => None,
         }
     }
 
@@ -80,34 +84,36 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
+            Layer::Null(null) => Ok(null.map(count)),
         }
     }
 }
 
-/// An open disk. All requests on it come from one thread.
+/// An open disk, or one of several handles of it. All requests on a handle come from one thread.
 #[derive(Debug)]
 pub struct Disk {
-    /// Leaf first, never empty.
     leaf: Layer,
+    /// The nearest first.
     parents: Vec<Layer>,
     io: Io,
-    sectors: u64,
     readonly: Cell<bool>,
     flushes: Group,
-    /// A flush failed: what the device holds is unknown from then on (the kernel reports such a loss only once).
-    lost: Cell<bool>,
+    common: Arc<Common>,
 }
 
 impl Disk {
-    fn new(leaf: Layer, parents: Vec<Layer>, io: Io, readonly: bool) -> Disk {
-        let sectors = leaf.sectors();
+    fn new(leaf: Layer, parents: Vec<Layer>, io: Io, readonly: bool, sectors: u64) -> Disk {
+        Disk::with(leaf, parents, io, readonly, Common::new(sectors))
+    }
+
+    fn with(leaf: Layer, parents: Vec<Layer>, io: Io, readonly: bool, common: Arc<Common>) -> Disk {
         let flushes = Group::new(io.scheduler.clone());
-        Disk { leaf, parents, io, sectors, readonly: Cell::new(readonly), flushes, lost: Cell::new(false) }
+        Disk { leaf, parents, io, readonly: Cell::new(readonly), flushes, common }
     }
 
     /// Capacity in sectors of 512 bytes.
     pub fn sectors(&self) -> u64 {
-        self.sectors
+        self.common.sectors()
     }
 
     /// Whether writes are refused.
@@ -117,39 +123,72 @@ impl Disk {
 
     /// Physical block size of the store in bytes.
     pub fn physical_block_size(&self) -> u32 {
-        self.leaf.file().block_size()
+        self.leaf.file().map_or(512, |file| file.store().physical_block_size)
+    }
+
+    /// Why the disk was stopped, once a flush has failed: what the device holds is unknown from then on (the kernel reports
+    /// such a loss only once).
+    pub fn failure(&self) -> Option<String> {
+        self.common.failure().map(str::to_owned)
     }
 
     /// Gives up writing for good, down to the descriptor. Nothing may be in flight.
     pub fn make_readonly(&self) -> Result<(), OpenError> {
         if !self.readonly.get() {
-            self.leaf.file().make_readonly()?;
+            if let Some(file) = self.leaf.file() {
+                file.make_readonly()?;
+            }
             self.readonly.set(true);
         }
         Ok(())
     }
 
-    fn layer(&self, index: usize) -> Option<&Layer> {
-        match index.checked_sub(1) {
-            None => Some(&self.leaf),
-            Some(parent) => self.parents.get(parent),
+    fn check_writable(&self) -> Result<(), Errno> {
+        if self.readonly.get() {
+            return Err(Errno::EROFS);
+        }
+        match self.common.failure() {
+            Some(_) => Err(Errno::EIO),
+            None => Ok(()),
         }
     }
 
-    /// The layer that holds `sector`, the byte offset in its file, and how many of `count` sectors this is true for;
-    /// no layer for zeros.
-    async fn resolve(&self, sector: Sector, count: u32) -> Result<(Option<(&Layer, u64)>, u32), Errno> {
+    /// For messages.
+    fn name(&self) -> std::path::Display<'_> {
+        self.leaf.file().map_or(std::path::Path::new("null"), ImageFile::path).display()
+    }
+
+    fn layer(&self, index: usize) -> Option<(&Layer, u64)> {
+        match index.checked_sub(1) {
+            None => Some((&self.leaf, self.sectors())),
+            Some(parent) => {
+                let layer = self.parents.get(parent)?;
+                let sectors = match layer {
+                    Layer::Raw(raw) => raw.sectors(),
+                    Layer::Vhd(vhd) => vhd.sectors(),
+                    Layer::Null(_) => 0,
+                };
+                Some((layer, sectors))
+            }
+        }
+    }
+
+    /// The file that holds `sector`, the byte offset in it, and how many of `count` sectors this is true for; no file for
+    /// zeros.
+    async fn resolve(&self, sector: Sector, count: u32) -> Result<(Option<(&ImageFile, u64)>, u32), Errno> {
         let mut count = count;
         let mut depth = 0;
-        while let Some(layer) = self.layer(depth) {
+        while let Some((layer, sectors)) = self.layer(depth) {
             // A parent may be shorter than its child: beyond its end there are zeros.
-            let left = layer.sectors().saturating_sub(sector.0);
+            let left = sectors.saturating_sub(sector.0);
             if left == 0 {
                 break;
             }
             count = u32::try_from(left).map_or(count, |left| left.min(count));
             match layer.map(&self.io, sector, count).await? {
-                Extent::Data { offset, count } => return Ok((Some((layer, offset)), count)),
+                Extent::Data { offset, count } => {
+                    return Ok((layer.file().map(|file| (file, offset)), count));
+                }
                 Extent::Zero { count } => return Ok((None, count)),
                 Extent::Parent { count: part } => count = part,
             }
@@ -160,6 +199,20 @@ impl Disk {
 
     /// Fills `buf`, whose length is a multiple of 512, from `sector` on.
     pub async fn read(&self, sector: Sector, buf: &Buf) -> Result<(), Errno> {
+        match &self.leaf {
+            Layer::Raw(raw) => {
+                let offset = sector.0.checked_mul(SECTOR_SIZE).ok_or(Errno::EINVAL)?;
+                self.io.read(&raw.file, offset, buf, 0..buf.len()).await
+            }
+            Layer::Vhd(_) => self.read_layers(sector, buf).await,
+            Layer::Null(_) => {
+                buf.zero(0..buf.len());
+                Ok(())
+            }
+        }
+    }
+
+    async fn read_layers(&self, sector: Sector, buf: &Buf) -> Result<(), Errno> {
         let mut flying = Flying::default();
         let mut at = 0;
         let total = buf.len();
@@ -170,9 +223,13 @@ impl Disk {
             let end = at + bytes(count);
             match place {
                 None => buf.zero(at..end),
-                Some((layer, offset)) => {
+                Some((file, offset)) => {
                     let piece = buf.piece(at..end).ok_or(Errno::EINVAL)?;
-                    flying.add(self.io.start(Direction::Read, layer.file(), offset, piece)).await?;
+                    if file.takes(offset, piece) {
+                        flying.add(self.io.start(Direction::Read, file, offset, piece)).await?;
+                    } else {
+                        self.io.read(file, offset, buf, at..end).await?;
+                    }
                 }
             }
             at = end;
@@ -182,52 +239,43 @@ impl Disk {
 
     /// Writes `buf`, whose length is a multiple of 512, to `sector` and on.
     pub async fn write(&self, sector: Sector, buf: &Buf) -> Result<(), Errno> {
-        if self.readonly.get() {
-            return Err(Errno::EROFS);
-        }
-        if self.lost.get() {
-            return Err(Errno::EIO);
-        }
-        let all: Range<usize> = 0..buf.len();
+        self.check_writable()?;
         match &self.leaf {
-            Layer::Vhd(vhd) => vhd.write(&self.io, sector, buf, all).await,
             Layer::Raw(raw) => {
                 let offset = sector.0.checked_mul(SECTOR_SIZE).ok_or(Errno::EINVAL)?;
-                let piece = buf.piece(all).ok_or(Errno::EINVAL)?;
-                self.io.start(Direction::Write, &raw.file, offset, piece).finish().await
+                self.io.write(&raw.file, offset, buf, 0..buf.len()).await
             }
+            Layer::Vhd(vhd) => vhd.write(&self.io, sector, buf, 0..buf.len()).await,
+            Layer::Null(_) => Ok(()),
         }
     }
 
-    /// Makes every write that has been answered durable. Flushes that are asked for together share one.
+    /// Makes every write that has been answered durable, whichever handle answered it. Flushes that are asked for together
+    /// share one.
     ///
     /// After a failure nothing is promised any more: this and all later flushes and writes fail.
     pub async fn flush(&self) -> Result<(), Errno> {
-        if self.readonly.get() {
-            return Ok(());
-        }
-        let file = self.leaf.file();
+        let Some(file) = self.leaf.file().filter(|_| !self.readonly.get()) else { return Ok(()) };
         self.flushes
             .run(async || {
-                if self.lost.get() {
-                    return Err(Errno::EIO);
-                }
+                self.check_writable()?;
                 let result = self.io.fdatasync(file).await;
                 if let Err(errno) = result {
-                    log::error!(
-                        "{}: flushing failed: {errno}; writes may be lost, the disk is stopped",
-                        file.path().display()
-                    );
-                    self.lost.set(true);
+                    let name = file.path().display();
+                    let why =
+                        format!("{name}: flushing failed: {errno}; writes may be lost, the disk is stopped");
+                    log::error!("{why}");
+                    self.common.fail(why);
                 }
-                result
+                // Another handle's flush may have been told of the loss instead of this one.
+                result.and(self.check_writable())
             })
             .await
     }
 
-    /// Brings the leaf into its resting state. Nothing may be in flight.
+    /// Brings the leaf into its resting state. Nothing may be in flight. Of several handles the last one is closed.
     pub async fn close(&self) -> Result<(), Errno> {
-        if self.readonly.get() || self.lost.get() {
+        if self.check_writable().is_err() {
             return Ok(());
         }
         if let Layer::Vhd(vhd) = &self.leaf {

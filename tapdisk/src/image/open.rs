@@ -11,12 +11,14 @@
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
-use tap_ctl::proto::{ImageType, OpenParams};
+use tap_ctl::proto::{ImageType, OpenParams, null_size};
 use vhd::chain::{Policy, Visited, candidates, check_identity};
 use vhd::{ParentRef, Vhd};
 
 use super::file::{ImageFile, Mode};
+use super::null::Null;
 use super::raw::Raw;
 use super::vhd::VhdLayer;
 use super::{Disk, Layer, OpenError};
@@ -24,27 +26,47 @@ use crate::io::Io;
 
 /// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails.
 pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
-    let mode = if params.readonly { Mode::Shared } else { Mode::Exclusive };
     let path = Path::new(&params.image.path);
+    if params.image.kind == ImageType::Null {
+        let bytes = null_size(&params.image.path)
+            .ok_or_else(|| OpenError::new(path, Errno::EINVAL, "is no size of a null image in bytes"))?;
+        return Ok(Disk::new(
+            Layer::Null(Null),
+            Vec::new(),
+            io.clone(),
+            params.readonly,
+            bytes / SECTOR_SIZE,
+        ));
+    }
+    let mode = if params.readonly { Mode::Shared } else { Mode::Exclusive };
     let file = ImageFile::open(path, mode, !params.buffered)?;
-    let (leaf, parents) = match params.image.kind {
-        ImageType::Aio => (Layer::Raw(Raw::new(file)?), Vec::new()),
-        ImageType::Vhd => open_chain(file, params, io)?,
-        ImageType::Null => {
-            return Err(OpenError::new(path, Errno::EOPNOTSUPP, "null images are not supported"));
-        }
-    };
-    Ok(Disk::new(leaf, parents, io.clone(), params.readonly))
+    open_over(file, params, io)
 }
 
-fn open_chain(file: ImageFile, params: &OpenParams, io: &Io) -> Result<(Layer, Vec<Layer>), OpenError> {
+/// The same over an open file, which is the leaf.
+pub(super) fn open_over(file: ImageFile, params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
+    if params.image.kind == ImageType::Vhd {
+        let (leaf, parents) = open_chain(file, params, io)?;
+        let sectors = leaf.sectors();
+        return Ok(Disk::new(Layer::Vhd(leaf), parents, io.clone(), params.readonly, sectors));
+    }
+    let raw = Raw::new(file)?;
+    let sectors = raw.sectors();
+    Ok(Disk::new(Layer::Raw(raw), Vec::new(), io.clone(), params.readonly, sectors))
+}
+
+fn open_chain(
+    file: ImageFile,
+    params: &OpenParams,
+    io: &Io,
+) -> Result<(Box<VhdLayer>, Vec<Layer>), OpenError> {
     let mut child = canonical(file.path())?;
     let policy = Policy::beside(&child);
     let mut visited = Visited::default();
     enter(&mut visited, &file)?;
     let core = read_vhd(&file, !params.readonly, &mut visited)?;
     let mut wanted = core.parent();
-    let leaf = Layer::Vhd(Box::new(VhdLayer::new(file, core, io)));
+    let leaf = Box::new(VhdLayer::new(file, core, io));
     let mut parents = Vec::new();
     while let Some(parent) = wanted.take() {
         let path = find(&child, &parent)?;

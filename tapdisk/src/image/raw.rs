@@ -11,22 +11,20 @@ use super::{Extent, OpenError};
 pub struct Raw {
     /// Where the data is.
     pub file: ImageFile,
-    sectors: u64,
 }
 
 impl Raw {
     /// A raw image over an open file. An empty one is refused; a tail shorter than a sector is left alone.
     pub fn new(file: ImageFile) -> Result<Raw, OpenError> {
-        let sectors = file.len() / SECTOR_SIZE;
-        if sectors == 0 {
+        if file.len() < SECTOR_SIZE {
             return Err(OpenError::empty(file.path()));
         }
-        Ok(Raw { file, sectors })
+        Ok(Raw { file })
     }
 
-    /// Capacity.
+    /// Capacity when it was opened.
     pub fn sectors(&self) -> u64 {
-        self.sectors
+        self.file.len() / SECTOR_SIZE
     }
 
     /// Where sectors below the capacity lie.

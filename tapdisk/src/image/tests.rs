@@ -1,5 +1,8 @@
 #![expect(clippy::cast_possible_truncation, reason = "positions on small test disks")]
 
+mod blocks;
+mod handles;
+
 use std::future::Future;
 use std::path::Path;
 use std::rc::Rc;
@@ -96,7 +99,7 @@ fn readonly_refuses_writes_at_the_disk_and_at_the_descriptor() {
         disk.make_readonly().unwrap();
         assert_eq!(write(&disk, &io, 0, &[1; 512]).await, Err(Errno::EROFS));
         let buf = io.pool.data(512).unwrap();
-        let transfer = io.start(Direction::Write, disk.leaf.file(), 0, buf.piece(0..512).unwrap());
+        let transfer = io.start(Direction::Write, disk.leaf.file().unwrap(), 0, buf.piece(0..512).unwrap());
         assert_eq!(transfer.finish().await, Err(Errno::EBADF), "the descriptor itself does not write");
         assert!(std::fs::read(&path).unwrap().iter().all(|&b| b == 0));
     });

@@ -14,8 +14,8 @@ use vhd::{BlockIndex, CloseStep, Lookup, MetaWrite, Prepare, Vhd, WritePlan};
 
 use super::Extent;
 use super::file::ImageFile;
-use crate::buf::{Buf, Piece};
-use crate::io::{Direction, Io};
+use crate::buf::Buf;
+use crate::io::Io;
 use crate::sync::{Group, WaitSet};
 
 /// An open VHD.
@@ -61,12 +61,8 @@ impl VhdLayer {
     }
 
     async fn load_bitmap(&self, io: &Io, block: BlockIndex, offset: u64, len: u32) -> Result<(), Errno> {
-        let buf = io.pool.meta().await;
-        let len = len as usize;
-        let piece = buf.piece(0..len).ok_or(Errno::EIO)?;
-        io.start(Direction::Read, &self.file, offset, piece).finish().await?;
-        let bytes = buf.bytes().get(..len).ok_or(Errno::EIO)?;
-        self.core.borrow_mut().insert_bitmap(block, bytes).map_err(|e| self.errno(&e))
+        let bytes = io.read_metadata(&self.file, offset, len as usize).await?;
+        self.core.borrow_mut().insert_bitmap(block, &bytes).map_err(|e| self.errno(&e))
     }
 
     /// Writes `range` of `buf` to `sector`. When this returns, the data is readable, and durable after the next flush.
@@ -84,8 +80,8 @@ impl VhdLayer {
                 WritePlan::Write { offset, count, prepare, publish: publish_these } => {
                     self.dirty.set(true);
                     let bytes = super::bytes(count);
-                    let piece = buf.piece(range.start..range.start + bytes).ok_or(Errno::EINVAL)?;
-                    let done = self.write_planned(io, prepare, offset, piece).await;
+                    let part = range.start..range.start + bytes;
+                    let done = self.write_planned(io, prepare, offset, buf, part).await;
                     if publish_these {
                         let mut core = self.core.borrow_mut();
                         match done {
@@ -108,12 +104,13 @@ impl VhdLayer {
         io: &Io,
         prepare: Option<Prepare>,
         offset: u64,
-        piece: Piece,
+        buf: &Buf,
+        range: Range<usize>,
     ) -> Result<(), Errno> {
         if let Some(prepare) = prepare {
             self.prepare(io, prepare).await?;
         }
-        io.start(Direction::Write, &self.file, offset, piece).finish().await
+        io.write(&self.file, offset, buf, range).await
     }
 
     async fn prepare(&self, io: &Io, prepare: Prepare) -> Result<(), Errno> {
@@ -142,20 +139,9 @@ impl VhdLayer {
                 self.write_metadata(io, footer).await?;
             }
             // A device: whatever was there before must not show through.
-            None => {
-                io.zero_range(&self.file, prepare.body.start, prepare.body.end - prepare.body.start).await?
-            }
+            None => io.zero_range(&self.file, prepare.body.clone()).await?,
         }
-        let mut at = prepare.zero.start;
-        while at < prepare.zero.end {
-            let mut buf = io.pool.meta().await;
-            buf.bytes_mut().fill(0);
-            let len = usize::try_from(prepare.zero.end - at).map_or(buf.len(), |left| left.min(buf.len()));
-            let piece = buf.piece(0..len).ok_or(Errno::EIO)?;
-            io.start(Direction::Write, &self.file, at, piece).finish().await?;
-            at += len as u64;
-        }
-        Ok(())
+        io.write_zeros(&self.file, prepare.zero.clone()).await
     }
 
     /// Publishes everything written so far, this caller's part included.
@@ -195,15 +181,7 @@ impl VhdLayer {
     }
 
     async fn write_metadata(&self, io: &Io, write: &MetaWrite) -> Result<(), Errno> {
-        let mut at = write.offset;
-        let mut buf = io.pool.meta().await;
-        for chunk in write.bytes.chunks(buf.len()) {
-            buf.bytes_mut().get_mut(..chunk.len()).ok_or(Errno::EIO)?.copy_from_slice(chunk);
-            let piece = buf.piece(0..chunk.len()).ok_or(Errno::EIO)?;
-            io.start(Direction::Write, &self.file, at, piece).finish().await?;
-            at += chunk.len() as u64;
-        }
-        Ok(())
+        io.write_metadata(&self.file, write.offset, &write.bytes).await
     }
 
     /// Makes footers and batmap good after writes. Nothing may be in flight.

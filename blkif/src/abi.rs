@@ -275,6 +275,7 @@ impl Abi {
     /// Bytes of an entry that its first two, operation and detail, give a meaning: the fields every operation has, and
     /// behind them the segments that are said to be there, or a discard's or an indirect request's own fields. A
     /// multiple of 4, at most [`Abi::entry_size`].
+    #[cfg(not(loom))]
     pub(crate) fn used(self, operation: u8, detail: u8) -> usize {
         let (head, discard, indirect) = match self {
             Abi::X86_64 => (offset_of!(Entry64, seg), size_of::<Discard64>(), size_of::<Indirect64>()),

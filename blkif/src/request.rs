@@ -286,19 +286,23 @@ fn indirect(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<Reques
         op => return Err(Reason::NotIndirect { op }),
     };
     let (count, page) = raw.indirect();
-    let limit = geometry.max_indirect.min(MAX_INDIRECT_SEGMENTS);
-    if count == 0 {
-        return Err(Reason::NoSegments);
-    }
-    if count > limit {
-        return Err(Reason::TooManySegments { count, limit });
-    }
+    countable(usize::from(count), geometry)?;
     if transfer == Transfer::Write {
         writable(geometry)?;
     }
     // A segment moves a sector at least. That refuses what is far outside before a page is copied for it.
     in_range(head.sector, u64::from(count), geometry)?;
     Ok(RequestKind::Indirect { transfer, sector: head.sector, count, page })
+}
+
+/// Whether an indirect request may have so many segments.
+fn countable(count: usize, geometry: &Geometry) -> Result<(), Reason> {
+    let limit = usize::from(geometry.max_indirect.min(MAX_INDIRECT_SEGMENTS));
+    match count {
+        0 => Err(Reason::NoSegments),
+        _ if count > limit => Err(Reason::TooManySegments { count, limit }),
+        _ => Ok(()),
+    }
 }
 
 fn in_range(sector: Sector, count: u64, geometry: &Geometry) -> Result<(), Reason> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use lexopt::{Arg, Parser, ValueExt};
 
 use crate::list::Filter;
-use crate::proto::{ImageSpec, Minor, OpenParams};
+use crate::proto::{ImageSpec, ImageType, Minor, OpenParams};
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,8 +22,8 @@ pub enum Command {
     Allocate,
     /// `free`
     Free(Minor),
-    /// `spawn`
-    Spawn,
+    /// `spawn`, with the I/O engine the tapdisk is to use
+    Spawn(Option<&'static str>),
     /// `attach`
     Attach(Target),
     /// `detach`
@@ -32,10 +32,12 @@ pub enum Command {
     Open(Target, OpenParams),
     /// `close`, waiting at most so long
     Close(Target, Option<Duration>),
-    /// `create`
-    Create(OpenParams),
+    /// `create`, with the I/O engine the tapdisk is to use
+    Create(OpenParams, Option<&'static str>),
     /// `destroy`, waiting at most so long for the image to close
     Destroy(Target, Option<Duration>),
+    /// `resize`, to a size in bytes or to what the storage has become
+    Resize(Target, Option<u64>),
     /// `list`
     List(Filter),
 }
@@ -60,18 +62,25 @@ pub struct UsageError {
 }
 
 /// Commands with their options, in the order of the help text.
-const COMMANDS: [(&str, &str); 10] = [
+const COMMANDS: [(&str, &str); 11] = [
     ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE]"),
     ("allocate", ""),
     ("free", "-m MINOR"),
-    ("create", "-a TYPE:PATH [-R read-only] [-D through the page cache] [-d NAME ignored]"),
+    (
+        "create",
+        "-a TYPE:PATH [-R read-only] [-D through the page cache] [--engine uring|pool|auto] [-d NAME ignored]",
+    ),
     ("destroy", "-p PID -m MINOR [-t SECONDS]"),
-    ("spawn", ""),
+    ("spawn", "[--engine uring|pool|auto]"),
     ("attach", "-p PID -m MINOR"),
     ("detach", "-p PID -m MINOR"),
     ("open", "-p PID -m MINOR -a TYPE:PATH [-R read-only] [-D through the page cache]"),
     ("close", "-p PID -m MINOR [-f] [-t SECONDS]"),
+    ("resize", "-p PID -m MINOR [-s MIB, without it the size that the storage has now]"),
 ];
+
+/// The words that tapdisk takes for an I/O engine.
+const ENGINES: [&str; 3] = ["auto", "uring", "pool"];
 
 /// Options of XenServer's `open` and `create` that are not offered here.
 const NOT_OFFERED: [(char, &str); 7] = [
@@ -133,6 +142,8 @@ struct Options {
     kind: Option<String>,
     file: Option<String>,
     seconds: Option<u64>,
+    size: Option<u64>,
+    engine: Option<&'static str>,
 }
 
 impl Options {
@@ -141,7 +152,9 @@ impl Options {
         let mut options = Options::default();
         let mut parser = Parser::from_args(args);
         let opens = matches!(command, "open" | "create");
-        let targets = matches!(command, "list" | "attach" | "detach" | "open" | "close" | "destroy");
+        let targets =
+            matches!(command, "list" | "attach" | "detach" | "open" | "close" | "destroy" | "resize");
+        let spawns = matches!(command, "spawn" | "create");
         while let Some(arg) = parser.next().map_err(|error| error.to_string())? {
             match arg {
                 Arg::Short('h') | Arg::Long("help") => return Ok(None),
@@ -163,6 +176,10 @@ impl Options {
                 Arg::Short('t') if matches!(command, "close" | "destroy") => {
                     options.seconds = Some(seconds(&text(&mut parser)?)?);
                 }
+                Arg::Short('s') if command == "resize" => {
+                    options.size = Some(mebibytes(&text(&mut parser)?)?)
+                }
+                Arg::Long("engine") if spawns => options.engine = Some(engine(&text(&mut parser)?)?),
                 Arg::Short(option) if opens => return Err(not_offered(option)),
                 other => return Err(other.unexpected().to_string()),
             }
@@ -174,19 +191,27 @@ impl Options {
         let limit = self.seconds.map(Duration::from_secs);
         Ok(match command {
             "allocate" => Command::Allocate,
-            "spawn" => Command::Spawn,
+            "spawn" => Command::Spawn(self.engine),
             "free" => Command::Free(self.minor.ok_or("-m MINOR is missing")?),
             "attach" => Command::Attach(self.target()?),
             "detach" => Command::Detach(self.target()?),
             "open" => Command::Open(self.target()?, self.into_params()?),
             "close" => Command::Close(self.target()?, limit),
-            "create" => Command::Create(self.into_params()?),
+            "create" => {
+                let engine = self.engine;
+                Command::Create(self.into_params()?, engine)
+            }
+            "resize" => Command::Resize(self.target()?, self.size),
             "destroy" => Command::Destroy(self.target()?, limit),
             _ => Command::List(Filter {
                 pid: self.pid,
                 minor: self.minor,
+                // What a null image has for a path is none.
+                path: match self.kind.as_deref() {
+                    Some("null") => self.file,
+                    _ => self.file.map(absolute),
+                },
                 kind: self.kind,
-                path: self.file.map(absolute),
             }),
         })
     }
@@ -199,7 +224,9 @@ impl Options {
 
     fn into_params(self) -> Result<OpenParams, &'static str> {
         let mut image = self.image.ok_or("-a TYPE:PATH is missing")?;
-        image.path = absolute(image.path);
+        if image.kind != ImageType::Null {
+            image.path = absolute(image.path);
+        }
         Ok(OpenParams { image, readonly: self.readonly, buffered: self.buffered })
     }
 }
@@ -217,6 +244,19 @@ fn pid(text: &str) -> Result<i32, String> {
 fn seconds(text: &str) -> Result<u64, String> {
     let number = text.parse().ok().filter(|&seconds: &u32| seconds > 0);
     number.map(u64::from).ok_or_else(|| format!("{text:?} is no number of seconds above 0"))
+}
+
+/// Bytes of a size in MiB, the unit of vhd-util.
+fn mebibytes(text: &str) -> Result<u64, String> {
+    let digits = text.bytes().all(|byte| byte.is_ascii_digit());
+    let number = text.parse().ok().filter(|&number: &u64| digits && number > 0);
+    let bytes = number.and_then(|number| number.checked_mul(1 << 20));
+    bytes.ok_or_else(|| format!("{text:?} is no size in MiB"))
+}
+
+fn engine(text: &str) -> Result<&'static str, String> {
+    let known = ENGINES.into_iter().find(|name| *name == text);
+    known.ok_or_else(|| format!("{text:?} is no I/O engine: write uring, pool or auto"))
 }
 
 fn not_offered(option: char) -> String {
@@ -252,7 +292,7 @@ mod tests {
         let filter = Filter { kind: Some("vhd".into()), path: Some("/a".into()), ..Filter::default() };
         assert_eq!(line("list -t vhd -f /a"), Ok(Command::List(filter)));
         assert_eq!(line("allocate"), Ok(Command::Allocate));
-        assert_eq!(line("spawn"), Ok(Command::Spawn));
+        assert_eq!(line("spawn"), Ok(Command::Spawn(None)));
         assert_eq!(line("attach -p 12 -m 3"), Ok(Command::Attach(TARGET)));
         let image: ImageSpec = "vhd:/a".parse().unwrap();
         let params = OpenParams { image, readonly: false, buffered: false };
@@ -267,7 +307,7 @@ mod tests {
         let image: ImageSpec = "aio:/x".parse().unwrap();
         let params = OpenParams { image, readonly: true, buffered: true };
         assert_eq!(line("open -RD -aaio:/x -m3 -p12"), Ok(Command::Open(TARGET, params.clone())));
-        assert_eq!(line("create -D -d name -R -a aio:/x"), Ok(Command::Create(params)));
+        assert_eq!(line("create -D -d name -R -a aio:/x"), Ok(Command::Create(params, None)));
         assert_eq!(
             line("close -f -t 9 -p 12 -m 3"),
             Ok(Command::Close(TARGET, Some(Duration::from_secs(9))))
@@ -316,9 +356,40 @@ mod tests {
 
     #[test]
     fn relative_images_become_absolute_and_absolute_ones_stay() {
-        let Ok(Command::Create(params)) = line("create -a vhd:disk.vhd") else { panic!() };
+        let Ok(Command::Create(params, None)) = line("create -a vhd:disk.vhd") else { panic!() };
         assert_eq!(params.image.path, std::path::absolute("disk.vhd").unwrap().to_str().unwrap());
-        let Ok(Command::Create(params)) = line("create -a vhd:/a//b/../c") else { panic!() };
+        let Ok(Command::Create(params, None)) = line("create -a vhd:/a//b/../c") else { panic!() };
         assert_eq!(params.image.path, "/a//b/../c");
+    }
+
+    #[test]
+    fn the_size_of_a_null_image_is_no_path() {
+        let Ok(Command::Create(params, Some("pool"))) = line("create -a null:64G --engine pool") else {
+            panic!()
+        };
+        assert_eq!(params.image.path, "64G");
+        let Ok(Command::List(filter)) = line("list -t null -f 64G") else { panic!() };
+        assert_eq!(filter.path.as_deref(), Some("64G"));
+    }
+
+    #[test]
+    fn an_engine_is_chosen_where_a_tapdisk_is_started() {
+        for name in ["auto", "uring", "pool"] {
+            assert_eq!(line(&format!("spawn --engine {name}")), Ok(Command::Spawn(Some(name))));
+            assert_eq!(line(&format!("spawn --engine={name}")), Ok(Command::Spawn(Some(name))));
+        }
+        let error = line("spawn --engine aio").unwrap_err();
+        assert!(error.message.contains("uring, pool or auto"), "{error}");
+        assert!(line("open -p 12 -m 3 -a vhd:/a --engine pool").is_err());
+    }
+
+    #[test]
+    fn a_new_size_is_in_mebibytes() {
+        assert_eq!(line("resize -p 12 -m 3"), Ok(Command::Resize(TARGET, None)));
+        assert_eq!(line("resize -p 12 -m 3 -s 4096"), Ok(Command::Resize(TARGET, Some(4 << 30))));
+        for text in ["", "-p 12", "-m 3", "-p 12 -m 3 -s 0", "-p 12 -m 3 -s 1G", "-p 12 -m 3 -s -1"] {
+            assert!(line(&format!("resize {text}")).is_err(), "{text:?}");
+        }
+        assert!(line("resize -p 12 -m 3 -s 99999999999999999").is_err());
     }
 }

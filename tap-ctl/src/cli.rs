@@ -101,8 +101,8 @@ fn perform(
         Command::Free(minor) => {
             minors::free(dir, *minor).map_err(because(format!("free minor {minor}")))?;
         }
-        Command::Spawn => {
-            let child = spawn(dir, &config.tapdisk).map_err(because("spawn"))?;
+        Command::Spawn(engine) => {
+            let child = spawn(dir, &config.tapdisk, *engine).map_err(because("spawn"))?;
             let words = if config.terminal { "tapdisk spawned with pid " } else { "" };
             *output = format!("{words}{}\n", child.id());
         }
@@ -121,7 +121,10 @@ fn perform(
             let request = Request::Close { minor: target.minor };
             order(dir, *target, &request, *limit).map_err(because(with_target("close", *target)))?;
         }
-        Command::Create(params) => *output = create(config, params)?,
+        Command::Create(params, engine) => *output = create(config, params, *engine)?,
+        Command::Resize(target, size) => {
+            resize(dir, *target, *size).map_err(because(with_target("resize", *target)))?;
+        }
         Command::Destroy(target, limit) => destroy(dir, *target, *limit)?,
         Command::List(filter) => *output = listing(config, filter, notes)?,
     }
@@ -150,11 +153,19 @@ fn open(dir: &ControlDir, target: Target, params: &OpenParams) -> Result<(), Err
     }
 }
 
+fn resize(dir: &ControlDir, target: Target, size: Option<u64>) -> Result<(), Error> {
+    let request = Request::Resize { minor: target.minor, size };
+    match client::call(dir, target.pid, &request, None)? {
+        Reply::DiskInfo(_) => Ok(()),
+        _ => Err(Error::Unexpected { pid: target.pid }),
+    }
+}
+
 /// allocate, spawn, attach, open; whatever was made is undone when a later step fails.
-fn create(config: &Config, params: &OpenParams) -> Result<String, Failure> {
+fn create(config: &Config, params: &OpenParams, engine: Option<&str>) -> Result<String, Failure> {
     let what = || format!("create {}", params.image);
     let minor = minors::allocate(&config.dir).map_err(because(what()))?;
-    match serve_new(config, minor, params) {
+    match serve_new(config, minor, params, engine) {
         Ok(()) => Ok(format!("{}\n", config.dir.marker(minor).display())),
         Err(error) => {
             // The first failure is the one to tell.
@@ -166,8 +177,8 @@ fn create(config: &Config, params: &OpenParams) -> Result<String, Failure> {
     }
 }
 
-fn serve_new(config: &Config, minor: Minor, params: &OpenParams) -> Result<(), Error> {
-    let mut child = spawn(&config.dir, &config.tapdisk)?;
+fn serve_new(config: &Config, minor: Minor, params: &OpenParams, engine: Option<&str>) -> Result<(), Error> {
+    let mut child = spawn(&config.dir, &config.tapdisk, engine)?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     let target = Target { pid, minor };
     if let Err(error) = order(&config.dir, target, &Request::Attach { minor }, None) {

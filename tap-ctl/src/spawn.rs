@@ -22,7 +22,8 @@ const STARTUP: Duration = Duration::from_secs(20);
 /// How much of the child's words is kept, in bytes; the rest is dropped.
 const OUTPUT_MAX: usize = 8192;
 
-/// Starts `program` and returns once it listens on its control socket. Its process id is that of the child.
+/// Starts `program` and returns once it listens on its control socket. Its process id is that of the child. `engine`: the
+/// word for its `--engine` option.
 ///
 /// The child inherits no descriptor of ours beyond the standard three: all others are close-on-exec.
 ///
@@ -30,9 +31,9 @@ const OUTPUT_MAX: usize = 8192;
 ///
 /// [`Error::Start`] when the program cannot be executed, [`Error::Startup`] with its own words when it gives up or is
 /// not ready in 20 s; then it is no longer running.
-pub fn spawn(dir: &ControlDir, program: &Path) -> Result<Child, Error> {
+pub fn spawn(dir: &ControlDir, program: &Path, engine: Option<&str>) -> Result<Child, Error> {
     let (mut reader, mut child) =
-        start(program).map_err(|source| Error::Start { program: program.to_owned(), source })?;
+        start(program, engine).map_err(|source| Error::Start { program: program.to_owned(), source })?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     let ready_line = dir.control_socket(pid);
     let mut output = Output::default();
@@ -51,11 +52,14 @@ pub fn spawn(dir: &ControlDir, program: &Path) -> Result<Child, Error> {
 }
 
 /// The child, and the reading end of the pipe that is its standard output and error.
-fn start(program: &Path) -> io::Result<(PipeReader, Child)> {
+fn start(program: &Path, engine: Option<&str>) -> io::Result<(PipeReader, Child)> {
     let (reader, writer) = io::pipe()?;
     // The command owns our copies of the writing end and drops them here, so that the child's end is our end of file.
-    let child =
-        Command::new(program).stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer).spawn()?;
+    let mut command = Command::new(program);
+    if let Some(engine) = engine {
+        command.args(["--engine", engine]);
+    }
+    let child = command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer).spawn()?;
     Ok((reader, child))
 }
 
@@ -145,7 +149,7 @@ mod tests {
             // moment (ETXTBSY); that is no property of what is tested here.
             let program = self.program(body);
             loop {
-                match spawn(&self.dir, &program) {
+                match spawn(&self.dir, &program, Some("pool")) {
                     Err(Error::Start { source, .. })
                         if source.kind() == io::ErrorKind::ExecutableFileBusy => {}
                     other => return other,
@@ -166,6 +170,14 @@ mod tests {
     }
 
     #[test]
+    fn the_engine_is_passed_on() {
+        let stage = Stage::new();
+        let mut child = stage.spawn("echo \"$*\" >\"$DIR/args\"\nprintf \"$DIR/ctl$$\\n\"").unwrap();
+        child.wait().unwrap();
+        assert_eq!(fs::read_to_string(stage.folder.path().join("args")).unwrap(), "--engine pool\n");
+    }
+
+    #[test]
     fn giving_up_is_an_error_with_the_words_of_the_child() {
         let error = Stage::new().spawn("echo no io_uring here >&2\necho really\nexit 3").unwrap_err();
         assert!(error.to_string().contains("no io_uring here; really"), "{error}");
@@ -183,7 +195,7 @@ mod tests {
     #[test]
     fn a_missing_program_is_named() {
         let stage = Stage::new();
-        let error = spawn(&stage.dir, Path::new("/nonexistent/tapdisk")).unwrap_err();
+        let error = spawn(&stage.dir, Path::new("/nonexistent/tapdisk"), None).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/tapdisk"), "{error}");
         assert_eq!(error.errno(), 2);
     }

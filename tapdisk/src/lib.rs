@@ -17,8 +17,8 @@
 //! | [`executor`], [`sync`] | tasks and waiting |
 //! | [`xen`] | real devices or simulated ones |
 //!
-//! Unsafe code is in `buf`, `copier`, `reactor::{uring, pool}` and `worker::mapped` only; each begins with its
-//! invariants.
+//! Unsafe code is in `buf`, `copier`, `image::store`, `reactor::{uring, pool}` and `worker::mapped` only; each begins with
+//! its invariants.
 
 pub mod buf;
 pub mod cli;

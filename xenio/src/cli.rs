@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::num::NonZero;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -17,15 +18,18 @@ use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
 
 use crate::daemon::{Config, run};
+use crate::features::{MAX_QUEUES, Offer};
 
 /// The usage text.
 const USAGE: &str = "\
-usage: xenio [-D] [-n NAME] [-p FILE]
-  -D         stay in the foreground, with debug messages on standard error
-  -n NAME    serve the devices in backend/NAME (default vbd3)
-  -p FILE    write the process id to FILE
-  -h         this text
-  --version  the version
+usage: xenio [-D] [-n NAME] [-p FILE] [--max-queues N]
+  -D              stay in the foreground, with debug messages on standard error
+  -n NAME         serve the devices in backend/NAME (default vbd3)
+  -p FILE         write the process id to FILE
+  --max-queues N  offer at most N rings for a disk, 1 to 4 (default 4), and in no
+                  case more than this domain has processors
+  -h              this text
+  --version       the version
 ";
 
 /// What the command line asks for.
@@ -48,6 +52,8 @@ pub struct Options {
     pub kind: String,
     /// `-p`
     pub pid_file: Option<PathBuf>,
+    /// `--max-queues`, 1 to [`MAX_QUEUES`].
+    pub max_queues: u32,
 }
 
 /// Where an installed xenio keeps its things. A simulation uses others.
@@ -71,7 +77,8 @@ impl Default for Places {
 ///
 /// What is wrong with it.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexopt::Error> {
-    let mut options = Options { foreground: false, kind: "vbd3".to_owned(), pid_file: None };
+    let mut options =
+        Options { foreground: false, kind: "vbd3".to_owned(), pid_file: None, max_queues: MAX_QUEUES };
     let mut parser = Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
@@ -80,10 +87,22 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexopt
             Arg::Short('D') => options.foreground = true,
             Arg::Short('n') => options.kind = parser.value()?.string()?,
             Arg::Short('p') => options.pid_file = Some(parser.value()?.into()),
+            Arg::Long("max-queues") => options.max_queues = parser.value()?.parse_with(queues)?,
             other => return Err(other.unexpected()),
         }
     }
     Ok(Command::Serve(options))
+}
+
+fn queues(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|number| (1..=MAX_QUEUES).contains(number));
+    number.ok_or_else(|| format!("the number of rings is 1 to {MAX_QUEUES}"))
+}
+
+/// More rings than processors to serve them only cost memory.
+fn offer(options: &Options) -> Offer {
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Offer { max_queues: u32::try_from(processors).map_or(options.max_queues, |n| n.min(options.max_queues)) }
 }
 
 /// Runs `xenio` on the arguments of this process; gives its exit code: 0, 1 for a failure, 2 for a command line that
@@ -127,7 +146,7 @@ fn serve(options: &Options, places: &Places) -> anyhow::Result<()> {
     let signals = end_signals().context("cannot take signals")?;
     log::info!("xenio {} starts", env!("CARGO_PKG_VERSION"));
     let control_dir = places.control_dir.clone();
-    let config = Config { kind: options.kind.clone(), control_dir, store: None };
+    let config = Config { kind: options.kind.clone(), control_dir, store: None, offer: offer(options) };
     run(&config, signals.as_fd())?;
     log::info!("xenio ends; disks go on without it");
     Ok(())
@@ -191,15 +210,34 @@ mod tests {
 
     #[test]
     fn options_are_read() {
-        let plain = Options { foreground: false, kind: "vbd3".into(), pid_file: None };
+        let plain =
+            Options { foreground: false, kind: "vbd3".into(), pid_file: None, max_queues: MAX_QUEUES };
         assert_eq!(line(""), Some(Command::Serve(plain)));
-        let all = Options { foreground: true, kind: "vbd7".into(), pid_file: Some("/run/x.pid".into()) };
-        assert_eq!(line("-D -n vbd7 -p /run/x.pid"), Some(Command::Serve(all)));
+        let pid_file = Some("/run/x.pid".into());
+        let all = Options { foreground: true, kind: "vbd7".into(), pid_file, max_queues: 1 };
+        assert_eq!(line("-D -n vbd7 -p /run/x.pid --max-queues 1"), Some(Command::Serve(all)));
         assert_eq!(line("-D -h"), Some(Command::Help));
         assert_eq!(line("--version"), Some(Command::Version));
-        for text in ["-x", "extra", "-n", "--foreground", "-D extra"] {
+        for text in [
+            "-x",
+            "extra",
+            "-n",
+            "--foreground",
+            "-D extra",
+            "--max-queues",
+            "--max-queues 0",
+            "--max-queues 5",
+            "--max-queues -1",
+        ] {
             assert_eq!(line(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn no_more_rings_are_offered_than_asked_for_and_at_least_one() {
+        let options = |max_queues| Options { foreground: true, kind: "x".into(), pid_file: None, max_queues };
+        assert_eq!(offer(&options(1)).max_queues, 1);
+        assert!((1..=MAX_QUEUES).contains(&offer(&options(MAX_QUEUES)).max_queues));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use xenstore::path::Escaped;
 use xenstore::value::{ValueError, parse_u32};
 use xenstore::{Client, Error};
 
-use crate::features;
+use crate::features::{self, MAX_RING_ORDER, Offer};
 use crate::input::{frontend_key, optional};
 use crate::paths::DeviceId;
 use crate::problem::Problem;
@@ -43,16 +43,20 @@ impl From<Problem> for Failure {
     }
 }
 
-/// What was offered to the frontend and may be asked for.
-#[derive(Clone, Copy, Debug)]
-struct Offer {
-    max_order: RingOrder,
-    max_queues: u32,
+/// What a connection depends on besides the frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// What was offered and may be asked for.
+    pub offer: Offer,
+    /// The toolstack lets the guest write.
+    pub writable: bool,
+    /// Discard was offered.
+    pub discard: bool,
+    /// The toolstack's wishes.
+    pub polling: Polling,
 }
 
-const OFFER: Offer = Offer { max_order: features::MAX_RING_ORDER, max_queues: features::MAX_QUEUES };
-
-/// Reads the ring of the frontend in the directory `frontend`. `writable`: the toolstack lets the guest write.
+/// Reads the rings of the frontend in the directory `frontend`.
 ///
 /// # Errors
 ///
@@ -61,11 +65,11 @@ pub fn ring(
     store: &mut Client,
     id: DeviceId,
     frontend: &[u8],
-    writable: bool,
+    terms: Terms,
 ) -> Result<Result<RingParams, Problem>, Error> {
     let outcome = store.transact(|store, tx| {
         let mut get = |key: &str| Ok(optional(store, tx, frontend_key(frontend, key))?);
-        params(id, writable, OFFER, &mut get)
+        params(id, terms, &mut get)
     });
     match outcome {
         Ok(params) => Ok(Ok(params)),
@@ -77,21 +81,22 @@ pub fn ring(
 /// Looks a key of the frontend's directory up.
 type Get<'a> = dyn FnMut(&str) -> Result<Option<Vec<u8>>, Failure> + 'a;
 
-fn params(id: DeviceId, writable: bool, offer: Offer, get: &mut Get<'_>) -> Result<RingParams, Failure> {
+fn params(id: DeviceId, terms: Terms, get: &mut Get<'_>) -> Result<RingParams, Failure> {
+    let most = terms.offer.max_queues;
     let protocol = get(keys::PROTOCOL)?;
     let abi = Abi::from_protocol_key(protocol.as_deref())
         .map_err(|error| Problem::new(Errno::EPROTONOSUPPORT, error.to_string()))?;
     let count = match number(get, keys::MULTI_QUEUE_NUM_QUEUES)? {
         None => 1,
-        Some(count) if (1..=offer.max_queues).contains(&count) => count,
-        Some(count) => return Err(out_of_range(keys::MULTI_QUEUE_NUM_QUEUES, count, 1, offer.max_queues)),
+        Some(count) if (1..=most).contains(&count) => count,
+        Some(count) => return Err(out_of_range(keys::MULTI_QUEUE_NUM_QUEUES, count, 1, most)),
     };
     let order = number(get, keys::RING_PAGE_ORDER)?;
     let mut queues = Vec::new();
     for index in 0..count {
         // With a single queue its keys stand in the frontend's directory itself, however it was announced.
-        let prefix = if count == 1 { String::new() } else { format!("queue-{index}/") };
-        queues.push(queue(&prefix, order, offer, get)?);
+        let prefix = if count == 1 { String::new() } else { format!("{}/", keys::queue(index)) };
+        queues.push(queue(&prefix, order, get)?);
     }
     refuse_sharing(&queues)?;
     Ok(RingParams {
@@ -99,13 +104,14 @@ fn params(id: DeviceId, writable: bool, offer: Offer, get: &mut Get<'_>) -> Resu
         vdev: id.vdev.0,
         protocol: abi.protocol_name().to_owned(),
         queues,
-        readonly: !writable,
-        persistent: false,
-        polling: Polling::default(),
+        readonly: !terms.writable,
+        persistent: features::PERSISTENT && is_set(get, keys::FEATURE_PERSISTENT)?,
+        discard: terms.discard,
+        polling: terms.polling,
     })
 }
 
-fn queue(prefix: &str, order: Option<u32>, offer: Offer, get: &mut Get<'_>) -> Result<QueueParams, Failure> {
+fn queue(prefix: &str, order: Option<u32>, get: &mut Get<'_>) -> Result<QueueParams, Failure> {
     let single = format!("{prefix}{}", keys::RING_REF);
     let ring_refs = match order {
         // Without the key only `ring-ref` counts: a previous driver may have left `ring-ref0` behind.
@@ -113,8 +119,8 @@ fn queue(prefix: &str, order: Option<u32>, offer: Offer, get: &mut Get<'_>) -> R
         Some(0) if get(&single)?.is_some_and(|value| !value.is_empty()) => vec![required(get, &single)?],
         Some(order) => {
             let order = RingOrder::new(order)
-                .filter(|order| *order <= offer.max_order)
-                .ok_or_else(|| out_of_range(keys::RING_PAGE_ORDER, order, 0, offer.max_order.get()))?;
+                .filter(|order| *order <= MAX_RING_ORDER)
+                .ok_or_else(|| out_of_range(keys::RING_PAGE_ORDER, order, 0, MAX_RING_ORDER.get()))?;
             (0..order.pages())
                 .map(|page| required(get, &format!("{single}{page}")))
                 .collect::<Result<_, _>>()?
@@ -154,6 +160,12 @@ fn number(get: &mut Get<'_>, key: &str) -> Result<Option<u32>, Failure> {
     Ok(Some(parse_u32(&value).map_err(refuse)?))
 }
 
+/// Whether a flag is set. A value that is no number counts as 0, as blkback has it: without the feature the guest is served
+/// just as well.
+fn is_set(get: &mut Get<'_>, key: &str) -> Result<bool, Failure> {
+    Ok(get(key)?.is_some_and(|value| parse_u32(&value).is_ok_and(|number| number != 0)))
+}
+
 fn required(get: &mut Get<'_>, key: &str) -> Result<u32, Failure> {
     let missing = || Problem::new(Errno::ENOENT, format!("the frontend's {key} is missing"));
     number(get, key)?.ok_or_else(|| missing().into())
@@ -171,7 +183,12 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
-    const WIDE: Offer = Offer { max_order: RingOrder::MAX, max_queues: 4 };
+    const TERMS: Terms = Terms {
+        offer: Offer { max_queues: 4 },
+        writable: true,
+        discard: true,
+        polling: Polling { duration_us: Some(50), idle_threshold: 5 },
+    };
     const ONE_PAGE: [(&str, &str); 3] =
         [("ring-ref", "8"), ("event-channel", "9"), ("protocol", "x86_64-abi")];
 
@@ -179,7 +196,7 @@ mod tests {
         let map: HashMap<String, Vec<u8>> =
             keys.iter().map(|(key, value)| ((*key).to_owned(), value.to_vec())).collect();
         let id = DeviceId { domid: DomId(7), vdev: VdevId(51712) };
-        params(id, true, WIDE, &mut |key| Ok(map.get(key).cloned())).map_err(|failure| match failure {
+        params(id, TERMS, &mut |key| Ok(map.get(key).cloned())).map_err(|failure| match failure {
             Failure::Guest(problem) => problem,
             Failure::Store(error) => panic!("{error}"),
         })
@@ -206,6 +223,7 @@ mod tests {
         let params = read(&[]).unwrap();
         assert_eq!((params.domid, params.vdev, params.readonly), (7, 51712, false));
         assert_eq!(params.protocol, "x86_64-abi");
+        assert_eq!((params.discard, params.polling), (true, TERMS.polling));
         assert_eq!(params.queues, [QueueParams { ring_refs: vec![8], port: 9 }]);
         let two = [("ring-page-order", "1"), ("ring-ref0", "20"), ("ring-ref1", "21")];
         assert_eq!(refs(read(&two)), [20, 21]);
@@ -229,6 +247,22 @@ mod tests {
     #[test]
     fn an_absent_protocol_means_the_old_32_bit_layout() {
         assert_eq!(without("protocol", &[]).unwrap().protocol, "x86_32-abi");
+    }
+
+    #[test]
+    fn grants_are_persistent_only_for_a_frontend_that_says_so_clearly() {
+        assert!(!read(&[]).unwrap().persistent);
+        for (value, persistent) in [
+            ("1", true),
+            ("2", true),
+            ("0", false),
+            ("", false),
+            ("yes", false),
+            ("-1", false),
+            (" 1", false),
+        ] {
+            assert_eq!(read(&[("feature-persistent", value)]).unwrap().persistent, persistent, "{value:?}");
+        }
     }
 
     #[test]

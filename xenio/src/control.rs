@@ -6,19 +6,19 @@ use std::time::Instant;
 use blkif::{DomId, XenbusState, keys};
 use mio::Token;
 use nix::errno::Errno;
-use tap_ctl::{ControlDir, Request};
+use tap_ctl::{ControlDir, Minor, Request};
 use xenstore::value::{parse_u16, parse_u64};
 use xenstore::{Client, Error, TxId};
 
-use crate::connect;
+use crate::connect::{self, Terms};
 use crate::device::{Device, Pending};
-use crate::features;
+use crate::features::{self, Disk, Offer};
 use crate::input::{self, Backend};
 use crate::machine::{Action, Frontend, Own, Phase, View, decide};
 use crate::paths::{self, DeviceId, Paths};
 use crate::problem::Problem;
 use crate::publish::{self, Change, Outcome, Place};
-use crate::tapdisk::{LinkError, Links, Ticket};
+use crate::tapdisk::{LinkError, Links, News, Ticket};
 
 /// After so many actions in a row a device waits for its next turn: others have theirs in between.
 const STEPS: usize = 16;
@@ -29,7 +29,10 @@ pub struct Control {
     paths: Paths,
     dir: ControlDir,
     own_domid: u16,
+    offer: Offer,
     links: Links,
+    /// What the tapdisks told last of each of their disks. It may come before a device asks, or belong to several.
+    heard: HashMap<(i32, Minor), News>,
     devices: BTreeMap<DeviceId, Device>,
     tickets: HashMap<Ticket, DeviceId>,
     generation: u64,
@@ -55,12 +58,14 @@ pub enum Rest {
 
 impl Control {
     /// No devices yet.
-    pub fn new(paths: Paths, dir: ControlDir, links: Links) -> Control {
+    pub fn new(paths: Paths, dir: ControlDir, offer: Offer, links: Links) -> Control {
         Control {
             paths,
             dir,
             own_domid: 0,
+            offer,
             links,
+            heard: HashMap::new(),
             devices: BTreeMap::new(),
             tickets: HashMap::new(),
             generation: 0,
@@ -144,10 +149,23 @@ impl Control {
         for (ticket, reply) in report.replies {
             let Some(id) = self.tickets.remove(&ticket) else { continue };
             touched.push(id);
-            let follow = self.devices.get_mut(&id).and_then(|device| device.answered(ticket, reply));
-            if let Some((request, pending)) = follow {
+            let Some(device) = self.devices.get_mut(&id) else { continue };
+            if let Some((request, pending)) = device.answered(ticket, reply) {
                 self.send(id, &request, pending);
+            } else if let Some(vbd) = device.vbd()
+                && let Some(news) = self.heard.get(&(vbd.pid, vbd.minor))
+            {
+                tell(device, news);
             }
+        }
+        for news in report.news {
+            for device in self.devices.values_mut() {
+                if device.vbd().is_some_and(|vbd| (vbd.pid, vbd.minor) == (report.pid, news.minor)) {
+                    tell(device, &news);
+                    touched.push(device.id());
+                }
+            }
+            self.heard.insert((report.pid, news.minor), news);
         }
         if let Some(reason) = report.ended {
             log::info!("{reason}");
@@ -158,6 +176,7 @@ impl Control {
 
     /// A tapdisk is gone: so are all its rings and disks.
     fn bury(&mut self, pid: i32, reason: &LinkError) -> Vec<DeviceId> {
+        self.heard.retain(|(teller, _), _| *teller != pid);
         let problem = Problem::new(Errno::ENXIO, reason.to_string());
         let served = |device: &&mut Device| device.vbd().is_some_and(|vbd| vbd.pid == pid);
         let mut touched = Vec::new();
@@ -190,6 +209,7 @@ impl Control {
     /// `None`: there is nothing to decide about.
     fn look(&mut self, store: &mut Client, id: DeviceId) -> Result<Option<Look>, Error> {
         let backend = input::backend(store, &self.paths.device(id), id, &self.dir)?;
+        let offer = self.offer;
         let Some(device) = self.device(id, &backend) else {
             return Ok(None);
         };
@@ -209,8 +229,14 @@ impl Control {
         device.observe(&backend, frontend);
         let moved = match device.params() {
             Some(params) if frontend == Frontend::Is(XenbusState::Initialised) => {
-                let shown = connect::ring(store, id, &frontend_path, backend.role.writable)?;
-                shown.is_ok_and(|shown| shown != *params)
+                let terms = Terms {
+                    offer,
+                    writable: backend.role.writable,
+                    // Only what the frontend shows is of interest.
+                    discard: params.discard,
+                    polling: params.polling,
+                };
+                connect::ring(store, id, &frontend_path, terms)?.is_ok_and(|shown| shown != *params)
             }
             _ => false,
         };
@@ -263,6 +289,11 @@ impl Control {
                     self.say(id, "connected");
                 }
             }
+            Action::Resize => {
+                if self.resize(store, id, look)? == Outcome::Done {
+                    self.with(id, Device::published);
+                }
+            }
             Action::Closing => drop(self.set_state(store, id, look, Phase::Closing)?),
             Action::Closed => {
                 if self.set_state(store, id, look, Phase::Closed)? == Outcome::Done {
@@ -299,12 +330,24 @@ impl Control {
         look: &Look,
         state: Option<Phase>,
     ) -> Result<Outcome, Error> {
-        let mut entries = features::offered();
-        let device = self.devices.get(&id);
-        if let Some((info, vbd)) = device.and_then(|device| Some((device.disk()?, device.vbd()?))) {
-            entries.extend(features::disk(info, look.backend.role, vbd.pid));
-        }
-        self.apply(store, id, look, Change { entries, error: None, state })
+        let entries = features::published(self.offer, self.disk(id, look));
+        self.apply(store, id, look, Change { entries, error: None, state, only_news: false })
+    }
+
+    /// The disk as the frontend is to see it, if it is known.
+    fn disk(&self, id: DeviceId, look: &Look) -> Option<Disk<'_>> {
+        let device = self.devices.get(&id)?;
+        Some(Disk { info: device.disk()?, role: look.backend.role, pid: device.vbd()?.pid })
+    }
+
+    /// Tells a frontend in operation the disk's size: by the key, and by the state's watch, for which Linux's blkfront
+    /// waits to look at the key (`blkback_changed` in drivers/block/xen-blkfront.c). All else stays as it was when the
+    /// frontend read it.
+    fn resize(&mut self, store: &mut Client, id: DeviceId, look: &Look) -> Result<Outcome, Error> {
+        let Some(disk) = self.disk(id, look) else { return Ok(Outcome::Stale) };
+        let entries = features::size(disk.info).to_vec();
+        let state = Some(Phase::Connected);
+        self.apply(store, id, look, Change { entries, error: None, state, only_news: true })
     }
 
     fn set_state(
@@ -314,7 +357,8 @@ impl Control {
         look: &Look,
         state: Phase,
     ) -> Result<Outcome, Error> {
-        self.apply(store, id, look, Change { entries: Vec::new(), error: None, state: Some(state) })
+        let state = Some(state);
+        self.apply(store, id, look, Change { entries: Vec::new(), error: None, state, only_news: false })
     }
 
     fn apply(
@@ -337,7 +381,17 @@ impl Control {
     }
 
     fn connect(&mut self, store: &mut Client, id: DeviceId, look: &Look) -> Result<(), Error> {
-        match connect::ring(store, id, &look.frontend_path, look.backend.role.writable)? {
+        let (polling, odd) = input::polling(store, &self.paths.device(id))?;
+        for words in odd {
+            self.say(id, &words);
+        }
+        let terms = Terms {
+            offer: self.offer,
+            writable: look.backend.role.writable,
+            discard: self.disk(id, look).is_some_and(|disk| disk.discard().is_some()),
+            polling,
+        };
+        match connect::ring(store, id, &look.frontend_path, terms)? {
             Err(problem) => self.with(id, |device| device.trouble(problem)),
             Ok(params) => {
                 let Some(vbd) = self.devices.get(&id).and_then(Device::vbd) else { return Ok(()) };
@@ -380,7 +434,8 @@ impl Control {
         }
         let error = Some((self.paths.error(id), problem.to_string()));
         let state = (look.view.own != Own::Is(Phase::Closing)).then_some(Phase::Closing);
-        if self.apply(store, id, look, Change { entries: Vec::new(), error, state })? == Outcome::Done {
+        let change = Change { entries: Vec::new(), error, state, only_news: false };
+        if self.apply(store, id, look, change)? == Outcome::Done {
             self.with(id, Device::failed);
         }
         Ok(())
@@ -401,8 +456,16 @@ impl Control {
         let devices = &self.devices;
         let uses = |pid| devices.values().any(|device| device.vbd().is_some_and(|vbd| vbd.pid == pid));
         self.links.retain(uses);
+        self.heard.retain(|(pid, _), _| uses(*pid));
         log::info!("device {id}: gone");
         Ok(())
+    }
+}
+
+/// Takes the tapdisk's news of a disk in.
+fn tell(device: &mut Device, news: &News) {
+    if device.told(news) {
+        log::info!("device {}: the disk has grown to {} sectors", device.id(), news.info.sectors);
     }
 }
 

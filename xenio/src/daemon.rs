@@ -20,6 +20,7 @@ use xenstore::path::PathError;
 use xenstore::{Client, WatchEvent};
 
 use crate::control::{Control, Rest};
+use crate::features::Offer;
 use crate::limit::Bucket;
 use crate::paths::{DeviceId, Paths, Touched};
 use crate::tapdisk::{FIRST_TOKEN, Links};
@@ -45,6 +46,8 @@ pub struct Config {
     pub control_dir: ControlDir,
     /// XenStore's socket; `None` for the usual places.
     pub store: Option<PathBuf>,
+    /// What every frontend is offered.
+    pub offer: Offer,
 }
 
 /// Why xenio cannot run.
@@ -76,7 +79,7 @@ pub fn run(config: &Config, stop: BorrowedFd<'_>) -> Result<(), RunError> {
     let poll = Poll::new()?;
     poll.registry().register(&mut SourceFd(&stop.as_raw_fd()), STOP, Interest::READABLE)?;
     let links = Links::new(poll.registry().try_clone()?, config.control_dir.clone());
-    let control = Control::new(paths.clone(), config.control_dir.clone(), links);
+    let control = Control::new(paths.clone(), config.control_dir.clone(), config.offer, links);
     Daemon {
         store_path: config.store.clone(),
         paths,

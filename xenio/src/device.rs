@@ -11,7 +11,7 @@ use crate::limit::Bucket;
 use crate::machine::{Frontend, Own, Phase, Ring, Tap, View};
 use crate::paths::DeviceId;
 use crate::problem::Problem;
-use crate::tapdisk::Ticket;
+use crate::tapdisk::{News, Ticket};
 use blkif::XenbusState;
 
 /// A VBD of a tapdisk.
@@ -248,6 +248,26 @@ impl Device {
         self.failed = true;
         self.problem = None;
         self.reported = true;
+    }
+
+    /// The tapdisk tells how the disk is now. Returns whether it has grown.
+    ///
+    /// What is said before the disk is known is said again when it is. A disk never shrinks, so a smaller size is only
+    /// older news that another connection has overtaken.
+    pub fn told(&mut self, news: &News) -> bool {
+        let Disk::Ready(known) = &mut self.disk else { return false };
+        let grown = news.info.sectors > known.sectors;
+        if grown {
+            *known = news.info;
+            self.published = false;
+        }
+        if let Some(reason) = &news.failed {
+            // The ring stays until the guest closes: the tapdisk still holds it, with requests that are never answered.
+            let problem = Problem::new(Errno::EIO, reason.clone());
+            self.disk = Disk::Lost(problem.clone());
+            self.problem = Some(problem);
+        }
+        grown
     }
 
     /// The tapdisk `pid` is not there any more; with it all it held.

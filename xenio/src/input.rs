@@ -5,9 +5,10 @@
 
 use blkif::{XenbusState, keys};
 use nix::errno::Errno;
+use tap_ctl::proto::Polling;
 use tap_ctl::{ControlDir, Minor};
 use xenstore::path::{Escaped, PathUse, check};
-use xenstore::value::parse_u16;
+use xenstore::value::{parse_u16, parse_u32};
 use xenstore::{Client, Error, TxId};
 
 use crate::features::Role;
@@ -35,7 +36,7 @@ pub struct Backend {
     pub online: bool,
     /// `hotplug-status` is `connected`.
     pub hotplug: bool,
-    /// `mode` and `device-type`.
+    /// `mode`, `device-type` and `discard-enable`.
     pub role: Role,
     /// `physical-device-path`.
     pub named: Named,
@@ -51,6 +52,7 @@ struct Raw {
     hotplug_status: Option<Vec<u8>>,
     mode: Option<Vec<u8>>,
     device_type: Option<Vec<u8>>,
+    discard_enable: Option<Vec<u8>>,
     physical_device_path: Option<Vec<u8>>,
     frontend: Option<Vec<u8>>,
     frontend_id: Option<Vec<u8>>,
@@ -82,6 +84,7 @@ pub fn backend(store: &mut Client, dir: &str, id: DeviceId, control: &ControlDir
         hotplug_status: get(keys::HOTPLUG_STATUS)?,
         mode: get(keys::MODE)?,
         device_type: get(keys::DEVICE_TYPE)?,
+        discard_enable: get(keys::DISCARD_ENABLE)?,
         physical_device_path: get(keys::PHYSICAL_DEVICE_PATH)?,
         frontend: get(keys::FRONTEND)?,
         frontend_id: get(keys::FRONTEND_ID)?,
@@ -102,10 +105,40 @@ fn interpret(raw: &Raw, id: DeviceId, control: &ControlDir) -> Backend {
             // As blkback reads it: anything that does not begin with w is read-only.
             writable: raw.mode.as_ref().is_some_and(|mode| mode.starts_with(b"w")),
             cdrom: raw.device_type.as_deref() == Some(b"cdrom"),
+            // As blkback reads it: only a number that is 0 forbids.
+            discard: raw.discard_enable.as_deref().and_then(|value| parse_u32(value).ok()) != Some(0),
         },
         named: named(raw.physical_device_path.as_deref(), control),
         frontend: frontend_path(raw, id),
     }
+}
+
+/// The toolstack's wishes about polling, in XenServer's keys; beside them what is none, for the log. Nobody loses a disk
+/// over such a key.
+///
+/// # Errors
+///
+/// Those of the connection.
+pub fn polling(store: &mut Client, dir: &str) -> Result<(Polling, Vec<String>), Error> {
+    let mut get = |key: &str| optional(store, TxId::NONE, format!("{dir}/{key}"));
+    let (duration, threshold) = (get(keys::POLLING_DURATION)?, get(keys::POLLING_IDLE_THRESHOLD)?);
+    Ok(wishes(duration.as_deref(), threshold.as_deref()))
+}
+
+fn wishes(duration: Option<&[u8]>, threshold: Option<&[u8]>) -> (Polling, Vec<String>) {
+    let mut odd = Vec::new();
+    let mut number = |key: &str, value: Option<&[u8]>, limit: u32, what: &str| {
+        let value = value?;
+        let number = parse_u32(value).ok().filter(|number| *number <= limit);
+        if number.is_none() {
+            odd.push(format!("ignoring {key} \"{}\", which is no {what}", Escaped(value)));
+        }
+        number
+    };
+    let duration_us = number(keys::POLLING_DURATION, duration, u32::MAX, "number of microseconds");
+    let percent = number(keys::POLLING_IDLE_THRESHOLD, threshold, 100, "percentage");
+    let idle_threshold = percent.and_then(|percent| percent.try_into().ok()).unwrap_or_default();
+    (Polling { duration_us, idle_threshold }, odd)
 }
 
 fn own_state(value: &[u8]) -> Own {
@@ -188,6 +221,7 @@ mod tests {
             hotplug_status: None,
             mode: value("w"),
             device_type: value("disk"),
+            discard_enable: None,
             physical_device_path: None,
             frontend: value("/local/domain/5/device/vbd/51712"),
             frontend_id: value("5"),
@@ -203,7 +237,7 @@ mod tests {
         let backend = read(&raw());
         assert_eq!(backend.own, Own::Is(Phase::Initialising));
         assert!(backend.online && !backend.hotplug);
-        assert_eq!(backend.role, Role { writable: true, cdrom: false });
+        assert_eq!(backend.role, Role { writable: true, cdrom: false, discard: true });
         assert_eq!(backend.named, Named::Nobody);
         assert_eq!(backend.frontend, Ok(b"/local/domain/5/device/vbd/51712".to_vec()));
     }
@@ -220,6 +254,40 @@ mod tests {
         ] {
             let mode = mode.map(|mode| mode.as_bytes().to_vec());
             assert_eq!(read(&Raw { mode: mode.clone(), ..raw() }).role.writable, writable, "{mode:?}");
+        }
+    }
+
+    #[test]
+    fn only_a_discard_enable_that_is_zero_forbids_discard() {
+        for (value, discard) in [
+            (Some("0"), false),
+            (Some("1"), true),
+            (Some(""), true),
+            (Some("false"), true),
+            (Some("-0"), true),
+            (None, true),
+        ] {
+            let discard_enable = value.map(|value| value.as_bytes().to_vec());
+            assert_eq!(read(&Raw { discard_enable, ..raw() }).role.discard, discard, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn polling_keys_that_are_no_numbers_are_ignored_and_told() {
+        let polling = |duration_us, idle_threshold| Polling { duration_us, idle_threshold };
+        for (duration, threshold, expected, complaints) in [
+            (None, None, polling(None, 0), 0),
+            (Some("0"), Some("0"), polling(Some(0), 0), 0),
+            (Some("8000"), Some("50"), polling(Some(8000), 50), 0),
+            (Some("4294967295"), Some("100"), polling(Some(u32::MAX), 100), 0),
+            (Some("4294967296"), Some("101"), polling(None, 0), 2),
+            (Some("-1"), Some("50%"), polling(None, 0), 2),
+            (Some(""), Some("20"), polling(None, 20), 1),
+            (Some("6ms\n"), None, polling(None, 0), 1),
+        ] {
+            let (read, odd) = wishes(duration.map(str::as_bytes), threshold.map(str::as_bytes));
+            assert_eq!((read, odd.len()), (expected, complaints), "{duration:?} {threshold:?}");
+            assert!(odd.iter().all(|line| !line.contains('\n')), "{odd:?}");
         }
     }
 

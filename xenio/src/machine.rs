@@ -15,7 +15,8 @@
 //!    vanished, and when the toolstack wrote Closing for a device without a live frontend.
 //! 6. After Closed, a frontend that begins anew gets InitWait while the device is online.
 //! 7. A failure writes the reason and Closing once; there is no second attempt before the frontend has closed.
-//! 8. Nothing is written once the device's directory is gone, and the directory is never removed by us.
+//! 8. A disk that has grown is published and Connected written once more, over itself: its watch tells the frontend.
+//! 9. Nothing is written once the device's directory is gone, and the directory is never removed by us.
 //!
 //! They follow Linux's xen-blkback and xenbus (drivers/block/xen-blkback/xenbus.c, drivers/xen/xenbus) and libxl's
 //! device handling (tools/libs/light/libxl_device.c).
@@ -130,7 +131,7 @@ pub struct View {
     pub moved: bool,
     /// The ring is up and Connected has been written for it.
     pub announced: bool,
-    /// Size and properties of the disk have been published.
+    /// Size and properties of the disk have been published as they are.
     pub published: bool,
     /// Something failed that is not reported yet.
     pub problem: bool,
@@ -147,6 +148,8 @@ pub enum Action {
     Publish,
     /// Publish the disk, and write Connected.
     Announce,
+    /// Publish the size, and if that is news write Connected again.
+    Resize,
     /// Write Closing.
     Closing,
     /// Write Closed.
@@ -199,6 +202,7 @@ impl fmt::Display for Action {
             Action::InitWait => "publish features, write InitWait",
             Action::Publish => "publish the disk's size",
             Action::Announce => "publish everything, write Connected",
+            Action::Resize => "publish the disk's size to a frontend in operation",
             Action::Closing => "write Closing",
             Action::Closed => "write Closed",
             Action::Fail => "report the failure, write Closing",
@@ -291,7 +295,10 @@ fn serve(view: &View, phase: Phase) -> Option<Action> {
         Ring::Unknown if phase == Phase::Connected => (view.tap == Tap::New).then_some(Action::Ask),
         Ring::Unknown => Some(Action::Disconnect),
         Ring::Up if !view.announced && view.frontend.has_ring() => Some(Action::Announce),
-        Ring::Up if view.announced && phase == Phase::Connected => view.moved.then_some(Action::Disconnect),
+        Ring::Up if view.announced && phase == Phase::Connected => match view.moved {
+            true => Some(Action::Disconnect),
+            false => (view.tap == Tap::Ready && !view.published).then_some(Action::Resize),
+        },
         Ring::Up => Some(Action::Disconnect),
         Ring::Down if !view.hotplug => None,
         Ring::Down => match view.tap {

@@ -42,6 +42,8 @@ pub struct Change {
     pub error: Option<(String, String)>,
     /// The state to write.
     pub state: Option<Phase>,
+    /// Write nothing, not even the state, if all the keys have their values already.
+    pub only_news: bool,
 }
 
 /// What ends the transaction without a commit.
@@ -86,12 +88,17 @@ fn attempt(
     }
     let readers =
         [Permission::new(place.own_domid, Access::None), Permission::new(place.id.domid.0, Access::Read)];
+    let mut news = false;
     for (name, value) in &change.entries {
         let path = key(name);
         if optional(store, tx, &path)?.as_deref() != Some(value.as_bytes()) {
             store.write(tx, &path, value)?;
             store.set_perms(tx, &path, &readers)?;
+            news = true;
         }
+    }
+    if change.only_news && !news {
+        return Ok(());
     }
     if let Some((dir, message)) = &change.error {
         store.write(tx, format!("{dir}/error"), message)?;

@@ -1,15 +1,24 @@
-//! Control connections to tapdisks: one each, kept open, never waited for.
+//! Control connections to tapdisks: two each, kept open, never waited for.
 //!
-//! A request is written and forgotten; its reply comes as an event with the request's ticket. The end of the connection
-//! is the end of the tapdisk. So a tapdisk that hangs holds up nothing but its own disks.
+//! A request is written and forgotten; its reply comes as an event with the request's ticket. The end of that connection
+//! is the end of the tapdisk. On the other one the tapdisk tells what becomes of its disks. So a tapdisk that hangs holds
+//! up nothing but its own disks.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
+use std::time::{Duration, Instant};
 
 use mio::net::UnixStream;
 use mio::{Interest, Registry, Token};
 use tap_ctl::frame::{Decoder, FrameError, encode};
-use tap_ctl::{ControlDir, Reply, Request};
+use tap_ctl::proto::DiskInfo;
+use tap_ctl::{ControlDir, Minor, Reply, Request};
+
+use crate::limit::Bucket;
+
+/// How often a tapdisk may end the connection it tells news on and be followed again: the time between two, and how many
+/// at once. It does so when it was not listened to for long.
+const FOLLOW_AGAIN: (Duration, u32) = (Duration::from_secs(10), 5);
 
 /// Names a request until its reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,6 +27,20 @@ pub struct Ticket(u64);
 /// Tokens of connections begin here; smaller ones are the caller's.
 pub const FIRST_TOKEN: usize = 16;
 
+/// Most news taken at once: a tapdisk has no more disks.
+const MOST_NEWS: usize = Minor::MAX.0 as usize + 1;
+
+/// How a disk is, told unasked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct News {
+    /// Its minor.
+    pub minor: Minor,
+    /// The disk as it is now.
+    pub info: DiskInfo,
+    /// Why it serves no more writes, if so.
+    pub failed: Option<String>,
+}
+
 /// What came of a connection's readiness.
 #[derive(Debug)]
 pub struct Report {
@@ -25,7 +48,9 @@ pub struct Report {
     pub pid: i32,
     /// Replies, oldest first.
     pub replies: Vec<(Ticket, Reply)>,
-    /// Why the connection is over, if it is. Requests without reply will not get one.
+    /// News, oldest first.
+    pub news: Vec<News>,
+    /// Why the connection is over, if it is, and with it the tapdisk. Requests without reply will not get one.
     pub ended: Option<LinkError>,
 }
 
@@ -75,9 +100,18 @@ pub enum LinkError {
 pub struct Links {
     registry: Registry,
     dir: ControlDir,
-    links: HashMap<i32, Link>,
+    links: HashMap<i32, Pair>,
     next_ticket: u64,
     next_token: usize,
+}
+
+/// The connections to one tapdisk.
+#[derive(Debug)]
+struct Pair {
+    ask: Link,
+    /// `None`: the tapdisk tells nothing.
+    follow: Option<Link>,
+    follow_again: Bucket,
 }
 
 #[derive(Debug)]
@@ -116,77 +150,167 @@ impl Links {
     }
 
     fn link(&mut self, pid: i32) -> io::Result<&mut Link> {
-        use std::collections::hash_map::Entry;
-        match self.links.entry(pid) {
-            Entry::Occupied(entry) => Ok(entry.into_mut()),
-            Entry::Vacant(entry) => {
-                let token = Token(self.next_token);
-                self.next_token = self.next_token.wrapping_add(1).max(FIRST_TOKEN);
-                let mut stream = UnixStream::connect(self.dir.control_socket(pid))?;
-                self.registry.register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
-                Ok(entry.insert(Link {
-                    pid,
-                    token,
-                    stream,
-                    decoder: Decoder::default(),
-                    unsent: Vec::new(),
-                    waiting: VecDeque::new(),
-                }))
-            }
+        if !self.links.contains_key(&pid) {
+            let ask = self.open(pid)?;
+            let (interval, burst) = FOLLOW_AGAIN;
+            let follow_again = Bucket::new(interval, burst, Instant::now());
+            self.links.insert(pid, Pair { ask, follow: None, follow_again });
+            self.follow(pid);
+        }
+        self.links.get_mut(&pid).map(|pair| &mut pair.ask).ok_or_else(|| ErrorKind::NotConnected.into())
+    }
+
+    fn open(&mut self, pid: i32) -> io::Result<Link> {
+        let token = Token(self.next_token);
+        self.next_token = self.next_token.wrapping_add(1).max(FIRST_TOKEN);
+        let mut stream = UnixStream::connect(self.dir.control_socket(pid))?;
+        self.registry.register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Link {
+            pid,
+            token,
+            stream,
+            decoder: Decoder::default(),
+            unsent: Vec::new(),
+            waiting: VecDeque::new(),
+        })
+    }
+
+    /// Asks the tapdisk `pid` for its news. Without them its disks are served all the same.
+    fn follow(&mut self, pid: i32) {
+        let asked = self.open(pid).map_err(|error| error.to_string()).and_then(|mut link| {
+            link.unsent = encode(&Request::Follow).map_err(|error| error.to_string())?;
+            // An error here is seen again by the read.
+            let _ = link.flush();
+            Ok(link)
+        });
+        let Some(pair) = self.links.get_mut(&pid) else { return };
+        match asked {
+            Ok(link) => pair.follow = Some(link),
+            // It is ending, which the other connection will tell.
+            Err(error) => log::info!("cannot follow tapdisk {pid}: {error}"),
         }
     }
 
     /// Does what the readiness of `token` allows. `None` if the connection is gone meanwhile.
     pub fn ready(&mut self, token: Token) -> Option<Report> {
-        let link = self.links.values_mut().find(|link| link.token == token)?;
-        let mut replies = Vec::new();
-        let ended = link.service(&mut replies).err();
-        let pid = link.pid;
-        if ended.is_some() {
-            self.drop_link(pid);
+        let follows = |pair: &Pair| pair.follow.as_ref().is_some_and(|link| link.token == token);
+        let (&pid, pair) =
+            self.links.iter_mut().find(|(_, pair)| pair.ask.token == token || follows(pair))?;
+        if pair.ask.token != token {
+            return Some(Report { pid, replies: Vec::new(), news: self.news(pid), ended: None });
         }
-        Some(Report { pid, replies, ended })
+        let mut replies = Vec::new();
+        let ended = pair.ask.answers(&mut replies).err();
+        if ended.is_some() {
+            self.drop_links(pid);
+        }
+        Some(Report { pid, replies, news: Vec::new(), ended })
+    }
+
+    /// What the tapdisk `pid` tells unasked.
+    fn news(&mut self, pid: i32) -> Vec<News> {
+        let mut news = Vec::new();
+        let Some(pair) = self.links.get_mut(&pid) else { return news };
+        let Some(link) = &mut pair.follow else { return news };
+        match link.news(&mut news) {
+            Ok(()) => return news,
+            Err(Unfollowed::Ended(reason)) => log::debug!("no more news: {reason}"),
+            Err(Unfollowed::Refused(message)) => {
+                log::warn!("tapdisk {pid} tells no news of its disks: {message}");
+                self.drop_follow(pid);
+                return news;
+            }
+        }
+        let again = pair.follow_again.take(Instant::now()).is_ok();
+        self.drop_follow(pid);
+        if again {
+            self.follow(pid);
+        } else {
+            log::warn!("tapdisk {pid} has ended too many connections for news: not following it any more");
+        }
+        news
     }
 
     /// Ends the connections to all tapdisks but those that `needed` names.
     pub fn retain(&mut self, needed: impl Fn(i32) -> bool) {
         let unneeded: Vec<i32> = self.links.keys().copied().filter(|pid| !needed(*pid)).collect();
-        unneeded.into_iter().for_each(|pid| self.drop_link(pid));
+        unneeded.into_iter().for_each(|pid| self.drop_links(pid));
     }
 
-    fn drop_link(&mut self, pid: i32) {
-        if let Some(mut link) = self.links.remove(&pid) {
+    fn drop_links(&mut self, pid: i32) {
+        self.drop_follow(pid);
+        if let Some(mut pair) = self.links.remove(&pid) {
             // Closing the descriptor would end its registration as well; a failure here changes nothing.
+            let _ = self.registry.deregister(&mut pair.ask.stream);
+        }
+    }
+
+    fn drop_follow(&mut self, pid: i32) {
+        if let Some(mut link) = self.links.get_mut(&pid).and_then(|pair| pair.follow.take()) {
             let _ = self.registry.deregister(&mut link.stream);
         }
     }
 }
 
+/// Why there are no news any more.
+enum Unfollowed {
+    /// The connection is over.
+    Ended(LinkError),
+    /// The tapdisk does not tell news: it is of an earlier release.
+    Refused(String),
+}
+
+impl From<LinkError> for Unfollowed {
+    fn from(error: LinkError) -> Unfollowed {
+        Unfollowed::Ended(error)
+    }
+}
+
 impl Link {
-    fn service(&mut self, replies: &mut Vec<(Ticket, Reply)>) -> Result<(), LinkError> {
+    fn answers(&mut self, replies: &mut Vec<(Ticket, Reply)>) -> Result<(), LinkError> {
         let pid = self.pid;
         // What a tapdisk said before it ended still counts, so reading comes first.
-        self.receive(replies)?;
+        self.receive(|waiting, reply| {
+            let ticket = waiting.pop_front().ok_or(LinkError::Unasked { pid })?;
+            replies.push((ticket, reply));
+            Ok(())
+        })?;
         self.flush().map_err(|source| LinkError::Io { pid, source })
     }
 
-    fn receive(&mut self, replies: &mut Vec<(Ticket, Reply)>) -> Result<(), LinkError> {
+    fn news(&mut self, news: &mut Vec<News>) -> Result<(), Unfollowed> {
+        let pid = self.pid;
+        self.receive(|_, reply| match reply {
+            Reply::Changed { minor, info, failed } if news.len() < MOST_NEWS => {
+                news.push(News { minor, info, failed });
+                Ok(())
+            }
+            Reply::Error { message, .. } => Err(Unfollowed::Refused(message)),
+            _ => Err(Unfollowed::Ended(LinkError::Unasked { pid })),
+        })?;
+        self.flush().map_err(|source| Unfollowed::Ended(LinkError::Io { pid, source }))
+    }
+
+    /// Hands over every message there is.
+    fn receive<E: From<LinkError>>(
+        &mut self,
+        mut take: impl FnMut(&mut VecDeque<Ticket>, Reply) -> Result<(), E>,
+    ) -> Result<(), E> {
         let pid = self.pid;
         let mut bytes = [0; 4096];
         loop {
             match self.stream.read(&mut bytes) {
-                Ok(0) => return Err(LinkError::Ended { pid }),
+                Ok(0) => return Err(LinkError::Ended { pid }.into()),
                 Ok(count) => self.decoder.feed(bytes.get(..count).unwrap_or_default()),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => {
-                    return Err(LinkError::Ended { pid });
+                    return Err(LinkError::Ended { pid }.into());
                 }
-                Err(source) => return Err(LinkError::Io { pid, source }),
+                Err(source) => return Err(LinkError::Io { pid, source }.into()),
             }
             while let Some(reply) = self.decoder.next().map_err(|source| LinkError::Frame { pid, source })? {
-                let ticket = self.waiting.pop_front().ok_or(LinkError::Unasked { pid })?;
-                replies.push((ticket, reply));
+                take(&mut self.waiting, reply)?;
             }
         }
     }

@@ -1,8 +1,8 @@
 //! The second step of an indirect request: the segments of its page.
 
 use super::segment::Segment;
-use super::{Geometry, Reason, Transfer, in_range, writable};
-use crate::abi::{MAX_INDIRECT_SEGMENTS, SEGMENT_SIZE, WireSegment};
+use super::{Geometry, Reason, Transfer, countable, in_range, writable};
+use crate::abi::{SEGMENT_SIZE, WireSegment};
 use crate::ids::Sector;
 
 /// Judges the segments of an indirect request, and gives the number of 512-byte sectors they move.
@@ -25,12 +25,7 @@ pub fn parse_indirect(
 ) -> Result<u32, Reason> {
     out.clear();
     let (entries, _) = bytes.as_chunks::<SEGMENT_SIZE>();
-    let limit = geometry.max_indirect.min(MAX_INDIRECT_SEGMENTS);
-    match u16::try_from(entries.len()) {
-        Ok(0) => return Err(Reason::NoSegments),
-        Ok(count) if count <= limit => {}
-        count => return Err(Reason::TooManySegments { count: count.unwrap_or(u16::MAX), limit }),
-    }
+    countable(entries.len(), geometry)?;
     if transfer == Transfer::Write {
         writable(geometry)?;
     }

@@ -16,9 +16,9 @@ pub enum Reason {
     #[error("{count} segments where at most {limit} are allowed")]
     TooManySegments {
         /// `nr_segments`.
-        count: u16,
+        count: usize,
         /// The most there may be.
-        limit: u16,
+        limit: usize,
     },
     /// An indirect request that is neither a read nor a write.
     #[error("operation {op} inside an indirect request")]

@@ -96,15 +96,14 @@ impl Segments {
         self.iter().map(|segment| u32::from(segment.bytes())).sum()
     }
 
-    /// The first `count` of an entry's segments, each inside its page.
-    pub(super) fn check(seg: &[WireSegment; MAX_SEGMENTS], count: u8) -> Result<Segments, Reason> {
-        let wire = seg
-            .get(..usize::from(count))
-            .ok_or(Reason::TooManySegments { count: u16::from(count), limit: MAX_SEGMENTS as u16 })?;
+    /// The first `len` of an entry's segments, each inside its page.
+    pub(super) fn check(seg: &[WireSegment; MAX_SEGMENTS], len: u8) -> Result<Segments, Reason> {
+        let count = usize::from(len);
+        let wire = seg.get(..count).ok_or(Reason::TooManySegments { count, limit: MAX_SEGMENTS })?;
         let mut list = [Segment::default(); MAX_SEGMENTS];
         for (to, from) in list.iter_mut().zip(wire) {
             *to = Segment::check(from)?;
         }
-        Ok(Segments { list, len: count })
+        Ok(Segments { list, len })
     }
 }

@@ -55,7 +55,7 @@ fn h9_more_segments_than_an_entry_has_are_refused() {
     for count in 12..=255 {
         let mut draft = Draft::new(op::WRITE, 1, 0, &[segment(0, 0); 11]);
         draft.nr_segments = count;
-        assert_eq!(reason(&draft), Reason::TooManySegments { count: u16::from(count), limit: 11 });
+        assert_eq!(reason(&draft), Reason::TooManySegments { count: usize::from(count), limit: 11 });
     }
     let draft = Draft::new(op::WRITE, 1, 0, &[segment(0, 0); 11]);
     assert!(parse_draft(&draft, &geometry()).is_ok());

@@ -93,6 +93,41 @@ fn id_of(raw: &RawRequest) -> u64 {
 
 const ORDER0: RingOrder = RingOrder::new(0).unwrap();
 
+/// What an entry does not use is left from the slot's last use: nothing of it reaches the copy.
+#[test]
+fn only_what_an_entry_uses_is_copied() {
+    for abi in [Abi::X86_64, Abi::X86_32] {
+        let head = if abi == Abi::X86_64 { 24 } else { 20 };
+        for (op, detail, used) in [
+            (0, 0, head),
+            (1, 3, head + 24),
+            (2, 11, head + 88),
+            (1, 12, head + 88),
+            (0, 255, head + 88),
+            (3, 11, head),
+            (4, 11, head),
+            (5, 255, head + 8),
+            (6, 0, 64),
+            (255, 255, head),
+        ] {
+            let mut guest = Guest::new(abi, ORDER0, 0);
+            let mut ring = guest.attach().unwrap();
+            let at = guest.slot(0);
+            for offset in (0..abi.entry_size()).step_by(4) {
+                guest.word(at + offset).store(0x5555_5555, Ordering::Relaxed);
+            }
+            guest.word(at).store(u32::from_le_bytes([op, detail, 0x55, 0x55]), Ordering::Relaxed);
+            guest.req_prod += 1;
+            guest.push_requests(1);
+            let raw = ring.take().unwrap().unwrap();
+            let (copied, rest) = raw.as_bytes().split_at(used);
+            assert_eq!(copied[..2], [op, detail]);
+            assert!(copied[2..].iter().all(|byte| *byte == 0x55), "{abi} {op} {detail}: {copied:x?}");
+            assert!(rest.iter().all(|byte| *byte == 0), "{abi} {op} {detail}: {rest:x?}");
+        }
+    }
+}
+
 #[test]
 fn h1_h2_h3_impossible_producer_stops_the_ring_for_good() {
     // Two taken, one of them answered, so 31 slots are free.

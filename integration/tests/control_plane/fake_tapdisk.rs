@@ -16,6 +16,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy)]
 pub struct Vbd {
     pub info: DiskInfo,
+    /// Its flush has failed.
+    pub failed: bool,
 }
 
 #[derive(Default)]
@@ -27,7 +29,27 @@ struct State {
     hanging: bool,
     dead: bool,
     connections: Vec<UnixStream>,
+    followers: Vec<UnixStream>,
+    /// How often somebody began to follow.
+    follows: usize,
+    /// Of a release that knows nothing of following.
+    old: bool,
 }
+
+impl State {
+    fn change(&mut self, minor: u16) {
+        let news = changed(minor, &self.vbds[&minor]);
+        self.followers.retain_mut(|stream| stream.write_all(&news).is_ok());
+    }
+}
+
+fn changed(minor: u16, vbd: &Vbd) -> Vec<u8> {
+    let failed = vbd.failed.then(|| FAILURE.to_owned());
+    frame::encode(&Reply::Changed { minor: Minor(minor), info: vbd.info, failed }).unwrap()
+}
+
+/// What a failed disk is told with.
+pub const FAILURE: &str = "vhd:/srv/x.vhd: writing it back failed: EIO";
 
 pub struct FakeTapdisk {
     pub pid: i32,
@@ -75,7 +97,60 @@ impl FakeTapdisk {
 
     /// Opens an image as `minor`.
     pub fn open(&self, minor: u16, info: DiskInfo) {
-        self.with(|state| state.vbds.insert(minor, Vbd { info }));
+        self.with(|state| {
+            state.vbds.insert(minor, Vbd { info, failed: false });
+            state.change(minor);
+        });
+    }
+
+    /// Makes the image open as `minor` larger.
+    pub fn resize(&self, minor: u16, sectors: u64) {
+        self.with(|state| {
+            state.vbds.get_mut(&minor).unwrap().info.sectors = sectors;
+            state.change(minor);
+        });
+    }
+
+    /// A flush of the image open as `minor` fails.
+    pub fn fail(&self, minor: u16) {
+        self.with(|state| {
+            state.vbds.get_mut(&minor).unwrap().failed = true;
+            state.change(minor);
+        });
+    }
+
+    /// Tells news that are none of the present.
+    pub fn tell(&self, minor: u16, info: DiskInfo) {
+        let news = changed(minor, &Vbd { info, failed: false });
+        self.with(|state| state.followers.retain_mut(|stream| stream.write_all(&news).is_ok()));
+    }
+
+    /// Ends the connections of those who follow, as when they do not read.
+    pub fn drop_followers(&self) {
+        self.with(|state| {
+            for stream in state.followers.drain(..) {
+                // It may have ended by itself.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        });
+    }
+
+    /// Refuses to be followed from now on, as an earlier release does.
+    pub fn grow_old(&self) {
+        self.with(|state| state.old = true);
+    }
+
+    /// How often somebody began to follow.
+    pub fn follows(&self) -> usize {
+        self.with(|state| state.follows)
+    }
+
+    /// Waits until somebody began to follow for the `count`th time.
+    pub fn wait_follows(&self, count: usize) {
+        let state = self.shared.0.lock().unwrap();
+        let (state, timeout) =
+            self.shared.1.wait_timeout_while(state, PATIENCE, |state| state.follows < count).unwrap();
+        assert!(!timeout.timed_out(), "followed {} times", state.follows);
     }
 
     /// Ends as a crash does.
@@ -150,6 +225,11 @@ fn converse(stream: &UnixStream, shared: &(Mutex<State>, Condvar)) {
         let request: Request = serde_json::from_str(&line).unwrap();
         line.clear();
         let mut state = shared.0.lock().unwrap();
+        if request == Request::Follow {
+            follow(&mut state, stream);
+            shared.1.notify_all();
+            continue;
+        }
         state.log.push(request.clone());
         shared.1.notify_all();
         let mut state = shared.1.wait_while(state, |state| state.hanging && !state.dead).unwrap();
@@ -163,6 +243,18 @@ fn converse(stream: &UnixStream, shared: &(Mutex<State>, Condvar)) {
         if writer.write_all(&frame::encode(&reply).unwrap()).is_err() {
             return;
         }
+    }
+}
+
+/// Not in the log: whether xenio follows is nothing a device's life depends on.
+fn follow(state: &mut State, mut stream: &UnixStream) {
+    state.follows += 1;
+    let reply = match state.old {
+        true => frame::encode(&refuse(71, "unknown request")).unwrap(),
+        false => state.vbds.iter().flat_map(|(minor, vbd)| changed(*minor, vbd)).collect(),
+    };
+    if stream.write_all(&reply).is_ok() && !state.old {
+        state.followers.push(stream.try_clone().unwrap());
     }
 }
 

@@ -14,10 +14,11 @@ fn everything_a_ring_depends_on_is_published_before_init_wait_and_before_hotplug
     for (key, value) in [
         ("max-ring-page-order", "4"),
         ("max-ring-pages", "16"),
-        ("multi-queue-max-queues", "1"),
+        ("multi-queue-max-queues", "4"),
+        ("feature-max-indirect-segments", "0"),
         ("feature-flush-cache", "1"),
         ("feature-barrier", "1"),
-        ("feature-persistent", "0"),
+        ("feature-persistent", "1"),
         ("feature-discard", "0"),
     ] {
         assert_eq!(rig.value(&DISK.back(key)).as_deref(), Some(value), "{key}");
@@ -47,6 +48,7 @@ fn a_disk_is_described_after_hotplug_and_connected_for_the_frontends_ring() {
         queues: vec![QueueParams { ring_refs: vec![8], port: 9 }],
         readonly: false,
         persistent: false,
+        discard: false,
         polling: Polling::default(),
     };
     assert_eq!(rig.tapdisk.rings(), [ring]);

@@ -4,8 +4,10 @@
 //! tapdisk is asked.
 
 mod fake_tapdisk;
+mod features;
 mod hostile;
 mod lifecycle;
+mod news;
 mod publishing;
 mod removal;
 mod restart;

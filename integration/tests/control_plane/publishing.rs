@@ -14,7 +14,7 @@ fn place() -> Place {
 fn change(state: Option<Phase>) -> Change {
     let entries = vec![("sectors", "8".to_owned()), ("sector-size", "512".to_owned())];
     let error = Some((DISK.error().trim_end_matches("/error").to_owned(), "22 words".to_owned()));
-    Change { entries, error, state }
+    Change { entries, error, state, only_news: false }
 }
 
 #[test]
@@ -40,6 +40,20 @@ fn values_that_stand_there_already_wake_nobody() {
     assert!(changes.iter().all(|path| *path == DISK.back("sector-size")), "{changes:?}");
     apply(&mut rig.client(), &place(), Phase::Initialising, &change).unwrap();
     assert_eq!(spy.changes(), [""; 0]);
+}
+
+#[test]
+fn a_state_that_only_announces_news_is_written_only_with_them() {
+    let rig = Rig::without_xenio();
+    rig.add_with(DISK, &[("sectors", "8"), ("sector-size", "512"), ("state", "4")]);
+    let mut spy = rig.spy(DISK);
+    let change = Change { only_news: true, error: None, ..change(Some(Phase::Connected)) };
+    apply(&mut rig.client(), &place(), Phase::Connected, &change).unwrap();
+    assert_eq!(spy.changes(), [""; 0]);
+    rig.store.write(&DISK.back("sectors"), "7");
+    spy.changes();
+    apply(&mut rig.client(), &place(), Phase::Connected, &change).unwrap();
+    assert!(spy.changes().contains(&DISK.back("state")));
 }
 
 #[test]

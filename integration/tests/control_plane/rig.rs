@@ -10,6 +10,7 @@ use std::time::Duration;
 use integration::sim::store::SimStore;
 use tap_ctl::ControlDir;
 use tempfile::TempDir;
+use xenio::features::Offer;
 use xenio::{Config, RunError};
 use xenstore::{Access, Client, Error, Permission, TxId};
 
@@ -53,6 +54,8 @@ pub struct Rig {
     pub store: SimStore,
     pub tapdisk: FakeTapdisk,
     pub dir: ControlDir,
+    /// What the next xenio offers.
+    pub offer: Offer,
     socket: PathBuf,
     running: Option<Running>,
     sentinels: AtomicU32,
@@ -79,13 +82,27 @@ impl Rig {
         let tapdisk = FakeTapdisk::start(&dir, PID);
         tapdisk.open(0, disk());
         let socket = store.socket();
-        Rig { store, tapdisk, dir, socket, running: None, sentinels: AtomicU32::new(0), _folder: folder }
+        let offer = Offer { max_queues: 4 };
+        Rig {
+            store,
+            tapdisk,
+            dir,
+            offer,
+            socket,
+            running: None,
+            sentinels: AtomicU32::new(0),
+            _folder: folder,
+        }
     }
 
     pub fn start_xenio(&mut self) {
         let (stop, stopped) = UnixStream::pair().unwrap();
-        let config =
-            Config { kind: "vbd3".into(), control_dir: self.dir.clone(), store: Some(self.socket.clone()) };
+        let config = Config {
+            kind: "vbd3".into(),
+            control_dir: self.dir.clone(),
+            store: Some(self.socket.clone()),
+            offer: self.offer,
+        };
         let thread = thread::spawn(move || xenio::run(&config, stopped.as_fd()));
         self.running = Some(Running { stop, thread });
     }

@@ -116,6 +116,20 @@ fn help_is_success_and_nonsense_is_22() {
 }
 
 #[test]
+fn resize_is_silent_and_tells_why_not() {
+    let fake = FakeTapdisk::start(Script::Always(disk_info()));
+    assert_eq!(tap_ctl(&fake.dir, false, "resize -p 4711 -m 3 -s 2"), (0, String::new(), String::new()));
+    assert_eq!(tap_ctl(&fake.dir, false, "resize -p 4711 -m 3").0, 0);
+    let minor = Minor(3);
+    let expected = [Request::Resize { minor, size: Some(2 << 20) }, Request::Resize { minor, size: None }];
+    assert_eq!(fake.seen(), expected);
+    let fake = FakeTapdisk::start(Script::Always(refuse(22, "vhd:/a: an image never shrinks")));
+    let (code, _, stderr) = tap_ctl(&fake.dir, false, "resize -p 4711 -m 3 -s 1");
+    let words = "tap-ctl: resize minor 3 of tapdisk 4711: vhd:/a: an image never shrinks\n";
+    assert_eq!((code, stderr.as_str()), (22, words));
+}
+
+#[test]
 fn a_failed_create_leaves_no_marker() {
     let folder = tempfile::tempdir().unwrap();
     let dir = ControlDir::at(folder.path());

@@ -216,6 +216,13 @@ impl ImageFile {
         self
     }
 
+    /// As if the store took memory at multiples of this only.
+    #[cfg(test)]
+    pub fn with_memory_align(mut self, memory_align: u32) -> ImageFile {
+        self.memory_align = memory_align;
+        self
+    }
+
     /// Whether it had no byte when it was opened.
     pub fn is_empty(&self) -> bool {
         self.len == 0

@@ -153,7 +153,7 @@ impl Disk {
         }
     }
 
-    /// For messages.
+    /// The image, for messages.
     pub fn name(&self) -> std::path::Display<'_> {
         self.leaf.file().map_or(std::path::Path::new("null"), ImageFile::path).display()
     }

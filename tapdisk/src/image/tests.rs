@@ -1,5 +1,8 @@
 #![expect(clippy::cast_possible_truncation, reason = "positions on small test disks")]
 
+mod blocks;
+mod handles;
+
 use std::future::Future;
 use std::path::Path;
 use std::rc::Rc;

@@ -81,8 +81,9 @@ struct Part {
 impl Part {
     /// The part that the bytes from `at` on begin with, where `left` are wanted. `granule` is a power of two up to a page.
     fn first(granule: u32, at: u64, left: usize) -> Part {
+        // Fits: it is less than a page.
+        let skip = usize::try_from(at % u64::from(granule)).unwrap_or(0);
         let granule = granule as usize;
-        let skip = (at & (granule as u64 - 1)) as usize;
         let len = left.min(PAGE_SIZE - skip);
         Part { start: at - skip as u64, skip, len, span: (skip + len).next_multiple_of(granule) }
     }

@@ -222,7 +222,7 @@ impl Reactor {
 
     fn advance(&self, wait: bool) -> io::Result<()> {
         let mut engine = self.engine.borrow_mut();
-        if wait || engine.has_queued() {
+        if wait || engine.has_queued() || engine.has_news() {
             engine.enter(wait)?;
         }
         let mut readable = self.readable.get();

@@ -125,7 +125,7 @@ impl<X: Xen> State<X> {
             readonly: params.readonly || self.disk.is_readonly(),
             flush: true,
             barrier: true,
-            discard: discard.is_some(),
+            discard: params.discard && discard.is_some(),
             discard_secure: discard.is_some_and(|discard| discard.secure),
             max_indirect: MAX_INDIRECT_SEGMENTS,
         };

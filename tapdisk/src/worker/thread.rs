@@ -165,7 +165,7 @@ fn set_up<X: Xen>(
 impl<X: Xen> State<X> {
     fn turn(&mut self) -> io::Result<()> {
         let mut moved = self.advance(true);
-        if self.io.reactor.has_queued() {
+        if self.io.reactor.has_queued() || self.io.reactor.has_news() {
             let readable = self.io.reactor.turn(false)?;
             self.heed(readable)?;
             // What came with it is answered in this turn; new requests wait for the next.

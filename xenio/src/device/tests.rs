@@ -35,7 +35,7 @@ fn backend(phase: Phase) -> Backend {
         own: Own::Is(phase),
         online: true,
         hotplug: true,
-        role: Role { writable: true, cdrom: false },
+        role: Role { writable: true, cdrom: false, discard: true },
         named: Named::Tapdisk(7, Minor(3)),
         frontend: Ok(b"/local/domain/5/device/vbd/51712".to_vec()),
     }
@@ -68,6 +68,7 @@ fn params(port: u32) -> RingParams {
         queues,
         readonly: false,
         persistent: false,
+        discard: false,
         polling: Polling::default(),
     }
 }
@@ -178,6 +179,66 @@ fn another_tapdisk_is_taken_only_after_the_ring_is_down() {
     device.observe(&other, CONNECTED);
     assert_eq!(device.vbd(), Some(Vbd { pid: 8, minor: Minor(0) }));
     assert!(!device.view(&other, CONNECTED, false).problem, "the trouble was the other tapdisk's");
+}
+
+fn info(sectors: u64) -> DiskInfo {
+    DiskInfo {
+        sectors,
+        sector_size: 512,
+        physical_sector_size: 512,
+        readonly: false,
+        discard: None,
+        queues: 1,
+    }
+}
+
+fn news(sectors: u64, failed: Option<&str>) -> News {
+    News { minor: Minor(3), info: info(sectors), failed: failed.map(str::to_owned) }
+}
+
+/// A device whose disk is known and published, with a ring in operation.
+fn in_operation(tickets: &mut Tickets) -> Device {
+    let mut device = device(Phase::Connected);
+    let (list, size) = (tickets.next(), tickets.next());
+    device.sent(list, Pending::List);
+    device.answered(list, entry(true, &[(5, 51712)]));
+    device.sent(size, Pending::DiskInfo);
+    device.answered(size, Reply::DiskInfo(info(100)));
+    device.published();
+    device
+}
+
+#[test]
+fn growth_is_news_and_anything_smaller_is_old() {
+    let mut device = in_operation(&mut Tickets::new());
+    let published = |device: &Device| device.view(&backend(Phase::Connected), CONNECTED, false).published;
+    for sectors in [100, 99, 0] {
+        assert!(!device.told(&news(sectors, None)));
+        assert!(published(&device));
+    }
+    assert!(device.told(&news(101, None)));
+    assert!(!published(&device));
+    assert_eq!(device.disk(), Some(&info(101)));
+}
+
+#[test]
+fn a_failed_disk_is_trouble_and_lost_while_the_ring_stays() {
+    let mut device = in_operation(&mut Tickets::new());
+    device.told(&news(100, Some("fdatasync failed")));
+    let view = device.view(&backend(Phase::Connected), CONNECTED, false);
+    assert_eq!((view.tap, view.ring, view.problem), (Tap::Lost, Ring::Up, true));
+    assert_eq!(device.cause(&backend(Phase::Connected)), Problem::new(Errno::EIO, "fdatasync failed"));
+    device.failed();
+    // Told again, it is not reported again.
+    device.told(&news(100, Some("fdatasync failed")));
+    assert!(!device.view(&backend(Phase::Closing), CONNECTED, false).problem);
+}
+
+#[test]
+fn news_of_a_disk_that_is_not_known_yet_are_left_alone() {
+    let mut device = device(Phase::InitWait);
+    assert!(!device.told(&news(100, Some("fdatasync failed"))));
+    assert_eq!(tap_and_ring(&device).0, Tap::New);
 }
 
 #[test]

@@ -77,6 +77,7 @@ fn outcomes(view: View, action: Action) -> Vec<View> {
     match action {
         Action::InitWait => vec![View { problem: false, ..own(Phase::InitWait) }],
         Action::Publish => vec![View { published: true, ..view }],
+        Action::Resize => vec![View { published: true, ..view }],
         Action::Announce => vec![View { announced: true, published: true, ..own(Phase::Connected) }],
         Action::Closing => vec![own(Phase::Closing)],
         Action::Closed => vec![View { problem: false, ..own(Phase::Closed) }],
@@ -133,6 +134,40 @@ fn connected_is_written_only_for_a_ring_that_is_up() {
 }
 
 #[test]
+fn a_size_is_told_only_to_a_frontend_in_operation_and_once() {
+    every_view(|view| {
+        if decide(&view) == Some(Action::Resize) {
+            assert_eq!((view.own, view.ring), (Own::Is(Phase::Connected), Ring::Up), "{view:?}");
+            assert!(view.announced && !view.moved && !view.published && !view.problem, "{view:?}");
+            assert_eq!(decide(&View { published: true, ..view }), None, "{view:?}");
+        }
+    });
+    let grown = View {
+        ring: Ring::Up,
+        announced: true,
+        published: false,
+        ..usual(Phase::Connected, XenbusState::Connected)
+    };
+    assert_eq!(decide(&grown), Some(Action::Resize));
+}
+
+#[test]
+fn a_failed_disk_is_reported_under_its_guest_and_not_connected_again() {
+    let failed = View {
+        tap: Tap::Lost,
+        ring: Ring::Up,
+        announced: true,
+        problem: true,
+        ..usual(Phase::Connected, XenbusState::Connected)
+    };
+    assert_eq!(decide(&failed), Some(Action::Fail));
+    let again = View { ring: Ring::Down, announced: false, problem: false, ..failed };
+    for phase in [Phase::InitWait, Phase::Connected] {
+        assert_eq!(decide(&View { own: Own::Is(phase), ..again }), Some(Action::Fail));
+    }
+}
+
+#[test]
 fn closed_is_written_only_after_the_ring_is_down() {
     every_view(|view| {
         if decide(&view) == Some(Action::Closed) {
@@ -142,7 +177,7 @@ fn closed_is_written_only_after_the_ring_is_down() {
 }
 
 #[test]
-fn no_state_is_written_twice_except_connected_for_a_new_ring() {
+fn no_state_is_written_twice_except_connected_for_a_new_ring_or_size() {
     every_view(|view| {
         let written = match decide(&view) {
             Some(Action::InitWait) => Phase::InitWait,
@@ -263,6 +298,7 @@ fn no_attempt_follows_a_failure_before_the_frontend_closes() {
         let settled = !matches!(view.own, Own::Is(Phase::Initialising | Phase::InitWait | Phase::Connected));
         if view.failed && settled {
             let begins = [Action::InitWait, Action::Connect, Action::Announce, Action::Ask, Action::Publish];
+            assert_ne!(decide(&view), Some(Action::Resize), "{view:?}");
             assert!(!decide(&view).is_some_and(|action| begins.contains(&action)), "{view:?}");
         }
     });
@@ -274,7 +310,9 @@ fn a_restarted_xenio_asks_and_then_leaves_a_served_device_alone() {
         View { tap: Tap::New, ring: Ring::Unknown, ..usual(Phase::Connected, XenbusState::Connected) };
     assert_eq!(decide(&found), Some(Action::Ask));
     let served = View { tap: Tap::Ready, ring: Ring::Up, announced: true, published: false, ..found };
-    assert_eq!(decide(&served), None);
+    // The disk may have grown meanwhile.
+    assert_eq!(decide(&served), Some(Action::Resize));
+    assert_eq!(decide(&View { published: true, ..served }), None);
     let lost = View { tap: Tap::Ready, ring: Ring::Down, ..found };
     assert_eq!(decide(&lost), Some(Action::Connect));
 }

@@ -1,0 +1,244 @@
+//! What a tapdisk tells unasked: a disk has grown, a disk has failed.
+
+use tap_ctl::Minor;
+use tap_ctl::proto::DiskInfo;
+
+use crate::fake_tapdisk::{FAILURE, disk};
+use crate::rig::{DISK, Disk, PID, Rig};
+
+const SECOND: Disk = Disk { domid: 6, vdev: 51712 };
+
+#[test]
+fn a_disk_that_grows_under_its_guest_is_published_and_connected_written_again_in_one_step() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.settle();
+    let mut spy = rig.spy(DISK);
+    rig.tapdisk.resize(0, 4096);
+    rig.wait(&DISK.back("sectors"), "4096");
+    // One transaction: whoever sees the size sees the state's event with it.
+    let mut changes = spy.changes();
+    changes.sort();
+    changes.dedup();
+    assert_eq!(changes, [DISK.back("sectors"), DISK.back("state")]);
+    assert_eq!(rig.value(&DISK.back("state")).as_deref(), Some("4"));
+    assert!(rig.is_published(&DISK.back("sectors"), 0, DISK.domid));
+    rig.settle();
+    assert_eq!((spy.changes(), rig.tapdisk.disconnects()), (Vec::new(), 0));
+}
+
+#[test]
+fn a_disk_that_grows_before_its_guest_connects_is_published_without_a_state() {
+    let rig = Rig::new();
+    rig.add(DISK);
+    rig.wait_state(DISK, "2");
+    rig.hotplug(DISK);
+    rig.wait(&DISK.back("sectors"), "2048");
+    rig.settle();
+    let mut spy = rig.spy(DISK);
+    rig.tapdisk.resize(0, 4096);
+    rig.wait(&DISK.back("sectors"), "4096");
+    assert!(!spy.changes().contains(&DISK.back("state")));
+    rig.offer_ring(DISK);
+    rig.wait_state(DISK, "4");
+    assert_eq!(rig.value(&DISK.back("sectors")).as_deref(), Some("4096"));
+}
+
+#[test]
+fn a_guest_that_is_closing_is_told_the_size_when_it_connects_again() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.guest(DISK, "state", "5");
+    rig.wait_state(DISK, "5");
+    rig.tapdisk.resize(0, 4096);
+    rig.settle();
+    assert_eq!(rig.value(&DISK.back("state")).as_deref(), Some("5"));
+    rig.guest(DISK, "state", "6");
+    rig.wait_state(DISK, "6");
+    rig.guest(DISK, "state", "1");
+    rig.wait_state(DISK, "2");
+    rig.offer_ring(DISK);
+    rig.wait_state(DISK, "4");
+    assert_eq!(rig.value(&DISK.back("sectors")).as_deref(), Some("4096"));
+}
+
+#[test]
+fn each_frontend_of_a_disk_is_told() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.connected(SECOND);
+    rig.tapdisk.resize(0, 4096);
+    rig.wait(&DISK.back("sectors"), "4096");
+    rig.wait(&SECOND.back("sectors"), "4096");
+    assert_eq!(rig.tapdisk.follows(), 1, "one connection for all disks of a tapdisk");
+}
+
+#[test]
+fn old_and_foreign_news_change_nothing() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.settle();
+    let mut spy = rig.spy(DISK);
+    rig.tapdisk.tell(0, DiskInfo { sectors: 1024, ..disk() });
+    rig.tapdisk.tell(7, DiskInfo { sectors: 9999, ..disk() });
+    // News come in order, so those before are done with.
+    rig.tapdisk.resize(0, 2049);
+    rig.wait(&DISK.back("sectors"), "2049");
+    assert!(spy.changes().iter().all(|path| *path == DISK.back("sectors") || *path == DISK.back("state")));
+    assert_eq!(rig.tapdisk.disconnects(), 0);
+}
+
+#[test]
+fn a_disk_that_grew_while_xenio_was_away_is_told_at_once() {
+    let mut rig = Rig::new();
+    rig.connected(DISK);
+    rig.settle();
+    rig.stop_xenio();
+    rig.tapdisk.resize(0, 4096);
+    let mut spy = rig.spy(DISK);
+    rig.start_xenio();
+    rig.wait(&DISK.back("sectors"), "4096");
+    assert!(spy.changes().contains(&DISK.back("state")));
+    assert_eq!(rig.tapdisk.disconnects(), 0);
+    rig.tapdisk.resize(0, 8192);
+    rig.wait(&DISK.back("sectors"), "8192");
+}
+
+#[test]
+fn another_offer_after_a_restart_is_not_pushed_on_a_guest_in_operation() {
+    let mut rig = Rig::new();
+    rig.connected(DISK);
+    rig.settle();
+    rig.stop_xenio();
+    rig.offer.max_queues = 1;
+    let mut spy = rig.spy(DISK);
+    rig.start_xenio();
+    rig.connected(SECOND);
+    assert_eq!(spy.changes(), [""; 0]);
+    rig.tapdisk.resize(0, 4096);
+    rig.wait(&DISK.back("sectors"), "4096");
+    assert_eq!(rig.value(&DISK.back("multi-queue-max-queues")).as_deref(), Some("4"));
+}
+
+#[test]
+fn a_failed_disk_is_reported_and_its_guest_is_asked_to_close() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.tapdisk.fail(0);
+    rig.wait_state(DISK, "5");
+    rig.wait_error(DISK, FAILURE);
+    assert_eq!(rig.value(&DISK.error()), Some(format!("5 {FAILURE}")));
+    rig.settle();
+    assert_eq!(
+        rig.tapdisk.rings().len(),
+        1,
+        "unanswered requests stay with the tapdisk until the guest has closed"
+    );
+    rig.guest(DISK, "state", "6");
+    rig.wait_state(DISK, "6");
+    assert_eq!(rig.tapdisk.rings().len(), 0);
+}
+
+#[test]
+fn a_failed_disk_is_not_connected_again() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.tapdisk.fail(0);
+    rig.wait_state(DISK, "5");
+    rig.guest(DISK, "state", "6");
+    rig.wait_state(DISK, "6");
+    // Beginning anew, the guest finds a device that closes before there is anything to connect.
+    rig.guest(DISK, "state", "1");
+    rig.settle();
+    rig.offer_ring(DISK);
+    rig.settle();
+    assert_eq!(rig.value(&DISK.back("state")).as_deref(), Some("6"));
+    assert_eq!(rig.tapdisk.connects(), 1);
+}
+
+#[test]
+fn a_failure_is_known_to_the_next_xenio_and_to_the_next_device() {
+    let mut rig = Rig::new();
+    rig.connected(DISK);
+    rig.stop_xenio();
+    rig.tapdisk.fail(0);
+    rig.start_xenio();
+    rig.wait_state(DISK, "5");
+    rig.wait_error(DISK, FAILURE);
+    rig.add(SECOND);
+    rig.hotplug(SECOND);
+    rig.wait_error(SECOND, FAILURE);
+    assert_eq!(rig.tapdisk.connects(), 1);
+}
+
+#[test]
+fn a_failure_is_reported_once_however_often_it_is_told() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.tapdisk.fail(0);
+    rig.wait_state(DISK, "5");
+    rig.settle();
+    let mut spy = rig.spy(DISK);
+    for _ in 0..10 {
+        rig.tapdisk.fail(0);
+    }
+    rig.settle();
+    assert_eq!(spy.changes(), [""; 0]);
+}
+
+#[test]
+fn a_connection_for_news_that_ends_is_made_anew_and_nothing_is_missed() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.tapdisk.wait_follows(1);
+    rig.tapdisk.drop_followers();
+    rig.tapdisk.wait_follows(2);
+    rig.tapdisk.resize(0, 4096);
+    rig.wait(&DISK.back("sectors"), "4096");
+    assert_eq!(rig.tapdisk.disconnects(), 0);
+}
+
+#[test]
+fn a_tapdisk_that_keeps_ending_the_connection_for_news_is_left_alone_and_served() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    for count in 1..=6 {
+        rig.tapdisk.wait_follows(count);
+        rig.tapdisk.drop_followers();
+    }
+    rig.settle();
+    assert_eq!(rig.tapdisk.follows(), 6);
+    assert_eq!(rig.value(&DISK.back("state")).as_deref(), Some("4"));
+    rig.guest(DISK, "state", "6");
+    rig.wait_state(DISK, "6");
+}
+
+#[test]
+fn a_tapdisk_of_an_earlier_release_serves_without_news() {
+    let rig = Rig::new();
+    rig.tapdisk.grow_old();
+    rig.connected(DISK);
+    rig.settle();
+    assert_eq!(rig.tapdisk.follows(), 1);
+    assert_eq!(rig.value(&DISK.back("state")).as_deref(), Some("4"));
+}
+
+#[test]
+fn the_next_tapdisk_is_followed_when_one_has_died() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.tapdisk.crash(&rig.dir);
+    rig.wait_state(DISK, "5");
+    let other = crate::fake_tapdisk::FakeTapdisk::start(&rig.dir, PID + 1);
+    other.open(3, disk());
+    let path = rig.dir.vbd_path(PID + 1, Minor(3));
+    rig.store.write(&DISK.back("physical-device-path"), path.to_str().unwrap());
+    for (guest, answer) in [("6", "6"), ("1", "2")] {
+        rig.guest(DISK, "state", guest);
+        rig.wait_state(DISK, answer);
+    }
+    rig.offer_ring(DISK);
+    rig.wait_state(DISK, "4");
+    other.resize(3, 4096);
+    rig.wait(&DISK.back("sectors"), "4096");
+}

@@ -174,6 +174,17 @@ impl Rig {
     /// The directories of a new disk, as libxl writes them, both in state 1.
     #[must_use]
     pub fn write_device(&self, domid: u16, vdev: u32, params: &str, mode: &str) -> Device {
+        self.write_device_with(domid, vdev, params, mode, &[])
+    }
+
+    fn write_device_with(
+        &self,
+        domid: u16,
+        vdev: u32,
+        params: &str,
+        mode: &str,
+        keys: &[(&str, &str)],
+    ) -> Device {
         let backend = format!("/local/domain/0/backend/vbd3/{domid}/{vdev}");
         let frontend = format!("/local/domain/{domid}/device/vbd/{vdev}");
         self.store.mkdir(&backend);
@@ -203,7 +214,11 @@ impl Rig {
             (b("script"), "/etc/xen/scripts/block-tap"),
             (b("state"), "1"),
         ];
-        let values: Vec<(&str, &str)> = values.iter().map(|(key, value)| (key.as_str(), *value)).collect();
+        let mut values: Vec<(&str, &str)> =
+            values.iter().map(|(key, value)| (key.as_str(), *value)).collect();
+        let more: Vec<_> = keys.iter().map(|(key, value)| (b(key), *value)).collect();
+        // Of two values of one key, the later counts.
+        values.extend(more.iter().map(|(key, value)| (key.as_str(), *value)));
         self.store.write_all(&values);
         Device { domid, vdev, backend, frontend, pid: 0, minor: Minor(0) }
     }
@@ -214,7 +229,23 @@ impl Rig {
     ///
     /// What `tap-ctl` said on standard error. The directories stay, as they do when libxl's script fails.
     pub fn plug(&self, domid: u16, vdev: u32, params: &str, mode: &str) -> Result<Device, String> {
-        let mut device = self.write_device(domid, vdev, params, mode);
+        self.plug_with(domid, vdev, params, mode, &[])
+    }
+
+    /// The same with other values, or more of them, in the backend's directory.
+    ///
+    /// # Errors
+    ///
+    /// As [`Rig::plug`].
+    pub fn plug_with(
+        &self,
+        domid: u16,
+        vdev: u32,
+        params: &str,
+        mode: &str,
+        keys: &[(&str, &str)],
+    ) -> Result<Device, String> {
+        let mut device = self.write_device_with(domid, vdev, params, mode, keys);
         self.wait_value(&format!("{}/state", device.backend), "2");
         let marker = self.tap_ctl_ok(&["allocate"])?;
         let minor = marker.rsplit('-').next().unwrap_or_default().to_owned();
@@ -242,15 +273,20 @@ impl Rig {
 
     /// The same with any keys.
     pub fn connect_with(&self, device: &Device, keys: &[(String, String)]) {
+        self.announce(device, keys);
+        self.wait_value(&format!("{}/state", device.backend), "4");
+        self.store.write(&format!("{}/state", device.frontend), "4");
+    }
+
+    /// The first half of connecting: the guest's keys, and state 3.
+    pub fn announce(&self, device: &Device, keys: &[(String, String)]) {
         let state = format!("{}/state", device.frontend);
         let mut values: Vec<_> =
             keys.iter().map(|(key, value)| (format!("{}/{key}", device.frontend), value.clone())).collect();
-        values.push((state.clone(), "3".into()));
+        values.push((state, "3".into()));
         let values: Vec<(&str, &str)> =
             values.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
         self.store.write_all(&values);
-        self.wait_value(&format!("{}/state", device.backend), "4");
-        self.store.write(&state, "4");
     }
 
     /// The guest's side of a cooperative removal: answers the backend's 5 with 6.

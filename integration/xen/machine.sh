@@ -16,7 +16,7 @@ lock_cache() {
 
 # prepare_machine SCENARIO...: the folders that dom0 mounts: what it runs (read-only) and where its logs go.
 prepare_machine() {
-    local program
+    local program name
     rm -rf "$PAYLOAD" "$LOGS"
     mkdir -p "$PAYLOAD/bin" "$LOGS"
     cp -r "$HERE/dom0" "$HERE/scenarios" "$PAYLOAD/"
@@ -27,17 +27,24 @@ prepare_machine() {
             say "warning: $BIN/$program is missing (cargo build --release makes it)"
         fi
     done
+    for name in "${PARAMETERS[@]}"; do
+        printf '%s=%q\n' "${name%%=*}" "${name#*=}"
+    done >"$PAYLOAD/parameters"
+    prepare_profile
     trap stop_qemu EXIT
 }
 
-# run_machine SCENARIO...: one boot for all that can share one; "# machine: counted" asks for a boot of its own kind.
+# run_machine SCENARIO...: one boot for all that can share one; "# machine: KIND" asks for a boot of another kind.
 run_machine() {
-    local name plain=() counted=()
-    for name in "$@"; do
-        if [ "$(header "$name" machine)" = counted ]; then counted+=("$name"); else plain+=("$name"); fi
+    local kind name machine names
+    for kind in plain counted profiled; do
+        names=()
+        for name in "$@"; do
+            machine=$(header "$name" machine)
+            [ "${machine:-plain}" != "$kind" ] || names+=("$name")
+        done
+        [ ${#names[@]} = 0 ] || boot_and_follow "$kind" "${names[@]}"
     done
-    [ ${#plain[@]} = 0 ] || boot_and_follow plain "${plain[@]}"
-    [ ${#counted[@]} = 0 ] || boot_and_follow counted "${counted[@]}"
 }
 
 # The CPU: PVH guests need SVM with nested paging, which "max" emulates. Xen 4.20 cannot start dom0 with its SMAP, and
@@ -45,10 +52,14 @@ run_machine() {
 # "spec-ctrl=no" alone makes Xen switch FPU registers lazily, and with that the emulated machine mixes up vector
 # registers between domains: wrong hashes, programs that crash (selftest-load shows it).
 start_qemu() {
-    local kind=$1 cpu=(-accel "tcg,thread=multi,tb-size=1024" -cpu max,-smap,-la57,-rdtscp,-umip,-x2apic)
+    local kind=$1 pin='' cpu=(-accel "tcg,thread=multi,tb-size=1024" -cpu max,-smap,-la57,-rdtscp,-umip,-x2apic)
     # One instruction is one nanosecond of the machine's time: figures that do not depend on the host. The CPU is one
     # that people have: on "max" the kernel copies byte by byte (FSRM), and every byte would count as an instruction.
     [ "$kind" = plain ] || cpu=(-accel tcg -icount "shift=0,sleep=off" -cpu Haswell-noTSX,-x2apic)
+    if [ "$kind" = profiled ]; then
+        cpu+=(-plugin "file=$COUNTER,out=$LOGS/counts")
+        pin=dom0_vcpus_pin
+    fi
     exec {EVENTS}< <(exec "$WORLD/usr/lib64/ld-linux-x86-64.so.2" --library-path "$WORLD/usr/lib/x86_64-linux-gnu" \
         "$WORLD/usr/bin/qemu-system-x86_64" -L "$WORLD/usr/share/qemu" -L "$WORLD/usr/share/seabios" \
         "${cpu[@]}" -machine q35 -smp 2 -m 3072 \
@@ -57,7 +68,7 @@ start_qemu() {
         -chardev stdio,id=events,signal=off -serial chardev:events \
         -kernel "$BOOT/xen" \
         -append "dom0_mem=1280M,max:1280M dom0_max_vcpus=1 com1=115200,8n1 console=com1 loglvl=warning \
-guest_loglvl=warning ucode=no smt=0 spec-ctrl=no,eager-fpu" \
+guest_loglvl=warning ucode=no smt=0 spec-ctrl=no,eager-fpu $pin" \
         -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off,$BOOT/dom0.initrd" \
         -drive "file=$DOM0/disk.img,if=virtio,format=raw,cache=unsafe,snapshot=on" \
         -virtfs "local,path=$PAYLOAD,mount_tag=testbed,security_model=none,readonly=on" \

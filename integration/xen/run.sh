@@ -1,10 +1,11 @@
 #!/bin/bash
 # The real-Xen testbed: boots Xen with a Debian dom0 in QEMU (plain emulation), runs scenarios there, reports each.
 #
-#   run.sh [--list] [--keep] [SCENARIO...]
+#   run.sh [--list] [--keep] [SCENARIO...] [PARAMETER=VALUE...]
 #
 # Without names all scenarios run, except those marked "extra". --keep leaves the machine's folder with the console and
-# all logs in place when everything passed (it always stays when something failed).
+# all logs in place when everything passed (it always stays when something failed). Parameters are variables for the
+# scenarios.
 #
 # XENIO_TESTBED_CACHE  where images are kept (default: target/xen-testbed)
 # XENIO_BIN_DIR        where the programs under test are (default: cargo's target/release)
@@ -15,6 +16,7 @@ TOP=$(cd "$HERE/../.." && pwd)
 CACHE=${XENIO_TESTBED_CACHE:-$TOP/target/xen-testbed}
 BIN=${XENIO_BIN_DIR:-${CARGO_TARGET_DIR:-$TOP/target}/release}
 PROGRAMS=(xenio tapdisk tap-ctl vhd-util)
+PARAMETERS=()
 # Longest silence of dom0 outside of a scenario: the boot, on a loaded machine.
 BOOT_LIMIT=240
 
@@ -22,6 +24,8 @@ BOOT_LIMIT=240
 . "$HERE/images/build.sh"
 # shellcheck source=integration/xen/machine.sh
 . "$HERE/machine.sh"
+# shellcheck source=integration/xen/profile/profile.sh
+. "$HERE/profile/profile.sh"
 
 # header NAME KEY: the value of "# KEY: value" in a scenario's file.
 header() {
@@ -54,7 +58,7 @@ choose() {
 }
 
 usage() {
-    echo "usage: run.sh [--list] [--keep] [SCENARIO...]" >&2
+    echo "usage: run.sh [--list] [--keep] [SCENARIO...] [PARAMETER=VALUE...]" >&2
     exit 2
 }
 
@@ -65,6 +69,7 @@ main() {
         --list) list && exit ;;
         --keep) keep=1 ;;
         -*) usage ;;
+        [A-Z]*=*) PARAMETERS+=("$1") ;;
         *)
             [ -f "$HERE/scenarios/$1.sh" ] || { echo "run.sh: there is no scenario '$1' (see --list)" >&2 && exit 2; }
             names+=("$1")
@@ -78,6 +83,7 @@ main() {
     build_images
     prepare_machine "${names[@]}"
     run_machine "${names[@]}"
+    profile_tables
     report "$keep"
 }
 

@@ -1,25 +1,27 @@
 //! The control server: the main thread, which speaks to `tap-ctl` and `xenio` and starts a worker for each image.
 //!
 //! It never does image I/O and never waits for a worker: a request that a worker must carry out is answered when the worker
-//! answers, and meanwhile everybody else is served.
+//! answers, and meanwhile everybody else is served. Nor does it wait for a client.
+
+mod client;
 
 use std::collections::HashMap;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use mio::net::{UnixListener, UnixStream};
+use mio::net::UnixListener;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use tap_ctl::frame::{Decoder, encode};
 use tap_ctl::proto::{DiskInfo, Minor, OpenParams, RingEntry};
 use tap_ctl::{ControlDir, Reply, Request};
 
+use self::client::{Broken, Client};
 use crate::vbd::{Open, Vbd};
 use crate::worker::{Answer, Command, Worker};
 use crate::xen::Xen;
@@ -40,16 +42,6 @@ enum Event {
     Closed(Minor, Token, Reply),
     /// An answer to pass on.
     Answer(Token, Reply),
-}
-
-struct Client {
-    stream: UnixStream,
-    decoder: Decoder,
-    out: Vec<u8>,
-    /// A request is being carried out: the next one waits, unread.
-    busy: bool,
-    /// It sends nothing any more, but still gets its answer.
-    ended: bool,
 }
 
 /// The control server of one tapdisk.
@@ -130,10 +122,7 @@ impl<X: Xen> Server<X> {
     /// Serves until the last VBD is detached or a signal asks to end.
     pub fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(64);
-        while !(self.ending
-            && self.vbds.is_empty()
-            && self.clients.values().all(|client| client.out.is_empty()))
-        {
+        while !(self.ending && self.vbds.is_empty() && self.clients.values().all(Client::is_content)) {
             match self.poll.poll(&mut events, None) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result?,
@@ -163,10 +152,7 @@ impl<X: Xen> Server<X> {
             let token = Token(self.next_token);
             self.next_token += 1;
             self.poll.registry().register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
-            self.clients.insert(
-                token,
-                Client { stream, decoder: Decoder::default(), out: Vec::new(), busy: false, ended: false },
-            );
+            self.clients.insert(token, Client::new(stream));
         }
         Ok(())
     }
@@ -184,34 +170,30 @@ impl<X: Xen> Server<X> {
     /// Reads what there is, carries out whole requests, writes what there is to write.
     fn serve_client(&mut self, token: Token) {
         let Some(client) = self.clients.get_mut(&token) else { return };
-        let mut bytes = [0; 4096];
-        let ended = loop {
-            match client.stream.read(&mut bytes) {
-                Ok(0) => break true,
-                Ok(count) => client.decoder.feed(bytes.get(..count).unwrap_or_default()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break false,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => break true,
-            }
-        };
-        client.ended |= ended;
+        if let Err(broken) = client.receive() {
+            return self.give_up(token, &broken);
+        }
         self.next_requests(token);
         self.flush_client(token);
     }
 
+    fn give_up(&mut self, token: Token, broken: &Broken) {
+        log::warn!("a control connection is closed: {broken}");
+        self.drop_client(token);
+    }
+
     fn next_requests(&mut self, token: Token) {
-        while let Some(client) = self.clients.get_mut(&token).filter(|client| !client.busy) {
-            match client.decoder.next::<Request>() {
+        while let Some(client) = self.clients.get_mut(&token) {
+            match client.next() {
                 Ok(None) => return,
                 Ok(Some(request)) => {
-                    client.busy = true;
                     log::debug!("request {request:?}");
                     if let Some(reply) = self.carry_out(token, request) {
                         self.answer(token, &reply);
                     }
                 }
                 Err(error) => {
-                    self.answer(token, &Reply::Error { errno: libc::EPROTO, message: error.to_string() });
+                    client.answer(&Reply::Error { errno: libc::EPROTO, message: error.to_string() });
                     self.flush_client(token);
                     self.drop_client(token);
                     return;
@@ -221,26 +203,37 @@ impl<X: Xen> Server<X> {
     }
 
     fn answer(&mut self, token: Token, reply: &Reply) {
-        let Some(client) = self.clients.get_mut(&token) else { return };
-        client.busy = false;
-        match encode(reply) {
-            Ok(bytes) => client.out.extend_from_slice(&bytes),
-            Err(error) => log::error!("a reply does not fit the control protocol: {error}"),
+        if let Some(client) = self.clients.get_mut(&token) {
+            client.answer(reply);
         }
     }
 
     fn flush_client(&mut self, token: Token) {
         let Some(client) = self.clients.get_mut(&token) else { return };
-        while !client.out.is_empty() {
-            match client.stream.write(&client.out) {
-                Ok(count) => drop(client.out.drain(..count)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return self.drop_client(token),
+        if client.send().is_err() || client.is_done() {
+            self.drop_client(token);
+        }
+    }
+
+    /// Tells every follower how a disk is now.
+    fn tell(&mut self, minor: Minor) {
+        let Ok(Some(news)) = self.vbd(minor).map(|vbd| vbd.news()) else { return };
+        let followers = self.clients.iter_mut().filter(|(_, client)| client.follows());
+        let told: Vec<_> = followers.map(|(token, client)| (*token, client.tell(&news))).collect();
+        for (token, result) in told {
+            if let Err(broken) = result {
+                self.give_up(token, &broken);
             }
         }
-        if client.ended && !client.busy {
-            self.drop_client(token);
+    }
+
+    /// Makes a client a follower, and tells it how all disks are.
+    fn follow(&mut self, token: Token) {
+        let news: Vec<Reply> = self.vbds.iter().filter_map(Vbd::news).collect();
+        let Some(client) = self.clients.get_mut(&token) else { return };
+        client.follow();
+        if let Err(broken) = news.iter().try_for_each(|news| client.tell(news)) {
+            self.give_up(token, &broken);
         }
     }
 
@@ -260,8 +253,10 @@ impl<X: Xen> Server<X> {
                 }
                 Err(reply) => reply,
             }),
-            Request::Resize { .. } | Request::Follow => {
-                Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that".into()))
+            Request::Resize { .. } => Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that".into())),
+            Request::Follow => {
+                self.follow(token);
+                None
             }
             Request::Connect { minor, ring } => {
                 self.command(token, minor, |answer| Command::Connect(ring, answer))
@@ -340,7 +335,7 @@ impl<X: Xen> Server<X> {
         ) {
             Ok(worker) => {
                 if let Ok(vbd) = self.vbd(minor) {
-                    vbd.open = Some(Open { image, worker, info: None });
+                    vbd.open = Some(Open { image, worker, info: None, failed: None });
                 }
                 None
             }
@@ -401,6 +396,7 @@ impl<X: Xen> Server<X> {
                         open.info = Some(info);
                     }
                     log::info!("minor {minor}: open, {} sectors", info.sectors);
+                    self.tell(minor);
                     (token, Reply::DiskInfo(info))
                 }
                 Event::Opened(minor, token, Err(reply)) => {

@@ -19,6 +19,8 @@ pub struct Open {
     pub worker: Worker,
     /// Known once it is open.
     pub info: Option<DiskInfo>,
+    /// Why the disk was stopped, if it was.
+    pub failed: Option<String>,
 }
 
 /// A minor in our charge.
@@ -46,6 +48,12 @@ impl Vbd {
     pub fn close(&mut self) {
         self.open = None;
         self.closed_before = true;
+    }
+
+    /// What followers are told; nothing before an image is open.
+    pub fn news(&self) -> Option<Reply> {
+        let open = self.open.as_ref()?;
+        Some(Reply::Changed { minor: self.minor, info: open.info?, failed: open.failed.clone() })
     }
 
     /// The line of `tap-ctl list`.

@@ -21,6 +21,8 @@ pub(crate) struct Allocator {
     file_len: u64,
     /// A regular file has bytes of an unclean end from here on, and nothing else.
     stale_from: Option<u64>,
+    /// No preparation may begin.
+    held: bool,
     reserved: BTreeMap<BlockIndex, Reservation>,
 }
 
@@ -60,8 +62,30 @@ impl Allocator {
             next: end_of_data,
             file_len: size,
             stale_from: (regular && size > footer_end).then_some(end_of_data),
+            held: false,
             reserved: BTreeMap::new(),
         }
+    }
+
+    /// Lets no preparation begin until [`Allocator::release_hold`]; returns whether none is under way.
+    pub(crate) fn hold(&mut self) -> bool {
+        self.held = true;
+        self.reserved.values().all(|reservation| reservation.state != Preparation::Running)
+    }
+
+    /// Preparations may begin again. The storage ends at `end` at least by now.
+    pub(crate) fn release_hold(&mut self, end: u64) {
+        self.held = false;
+        if self.regular {
+            self.file_len = self.file_len.max(end);
+        }
+    }
+
+    /// Byte offset for a footer at the end of the storage, while none is being prepared. A file that ends with data, or within
+    /// the room of a block that is to be prepared again, gets longer by it.
+    pub(crate) fn end_footer(&self) -> u64 {
+        let last = self.file_len.saturating_sub(1) & !SECTOR_SIZE.saturating_sub(1);
+        if self.regular { last.max(self.next) } else { last }
     }
 
     /// Lets a writer of `block` in, reserving a place at the first time.
@@ -74,6 +98,9 @@ impl Allocator {
             Some((Preparation::Done, entry)) => return Ok(Admission::Ready(entry)),
             Some((Preparation::Running, _)) => return Ok(Admission::Wait(block)),
             Some((Preparation::Needed, _)) | None => {}
+        }
+        if self.held {
+            return Ok(Admission::Wait(block));
         }
         if self.regular
             && let Some((&running, _)) = self.reserved.iter().find(|(_, r)| r.state == Preparation::Running)
@@ -226,6 +253,34 @@ mod tests {
         // The block that failed keeps its place, in a file that is long enough by now.
         let retry = prepare(alloc.admit(0, &LAYOUT).unwrap());
         assert_eq!((retry.trim, footer_at(&retry), retry.body), (None, 16384, 4096..8192));
+    }
+
+    #[test]
+    fn while_it_is_held_nothing_is_prepared() {
+        let mut alloc = Allocator::new(true, 3584, 3072, 3584);
+        prepare(alloc.admit(0, &LAYOUT).unwrap());
+        assert!(!alloc.hold(), "one is under way");
+        alloc.prepared(0, &LAYOUT);
+        assert!(alloc.hold());
+        assert!(matches!(alloc.admit(0, &LAYOUT).unwrap(), Admission::Ready(7)));
+        assert!(matches!(alloc.admit(1, &LAYOUT).unwrap(), Admission::Wait(1)));
+        alloc.release_hold(0);
+        prepare(alloc.admit(1, &LAYOUT).unwrap());
+    }
+
+    #[test]
+    fn the_footer_at_the_end_is_found_and_never_among_data() {
+        // Clean, early Virtual PC's short footer, a gap before the footer, a device.
+        for (size, regular, offset) in
+            [(3584, true, 3072), (3583, true, 3072), (8192, true, 7680), (8192, false, 7680)]
+        {
+            assert_eq!(Allocator::new(regular, size, 3072, size).end_footer(), offset);
+        }
+        assert_eq!(Allocator::new(true, 8192, 8192, 0).end_footer(), 8192, "no footer, only data");
+        let mut failed = Allocator::new(true, 3584, 3072, 3584);
+        prepare(failed.admit(0, &LAYOUT).unwrap());
+        failed.prepare_failed(0);
+        assert_eq!(failed.end_footer(), 8192, "behind the block that will be tried again");
     }
 
     #[test]

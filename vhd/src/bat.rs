@@ -76,6 +76,21 @@ impl Bat {
         self
     }
 
+    /// Makes all entries up to `entries` unused that are not the disk's. They become its own by [`Bat::set_entries`]; until
+    /// then they are on their way to disk.
+    pub(crate) fn make_room(&mut self, entries: u32) {
+        let len = usize::try_from(entries.next_multiple_of(PER_SECTOR)).unwrap_or(usize::MAX);
+        self.table.resize(self.table.len().max(len), UNUSED.into());
+        for block in self.entries..entries {
+            self.set(block, UNUSED);
+        }
+    }
+
+    /// From now on the disk has this many blocks.
+    pub(crate) fn set_entries(&mut self, entries: u32) {
+        self.entries = entries;
+    }
+
     /// The number of blocks of the disk.
     pub(crate) fn entries(&self) -> u32 {
         self.entries

@@ -8,6 +8,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::bitmap;
+use crate::write::MetaWrite;
 
 /// Length of the batmap header in bytes; the map is in sectors of its own.
 pub const LEN: usize = 512;
@@ -141,6 +142,16 @@ impl Batmap {
         }
     }
 
+    /// Covers a disk of `disk_size` bytes. Bits that were not covered before have meant nothing: only those stay that `full`
+    /// confirms.
+    pub(crate) fn grow(&mut self, disk_size: u64, full: impl Fn(u32) -> bool) {
+        let before = self.covered_bits;
+        self.retain(|block| block < before || full(block));
+        let covered = covered_len(disk_size).min(self.map.len()).saturating_mul(8);
+        self.covered_bits = u32::try_from(covered).unwrap_or(u32::MAX);
+        self.changed = true;
+    }
+
     /// Clears the bits that `keep` does not confirm; returns how many there were.
     pub(crate) fn retain(&mut self, keep: impl Fn(u32) -> bool) -> u32 {
         let mut cleared = 0_u32;
@@ -164,6 +175,14 @@ impl Batmap {
         let mut header = self.header.clone();
         header.checksum = header.expected_checksum(&self.map, disk_size).into();
         self.changed.then_some((header, &self.map))
+    }
+
+    /// The same as writes.
+    pub(crate) fn writes(&self, disk_size: u64) -> Vec<MetaWrite> {
+        let Some((header, map)) = self.to_write(disk_size) else { return Vec::new() };
+        let map = MetaWrite { offset: header.offset.get(), bytes: map.to_vec() };
+        let header = MetaWrite { offset: self.offset, bytes: header.as_bytes().to_vec() };
+        vec![map, header]
     }
 }
 

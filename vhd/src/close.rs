@@ -2,6 +2,7 @@
 
 use zerocopy::IntoBytes;
 
+use crate::image::EndFooter;
 use crate::write::MetaWrite;
 use crate::{Error, SECTOR_SIZE, Vhd};
 
@@ -41,7 +42,8 @@ impl Vhd {
     }
 
     fn close_footers(&self, steps: &mut Vec<CloseStep>) {
-        if self.dynamic.as_ref().is_some_and(|dynamic| self.unclean || dynamic.writes.moved_end()) {
+        let Some(dynamic) = &self.dynamic else { return };
+        if self.end != EndFooter::Alike || dynamic.writes.moved_end() {
             self.footer_steps(steps);
         }
     }
@@ -69,10 +71,11 @@ impl Vhd {
 
     fn close_batmap(&self, steps: &mut Vec<CloseStep>) {
         let Some(batmap) = self.dynamic.as_ref().and_then(|dynamic| dynamic.batmap.as_ref()) else { return };
-        let Some((header, map)) = batmap.to_write(self.footer.current_size.get()) else { return };
-        let map = MetaWrite { offset: header.offset.get(), bytes: map.to_vec() };
-        let header = MetaWrite { offset: batmap.offset, bytes: header.as_bytes().to_vec() };
-        steps.extend([CloseStep::Write(map), CloseStep::Write(header), CloseStep::Flush]);
+        let writes = batmap.writes(self.footer.current_size.get());
+        if !writes.is_empty() {
+            steps.extend(writes.into_iter().map(CloseStep::Write));
+            steps.push(CloseStep::Flush);
+        }
     }
 
     /// Sets the flag that hides the image from storage managers, and returns the steps that put it on disk.

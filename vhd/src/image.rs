@@ -27,11 +27,22 @@ pub struct Vhd {
     pub(crate) kind: DiskType,
     pub(crate) sectors: u64,
     pub(crate) writable: bool,
-    pub(crate) unclean: bool,
+    pub(crate) end: EndFooter,
     /// Byte offset of the footer of a fixed image.
     pub(crate) fixed_footer: u64,
     /// `None` for a fixed image.
     pub(crate) dynamic: Option<Dynamic>,
+}
+
+/// The footer at the end of an image when it was opened, compared with the one at offset 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EndFooter {
+    /// The two are alike, or the image is fixed and has one only.
+    Alike,
+    /// Both are good, but a change of them was cut short.
+    Differs,
+    /// The image was not closed after its last writer.
+    Missing,
 }
 
 /// What a differencing image says of its parent.
@@ -118,12 +129,12 @@ impl Vhd {
         footer: RawFooter,
         kind: DiskType,
         writable: bool,
-        unclean: bool,
+        end: EndFooter,
         fixed_footer: u64,
         dynamic: Option<Dynamic>,
     ) -> Self {
         let sectors = footer.current_size.get() / SECTOR_SIZE;
-        Self { footer, kind, sectors, writable, unclean, fixed_footer, dynamic }
+        Self { footer, kind, sectors, writable, end, fixed_footer, dynamic }
     }
 
     /// How the image stores its disk.
@@ -170,7 +181,7 @@ impl Vhd {
 
     /// True if the image was not closed after its last writer: the footer at its end is missing or not its own.
     pub fn was_unclean(&self) -> bool {
-        self.unclean
+        self.end == EndFooter::Missing
     }
 
     /// First byte behind the data, where the footer of a file belongs, by the allocation table as it is on disk.

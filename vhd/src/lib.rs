@@ -40,6 +40,7 @@ mod image;
 pub mod locator;
 mod open;
 pub mod print;
+mod resize;
 pub mod time;
 pub mod util;
 mod uuid;
@@ -52,6 +53,7 @@ pub use footer::DiskType;
 pub use image::{Lookup, ParentRef, Vhd};
 pub use locator::ParentName;
 pub use open::{MAX_DISK_SIZE, OpenOptions, ReadAt, Source};
+pub use resize::Resize;
 pub use uuid::Uuid;
 pub use write::{Commit, MetaWrite, Prepare, WritePlan};
 

@@ -15,7 +15,7 @@ use crate::bat::{self, Bat, Layout};
 use crate::batmap::{self, Batmap, RawBatmapHeader};
 use crate::footer::{self, DiskType, FooterFault, RawFooter};
 use crate::header::{self, RawHeader};
-use crate::image::{Dynamic, Vhd};
+use crate::image::{Dynamic, EndFooter, Vhd};
 use crate::locator::{self, ParentName, Platform};
 use crate::{Error, SECTOR_SIZE};
 
@@ -205,10 +205,10 @@ pub(crate) fn open(source: &mut Source<'_>, options: &OpenOptions) -> Result<Vhd
         .ok_or_else(|| Error::invalid("footer", "unknown disk type"))?;
     if kind == DiskType::Fixed {
         let offset = end.map_or(0, |end| end.offset);
-        return Ok(Vhd::new(footer, kind, options.writable, false, offset, None));
+        return Ok(Vhd::new(footer, kind, options.writable, EndFooter::Alike, offset, None));
     }
-    let (footer, unclean, dynamic) = open_dynamic(source, options, footer, end, kind)?;
-    Ok(Vhd::new(footer, kind, options.writable, unclean, 0, Some(dynamic)))
+    let (footer, end, dynamic) = open_dynamic(source, options, footer, end, kind)?;
+    Ok(Vhd::new(footer, kind, options.writable, end, 0, Some(dynamic)))
 }
 
 fn open_dynamic(
@@ -217,7 +217,7 @@ fn open_dynamic(
     copy: RawFooter,
     end: Option<Found>,
     kind: DiskType,
-) -> Result<(RawFooter, bool, Dynamic), Error> {
+) -> Result<(RawFooter, EndFooter, Dynamic), Error> {
     let header_offset = copy.data_offset.get();
     let header = read_header(source, header_offset)?;
     let (layout, table_end) = place(source, &header, header_offset)?;
@@ -262,11 +262,15 @@ fn open_dynamic(
     }
     // A footer inside the data is the guest's.
     let end = end.filter(|end| end.offset >= end_of_data);
-    let unclean = end.is_none();
+    let state = match &end {
+        None => EndFooter::Missing,
+        Some(end) if end.footer == copy => EndFooter::Alike,
+        Some(_) => EndFooter::Differs,
+    };
     let footer = end.map_or(copy, |end| end.footer);
     let bat = bat.truncated(entries_of(&footer));
     let end_of_data = bat::end_of_data(&bat, &layout).max(end_of_data);
-    if unclean {
+    if state == EndFooter::Missing {
         log::warn!("image was not closed cleanly; the footer copy at offset 0 is used");
     }
     let batmap = batmap.map(|mut batmap| {
@@ -277,7 +281,7 @@ fn open_dynamic(
         batmap
     });
     let dynamic = Dynamic::new(header, names, layout, bat, batmap, end_of_data, limit, source);
-    Ok((footer, unclean, dynamic))
+    Ok((footer, state, dynamic))
 }
 
 /// The first byte that blocks must not reach: the end of a file, the footer at the end of a device.

@@ -144,6 +144,17 @@ impl Writes {
         self.alloc.used(self.end_of_data_at_open)
     }
 
+    /// Begins a change of metadata that no commit may go on beside. False if a commit is under way.
+    pub(crate) fn begin_alone(&mut self) -> bool {
+        !std::mem::replace(&mut self.committing, true)
+    }
+
+    /// Ends what [`Writes::begin_alone`] has begun; `failed` if nobody knows what is on disk.
+    pub(crate) fn end_alone(&mut self, failed: bool) {
+        self.committing = false;
+        self.poisoned |= failed;
+    }
+
     fn writer_came(&mut self, block: BlockIndex) {
         let activity = self.activity.entry(block).or_default();
         activity.writers = activity.writers.saturating_add(1);

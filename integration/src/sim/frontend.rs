@@ -216,6 +216,11 @@ impl Frontend {
         list
     }
 
+    /// Each ring: the grant references of its pages, and the guest's event channel.
+    pub fn queues(&self) -> impl Iterator<Item = (&[GrantRef], Port)> {
+        self.queues.iter().map(|queue| (&queue.refs[..], queue.port))
+    }
+
     /// The grant references of the first ring's pages.
     pub fn ring_refs(&self) -> &[GrantRef] {
         &self.queues[0].refs

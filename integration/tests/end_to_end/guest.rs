@@ -1,53 +1,15 @@
 //! Well-behaved guests, and the turns of a disk's life.
 
-use std::collections::VecDeque;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use blkif::{Abi, DomId, RingOrder, Sector, Status};
-use integration::programs;
-use integration::rig::{Device, PATIENCE, Rig};
 use integration::sim::frontend::{Completion, Frontend, Io, MAX_TRANSFER, Shape};
 use proptest::prelude::*;
 
-const XVDA: u32 = 51712;
+use super::support::*;
+
 const XVDB: u32 = 51728;
-const MIB: usize = 1 << 20;
-
-fn raw(rig: &Rig, name: &str, bytes: usize) -> (PathBuf, String) {
-    let path = rig.path(name);
-    std::fs::File::create(&path).unwrap().set_len(bytes as u64).unwrap();
-    let params = format!("aio:{}", path.display());
-    (path, params)
-}
-
-/// Runs vhd-util.
-fn vhd_util(args: &[&str]) -> String {
-    let (mut out, mut err) = (Vec::new(), Vec::new());
-    let code = vhd::util::run(args.iter().map(Into::into), &mut out, &mut err);
-    assert_eq!(code, 0, "{args:?}: {}", String::from_utf8_lossy(&err));
-    String::from_utf8_lossy(&out).into_owned()
-}
-
-fn vhd(rig: &Rig, name: &str, mib: usize) -> (PathBuf, String) {
-    let path = rig.path(name);
-    vhd_util(&["create", "-n", path.to_str().unwrap(), "-s", &mib.to_string()]);
-    let params = format!("vhd:{}", path.display());
-    (path, params)
-}
-
-fn pattern(seed: u8, len: usize) -> Vec<u8> {
-    (0..=250).cycle().skip(usize::from(seed)).take(len).collect()
-}
-
-/// A guest with one disk, connected.
-fn guest(rig: &Rig, domid: u16, params: &str, shape: Shape) -> (Device, Frontend) {
-    rig.create_domain(domid);
-    let device = rig.plug(domid, XVDA, params, "w").unwrap();
-    let frontend = Frontend::create(&rig.host.xen(), shape).unwrap();
-    rig.connect(&device, &frontend);
-    (device, frontend)
-}
 
 /// Waits until a dead tapdisk's last I/O has ended: the kernel keeps its lock so long.
 fn wait_for_lock(path: &Path) {
@@ -56,24 +18,9 @@ fn wait_for_lock(path: &Path) {
     nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLKW(&lock)).unwrap();
 }
 
-/// Takes the disk away with the guest's help.
-fn unplug(rig: &Rig, device: &Device) {
-    rig.ask_to_close(device);
-    rig.close_frontend(device);
-    rig.finish_removal(device);
-}
-
-fn answers(frontend: &mut Frontend, count: usize) -> Vec<Completion> {
-    let mut out = VecDeque::new();
-    while out.len() < count {
-        frontend.wait(&mut out, PATIENCE).unwrap();
-    }
-    out.into()
-}
-
 #[test]
 fn every_abi_and_ring_size_moves_the_same_bytes() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let mut domid = 0;
     for abi in [Abi::X86_64, Abi::X86_32] {
         for order in RingOrder::all() {
@@ -94,7 +41,7 @@ fn every_abi_and_ring_size_moves_the_same_bytes() {
 
 #[test]
 fn a_full_ring_of_requests_is_answered_each_once() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let (_, params) = raw(&rig, "a.img", 64 * MIB);
     let shape = Shape { order: RingOrder::MAX, ..Shape::simple(DomId(1)) };
     let (device, mut frontend) = guest(&rig, 1, &params, shape);
@@ -121,7 +68,7 @@ fn a_full_ring_of_requests_is_answered_each_once() {
 
 #[test]
 fn flushes_and_barriers_are_answered_in_any_mix() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let (_, params) = vhd(&rig, "a.vhd", 16);
     let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
     for round in 0..10u64 {
@@ -145,7 +92,7 @@ fn flushes_and_barriers_are_answered_in_any_mix() {
 
 #[test]
 fn a_guest_on_a_snapshot_leaves_its_parents_alone_and_an_independent_reader_agrees() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let (base, params) = vhd(&rig, "base.vhd", 8);
     let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
     frontend.write(Sector(0), &pattern(1, 3 * MIB)).unwrap();
@@ -178,7 +125,7 @@ fn a_guest_on_a_snapshot_leaves_its_parents_alone_and_an_independent_reader_agre
 
 #[test]
 fn a_guest_that_is_destroyed_in_the_middle_of_its_work_leaves_nothing_behind() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     for domid in 1..=10 {
         let (_, params) = vhd(&rig, &format!("{domid}.vhd"), 64);
         let (device, mut frontend) = guest(&rig, domid, &params, Shape::simple(DomId(domid)));
@@ -194,7 +141,7 @@ fn a_guest_that_is_destroyed_in_the_middle_of_its_work_leaves_nothing_behind() {
 
 #[test]
 fn a_second_disk_comes_and_goes_while_the_first_is_busy() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let (_, first) = raw(&rig, "a.img", 4 * MIB);
     let (_, second) = vhd(&rig, "b.vhd", 4);
     let (device, mut frontend) = guest(&rig, 1, &first, Shape::simple(DomId(1)));
@@ -229,7 +176,7 @@ fn a_second_disk_comes_and_goes_while_the_first_is_busy() {
 
 #[test]
 fn xenio_killed_and_started_again_is_not_noticed() {
-    let mut rig = Rig::start(programs!());
+    let mut rig = rig();
     let (_, params) = vhd(&rig, "a.vhd", 16);
     let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
     frontend.write(Sector(0), &pattern(1, MIB)).unwrap();
@@ -250,7 +197,7 @@ fn xenio_killed_and_started_again_is_not_noticed() {
 
 #[test]
 fn a_killed_tapdisk_loses_no_acknowledged_write_and_leaves_a_valid_image() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let (path, params) = vhd(&rig, "a.vhd", 64);
     for round in 0..8u16 {
         let (device, mut frontend) = guest(&rig, round + 1, &params, Shape::simple(DomId(round + 1)));
@@ -278,7 +225,7 @@ fn a_killed_tapdisk_loses_no_acknowledged_write_and_leaves_a_valid_image() {
 
 #[test]
 fn dom0_is_a_guest_like_any_other() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let (_, params) = raw(&rig, "a.img", MIB);
     // Its memory is its own in the simulation too: the backend's side is reached through grants all the same.
     let (device, mut frontend) = guest(&rig, 0, &params, Shape::simple(DomId(0)));
@@ -291,7 +238,7 @@ fn dom0_is_a_guest_like_any_other() {
 /// A stub domain serves its guest's emulated disk from the same image: two rings on one disk.
 #[test]
 fn two_frontends_share_one_disk() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let (_, params) = raw(&rig, "a.img", MIB);
     let (device, mut one) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
     rig.create_domain(2);
@@ -318,7 +265,7 @@ fn two_frontends_share_one_disk() {
 
 #[test]
 fn a_read_only_disk_refuses_a_forged_write_and_stays_as_it_was() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     let (path, params) = raw(&rig, "a.img", MIB);
     std::fs::write(&path, pattern(3, MIB)).unwrap();
     rig.create_domain(1);
@@ -348,7 +295,7 @@ fn a_read_only_disk_refuses_a_forged_write_and_stays_as_it_was() {
 
 #[test]
 fn a_disk_that_cannot_be_opened_leaves_no_tapdisk() {
-    let rig = Rig::start(programs!());
+    let rig = rig();
     rig.create_domain(1);
     let missing = rig.path("missing.vhd");
     let error = rig.plug(1, XVDA, &format!("vhd:{}", missing.display()), "w").unwrap_err();
@@ -382,7 +329,7 @@ proptest! {
 
     #[test]
     fn a_guests_disk_behaves_like_a_vector_of_bytes(steps in steps(), order in 0..=4u32) {
-        let rig = Rig::start(programs!());
+        let rig = rig();
         let (path, params) = vhd(&rig, "a.vhd", DISK / MIB);
         let shape = Shape { order: RingOrder::new(order).unwrap(), ..Shape::simple(DomId(1)) };
         let (mut device, mut frontend) = guest(&rig, 1, &params, shape);

@@ -7,77 +7,13 @@ use std::sync::atomic::Ordering;
 use blkif::abi::{header, op};
 use blkif::encode::{Draft, DraftSegment};
 use blkif::ids::PAGE_SIZE;
-use blkif::{Abi, DomId, GrantRef, RawRequest, Sector, Status};
+use blkif::{Abi, GrantRef, RawRequest, Sector};
 use gntdev::Access;
-use integration::programs;
-use integration::rig::{Device, PATIENCE, Rig};
-use integration::sim::frontend::{Frontend, Shape, UNTOUCHED};
+use integration::rig::PATIENCE;
+use integration::sim::frontend::UNTOUCHED;
 use proptest::prelude::*;
 
-const XVDA: u32 = 51712;
-const SECTORS: u64 = 2048;
-const ERROR: i16 = Status::Error.wire();
-const UNSUPPORTED: i16 = Status::NotSupported.wire();
-
-/// A misbehaving guest (domain 1) beside an honest one (domain 2) on the same host.
-struct Scene {
-    rig: Rig,
-    device: Device,
-    hostile: Frontend,
-    honest: Frontend,
-}
-
-impl Scene {
-    fn new() -> Scene {
-        let rig = Rig::start(programs!());
-        let (device, hostile) = guest(&rig, 1);
-        let (_, honest) = guest(&rig, 2);
-        Scene { rig, device, hostile, honest }
-    }
-
-    /// Sends one raw request and gives the status of its answer, which must carry id and operation.
-    fn raw(&mut self, draft: &Draft) -> i16 {
-        self.hostile.put_raw(draft.id, &draft.encode(Abi::X86_64));
-        self.hostile.kick().unwrap();
-        let mut out = VecDeque::new();
-        self.hostile.wait(&mut out, PATIENCE).unwrap();
-        assert_eq!((out[0].id, out[0].op), (draft.id, draft.op), "the answer's id and operation");
-        out[0].status
-    }
-
-    /// A page of the guest with a grant, and a segment that covers it.
-    fn page(&mut self) -> DraftSegment {
-        let (_, gref) = self.hostile.page(Access::ReadWrite);
-        DraftSegment { gref, first: 0, last: 7 }
-    }
-
-    /// The hostile guest's own disk still works.
-    fn still_works(&mut self) {
-        self.hostile.write(Sector(64), &[0x5a; 4096]).unwrap();
-        assert!(self.hostile.read(Sector(64), 4096).unwrap() == [0x5a; 4096]);
-        self.others_still_work();
-    }
-
-    /// The honest guest's does, whatever became of the hostile one's.
-    fn others_still_work(&mut self) {
-        self.honest.write(Sector(8), &[0xa5; 4096]).unwrap();
-        assert!(self.honest.read(Sector(8), 4096).unwrap() == [0xa5; 4096]);
-    }
-}
-
-fn guest(rig: &Rig, domid: u16) -> (Device, Frontend) {
-    let path = rig.path(&format!("{domid}.img"));
-    std::fs::File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
-    rig.create_domain(domid);
-    let device = rig.plug(domid, XVDA, &format!("aio:{}", path.display()), "w").unwrap();
-    let frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(domid))).unwrap();
-    rig.connect(&device, &frontend);
-    (device, frontend)
-}
-
-fn draft(op: u8, sector: u64, segments: &[DraftSegment]) -> Draft {
-    Draft::new(op, 77, sector, segments)
-}
+use super::scene::{ERROR, SECTORS, Scene, UNSUPPORTED, draft};
 
 /// Sets the ring's request counter to `value` and rings the bell.
 fn overrun(value: impl Fn(u32) -> u32) {

@@ -2,6 +2,15 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "positions on small test disks, and seeds of patterns")]
 
+/// The engine that tapdisks are told to use; `None`: the one that they choose.
+const ENGINE: Option<&str> = None;
+
 mod control;
 mod guest;
 mod hostile;
+mod hostile_data;
+mod hostile_load;
+mod hostile_ring;
+mod protocol;
+mod scene;
+mod support;

@@ -80,7 +80,8 @@ raw() {
 
 # --- guests ---
 
-# GUEST_CMDLINE, GUEST_MEMORY (MiB) and GUEST_INITRD change the guests that are written after them.
+# GUEST_CMDLINE, GUEST_MEMORY (MiB), GUEST_INITRD, GUEST_VCPUS and GUEST_CPUS (the CPUs that they may
+# use) and GUEST_CONFIG (more lines) change the guests that are written after them.
 
 # guest NAME TYPE DISK... <<JOB: writes NAME.cfg for a guest (pv or pvh) that runs the job, a shell script, and powers off.
 guest() {
@@ -115,7 +116,9 @@ write_config() {
 name = "$1"
 type = "$2"
 memory = ${GUEST_MEMORY:-160}
-vcpus = 1
+vcpus = ${GUEST_VCPUS:-1}
+${GUEST_CONFIG-}
+cpus = "${GUEST_CPUS:-all}"
 kernel = "$SRV/vmlinux"
 ramdisk = "$WORK/$1.initrd"
 cmdline = "console=hvc0 quiet mitigations=off ${GUEST_CMDLINE-}"

@@ -2,6 +2,7 @@
 # scenario.sh NAME: one scenario, with the helpers of lib.sh and an empty work folder.
 set -euo pipefail
 . /testbed/dom0/lib.sh
+. /testbed/parameters
 rm -rf "$WORK"
 mkdir -p "$WORK"
 cd "$WORK"

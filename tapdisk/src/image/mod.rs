@@ -98,6 +98,7 @@ pub struct Disk {
     io: Io,
     readonly: Cell<bool>,
     flushes: Group,
+    resizing: Cell<bool>,
     common: Arc<Common>,
 }
 
@@ -108,7 +109,8 @@ impl Disk {
 
     fn with(leaf: Layer, parents: Vec<Layer>, io: Io, readonly: bool, common: Arc<Common>) -> Disk {
         let flushes = Group::new(io.scheduler.clone());
-        Disk { leaf, parents, io, readonly: Cell::new(readonly), flushes, common }
+        let (readonly, resizing) = (Cell::new(readonly), Cell::new(false));
+        Disk { leaf, parents, io, readonly, flushes, resizing, common }
     }
 
     /// Capacity in sectors of 512 bytes.

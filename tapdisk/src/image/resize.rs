@@ -41,22 +41,44 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// EINVAL for a size that is smaller, no multiple of 512, or more than the store or the format's table has room for; the
+    /// EBUSY while another resize is under way. EINVAL for a size that is smaller, no multiple of 512, or more than the store or the format's table has room for; the
     /// reason is logged. EROFS if the disk is read-only and a size is asked for.
     pub async fn resize(&self, size: Option<u64>) -> Result<u64, Errno> {
         if size.is_some() {
             self.check_writable()?;
         }
-        match &self.leaf {
-            Layer::Raw(raw) => self.resize_raw(&raw.file, size).await?,
-            Layer::Null(_) => match decide(u64::MAX, self.sectors(), size, true) {
-                Ok(Change::Take { sectors }) if size.is_some() => self.common.grow(sectors),
-                Ok(_) => {}
-                Err(reason) => return Err(self.refuse_size(reason)),
-            },
-            Layer::Vhd(_) => {}
+        if self.resizing.replace(true) {
+            return Err(Errno::EBUSY);
         }
-        Ok(self.sectors())
+        let result = self.change_size(size).await;
+        self.resizing.set(false);
+        result.map(|()| self.sectors())
+    }
+
+    async fn change_size(&self, size: Option<u64>) -> Result<(), Errno> {
+        match &self.leaf {
+            Layer::Raw(raw) => self.resize_raw(&raw.file, size).await,
+            // The size of these is their own.
+            Layer::Null(_) | Layer::Vhd(_) if size.is_none() => Ok(()),
+            Layer::Null(_) => self.own_size(size).map(|sectors| self.common.grow(sectors)),
+            Layer::Vhd(vhd) => {
+                let sectors = self.own_size(size)?;
+                if sectors > self.sectors() {
+                    vhd.resize(&self.io, sectors).await?;
+                    self.common.grow(sectors);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// The size asked for, of an image that sets its own.
+    fn own_size(&self, size: Option<u64>) -> Result<u64, Errno> {
+        match decide(u64::MAX, self.sectors(), size, true) {
+            Ok(Change::Take { sectors }) => Ok(sectors),
+            Ok(Change::Extend { bytes }) => Ok(bytes / SECTOR_SIZE),
+            Err(reason) => Err(self.refuse_size(reason)),
+        }
     }
 
     async fn resize_raw(&self, file: &ImageFile, size: Option<u64>) -> Result<(), Errno> {

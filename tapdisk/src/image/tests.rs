@@ -173,7 +173,7 @@ fn a_parent_in_use_by_a_reader_can_be_shared_but_not_written() {
 
 /// Creates a dynamic VHD of `mib` MiB.
 fn make(path: &Path, mib: u64) {
-    create(path, DiskType::Dynamic, mib << 20, None);
+    create(path, DiskType::Dynamic, mib << 20, 0, None);
 }
 
 fn snapshot(child: &Path, parent: &Path) {
@@ -184,17 +184,17 @@ fn snapshot(child: &Path, parent: &Path) {
     let core = ::vhd::Vhd::open(source, &::vhd::OpenOptions::default()).unwrap();
     let name = parent.file_name().unwrap().to_str().unwrap().to_owned();
     let parent = NewParent { uuid: core.uuid(), timestamp: 0, path: format!("./{name}"), name };
-    create(child, DiskType::Differencing, core.sectors() * 512, Some(parent));
+    create(child, DiskType::Differencing, core.sectors() * 512, 0, Some(parent));
 }
 
-fn create(path: &Path, kind: DiskType, size: u64, parent: Option<NewParent>) {
+fn create(path: &Path, kind: DiskType, size: u64, max_size: u64, parent: Option<NewParent>) {
     static CREATED: AtomicU64 = AtomicU64::new(1);
     let mut id = [0; 16];
     id[..8].copy_from_slice(&CREATED.fetch_add(1, Ordering::Relaxed).to_be_bytes());
     let image = NewImage {
         kind,
         size,
-        max_size: size,
+        max_size,
         block_size: 2 << 20,
         uuid: ::vhd::Uuid::from_random(id),
         timestamp: 0,
@@ -207,6 +207,11 @@ fn create(path: &Path, kind: DiskType, size: u64, parent: Option<NewParent>) {
     for write in bytes.writes {
         std::os::unix::fs::FileExt::write_all_at(&file, &write.bytes, write.offset).unwrap();
     }
+}
+
+/// A VHD with room to grow.
+fn make_growing(path: &Path, mebibytes: u64, most: u64) {
+    create(path, DiskType::Dynamic, mebibytes << 20, most << 20, None);
 }
 
 /// Writes something through a disk.

@@ -28,6 +28,10 @@ pub struct VhdLayer {
     prepared: WaitSet,
     /// Something was written, so the footer at the end must be made good when the image is closed.
     dirty: Cell<bool>,
+    /// A growth to this many sectors is asked for: the next commit carries it out.
+    growth: Cell<Option<u64>>,
+    /// What has become of it.
+    grown: Cell<Result<(), Errno>>,
 }
 
 impl VhdLayer {
@@ -39,6 +43,8 @@ impl VhdLayer {
             commits: Group::new(io.scheduler.clone()),
             prepared: WaitSet::new(io.scheduler.clone()),
             dirty: Cell::new(false),
+            growth: Cell::new(None),
+            grown: Cell::new(Ok(())),
         }
     }
 
@@ -149,35 +155,91 @@ impl VhdLayer {
         let result = self
             .commits
             .run(async || {
-                let begun = self.core.borrow_mut().begin_commit();
-                let Some(commit) = begun else {
-                    return if self.core.borrow().is_poisoned() { Err(Errno::EIO) } else { Ok(()) };
-                };
-                // Barrier 1: what the metadata is going to point to must be on the disk before it.
-                let mut result = io.fdatasync(&self.file).await;
-                for write in &commit.writes {
-                    if result.is_err() {
-                        break;
-                    }
-                    result = self.write_metadata(io, write).await;
+                // Not beside a commit, whoever leads it.
+                if let Some(sectors) = self.growth.take() {
+                    self.grown.set(self.grow(io, sectors).await);
                 }
-                let mut core = self.core.borrow_mut();
-                match result {
-                    Ok(()) => core.commit_done(commit),
-                    Err(errno) => {
-                        log::error!(
-                            "{}: writing metadata failed: {errno}; the image takes no more writes until it is reopened",
-                            self.file.path().display()
-                        );
-                        core.commit_failed(commit);
-                    }
-                }
-                result
+                self.publish(io).await
             })
             .await;
         // The bits of a commit are visible only after it: whoever waits for a block can plan again.
         self.prepared.wake_all();
         result
+    }
+
+    async fn publish(&self, io: &Io) -> Result<(), Errno> {
+        let begun = self.core.borrow_mut().begin_commit();
+        let Some(commit) = begun else {
+            return if self.core.borrow().is_poisoned() { Err(Errno::EIO) } else { Ok(()) };
+        };
+        // Barrier 1: what the metadata is going to point to must be on the disk before it.
+        let mut result = io.fdatasync(&self.file).await;
+        for write in &commit.writes {
+            if result.is_err() {
+                break;
+            }
+            result = self.write_metadata(io, write).await;
+        }
+        let mut core = self.core.borrow_mut();
+        match result {
+            Ok(()) => core.commit_done(commit),
+            Err(errno) => {
+                self.say_poisoned(errno);
+                core.commit_failed(commit);
+            }
+        }
+        result
+    }
+
+    fn say_poisoned(&self, errno: Errno) {
+        log::error!(
+            "{}: writing metadata failed: {errno}; the image takes no more writes until it is reopened",
+            self.file.path().display()
+        );
+    }
+
+    /// Makes the disk this many sectors large, one resize at a time. When this returns, it is so and durable.
+    pub async fn resize(&self, io: &Io, sectors: u64) -> Result<(), Errno> {
+        self.growth.set(Some(sectors));
+        self.grown.set(Err(Errno::EIO));
+        // Whoever leads the round carries the growth out, and tells of it apart from what becomes of the commit.
+        let _ = self.commit(io).await;
+        self.grown.get()
+    }
+
+    async fn grow(&self, io: &Io, sectors: u64) -> Result<(), Errno> {
+        let resize = loop {
+            let begun = self.core.borrow_mut().begin_resize(sectors).map_err(|error| {
+                log::error!("{}: cannot be resized: {error}", self.file.path().display());
+                Errno::from_raw(error.errno())
+            })?;
+            match begun {
+                Some(resize) => break resize,
+                None => self.prepared.wait().await,
+            }
+        };
+        self.dirty.set(true);
+        let result = self.take_steps(io, &resize.steps).await;
+        let mut core = self.core.borrow_mut();
+        match result {
+            Ok(()) => core.resize_done(resize),
+            Err(errno) => {
+                self.say_poisoned(errno);
+                core.resize_failed(resize);
+            }
+        }
+        result
+    }
+
+    async fn take_steps(&self, io: &Io, steps: &[CloseStep]) -> Result<(), Errno> {
+        for step in steps {
+            match step {
+                CloseStep::Write(write) => self.write_metadata(io, write).await?,
+                CloseStep::Truncate(len) => self.file.set_len(*len)?,
+                CloseStep::Flush => io.fdatasync(&self.file).await?,
+            }
+        }
+        Ok(())
     }
 
     async fn write_metadata(&self, io: &Io, write: &MetaWrite) -> Result<(), Errno> {
@@ -190,14 +252,7 @@ impl VhdLayer {
             return Ok(());
         }
         let steps = self.core.borrow().close_writes();
-        for step in steps.steps {
-            match step {
-                CloseStep::Write(write) => self.write_metadata(io, &write).await?,
-                CloseStep::Truncate(len) => self.file.set_len(len)?,
-                CloseStep::Flush => io.fdatasync(&self.file).await?,
-            }
-        }
-        Ok(())
+        self.take_steps(io, &steps.steps).await
     }
 
     fn errno(&self, error: &vhd::Error) -> Errno {

@@ -33,6 +33,7 @@ fn shapes() -> impl Strategy<Value = Shape> {
         kind,
         block_size,
         sectors,
+        max_sectors: 0,
         regular,
     })
 }

@@ -111,19 +111,21 @@ pub struct Shape {
     pub kind: DiskType,
     pub block_size: u32,
     pub sectors: u64,
+    /// Sectors that the disk can grow to; 0 for no more than it has.
+    pub max_sectors: u64,
     pub regular: bool,
 }
 
 impl Shape {
     pub fn dynamic(block_size: u32, sectors: u64) -> Self {
-        Self { kind: DiskType::Dynamic, block_size, sectors, regular: true }
+        Self { kind: DiskType::Dynamic, block_size, sectors, max_sectors: 0, regular: true }
     }
 
     fn image(&self, id: u8, parent: Option<NewParent>) -> NewImage {
         NewImage {
             kind: if parent.is_some() { DiskType::Differencing } else { self.kind },
             size: self.sectors * 512,
-            max_size: 0,
+            max_size: self.max_sectors * 512,
             block_size: self.block_size,
             uuid: Uuid([id; 16]),
             timestamp: 1,
@@ -135,7 +137,7 @@ impl Shape {
     /// A storage with a new image; a device is full of old data around it.
     pub fn create(&self, id: u8, parent: Option<NewParent>) -> Store {
         let image = self.image(id, parent);
-        let blocks = (self.sectors * 512).div_ceil(u64::from(self.block_size));
+        let blocks = (self.sectors.max(self.max_sectors) * 512).div_ceil(u64::from(self.block_size));
         let room = blocks * (u64::from(self.block_size) + 8192) + (1 << 16);
         let bytes = image.build((!self.regular).then_some(room)).unwrap();
         let filler = if self.regular || self.kind == DiskType::Fixed { 0 } else { 0xa5 };
@@ -305,6 +307,16 @@ impl Disk {
         }
     }
 
+    /// Grows the disk in place.
+    pub fn resize(&mut self, sectors: u64) -> Result<(), Error> {
+        let resize = self.vhd.begin_resize(sectors)?.expect("nothing else is under way");
+        for step in &resize.steps {
+            self.store.run(op(step.clone()));
+        }
+        self.vhd.resize_done(resize);
+        Ok(())
+    }
+
     pub fn flush(&mut self) {
         self.store.run(Op::Flush);
     }
@@ -312,11 +324,7 @@ impl Disk {
     /// Closes cleanly and gives back the storage.
     pub fn close(mut self) -> (Store, Vec<Rc<RefCell<Layer>>>) {
         for step in self.vhd.close_writes().steps {
-            self.store.run(match step {
-                CloseStep::Write(MetaWrite { offset, bytes }) => Op::Write(offset, bytes),
-                CloseStep::Truncate(len) => Op::SetLen(len),
-                CloseStep::Flush => Op::Flush,
-            });
+            self.store.run(op(step));
         }
         (self.store, self.parents)
     }
@@ -338,10 +346,24 @@ impl Disk {
         open = read_layer(&self.store, &mut self.vhd, &open, &mut all);
         for parent in &self.parents {
             let Layer { store, vhd } = &mut *parent.borrow_mut();
-            open = read_layer(store, vhd, &open, &mut all);
+            // Behind the end of a shorter parent there are zeros.
+            let end = vhd.sectors();
+            for &(from, to) in open.iter().filter(|run| run.1 > end) {
+                all[at(from.max(end) * 512)..at(to * 512)].fill(0);
+            }
+            let inside = open.iter().filter(|run| run.0 < end).map(|&(from, to)| (from, to.min(end)));
+            open = read_layer(store, vhd, &inside.collect::<Vec<_>>(), &mut all);
         }
         assert!(open.is_empty());
         all
+    }
+}
+
+fn op(step: CloseStep) -> Op {
+    match step {
+        CloseStep::Write(MetaWrite { offset, bytes }) => Op::Write(offset, bytes),
+        CloseStep::Truncate(len) => Op::SetLen(len),
+        CloseStep::Flush => Op::Flush,
     }
 }
 

@@ -161,3 +161,48 @@ fn a_disk_that_was_stopped_says_why_and_stops_its_other_handles() {
         assert_eq!(read(&other, &io, 0, 1).await, [0; 512], "reading goes on");
     });
 }
+
+#[test]
+fn a_vhd_grows_while_it_is_written_and_stays_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.vhd");
+    make_growing(&path, 8, 600);
+    run(move |io| async move {
+        let disk = Rc::new(open(&params(ImageType::Vhd, &path, false), &io).unwrap());
+        assert_eq!(disk.resize(None).await, Ok(8 * 2048));
+        let last = 600 * 2048 - 1;
+        // Writers of new blocks and their commits around it, all in turns.
+        let grown = {
+            let disk = disk.clone();
+            async move { assert_eq!(disk.resize(Some(600 << 20)).await, Ok(600 * 2048)) }
+        };
+        let mut all: Vec<std::pin::Pin<Box<dyn Future<Output = ()>>>> = vec![Box::pin(grown)];
+        for block in 0..4 {
+            let (disk, io) = (disk.clone(), io.clone());
+            let at = if block == 2 { all.len() } else { 0 };
+            all.insert(
+                at,
+                Box::pin(async move { write(&disk, &io, block * 4096 + 5, &[9; 1024]).await.unwrap() }),
+            );
+        }
+        all.push(Box::pin({
+            let disk = disk.clone();
+            async move { assert_eq!(disk.resize(Some(600 << 20)).await, Err(Errno::EBUSY)) }
+        }));
+        join(all.into_iter()).await;
+        write(&disk, &io, last, &[8; 512]).await.unwrap();
+        for size in [8 << 20, (600 << 20) + 1, 602 << 20] {
+            assert_eq!(disk.resize(Some(size)).await, Err(Errno::EINVAL));
+        }
+        assert_eq!(disk.resize(Some(600 << 20)).await, Ok(600 * 2048), "it has that size");
+        disk.flush().await.unwrap();
+        drop(disk);
+        // As if tapdisk had been stopped there.
+        let disk = open(&params(ImageType::Vhd, &path, false), &io).unwrap();
+        assert_eq!(disk.sectors(), 600 * 2048);
+        for block in 0..4 {
+            assert_eq!(read(&disk, &io, block * 4096 + 5, 2).await, [9; 1024]);
+        }
+        assert_eq!(read(&disk, &io, last, 1).await, [8; 512]);
+    });
+}

@@ -326,7 +326,13 @@ impl<X: Xen> Server<X> {
         let image = params.image.clone();
         let tell = self.teller();
         let opened = Box::new(move |result| tell(Event::Opened(minor, token, result)));
-        match Worker::start(self.xen.clone(), params, opened) {
+        match Worker::start(
+            self.xen.clone(),
+            crate::worker::Source::Open(params),
+            Default::default(),
+            opened,
+            Arc::new(|notice| log::error!("{notice:?}")),
+        ) {
             Ok(worker) => {
                 if let Ok(vbd) = self.vbd(minor) {
                     vbd.open = Some(Open { image, worker, info: None, failed: None });

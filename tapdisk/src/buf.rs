@@ -174,13 +174,15 @@ impl Pool {
         }
     }
 
-    /// Gives the memory of chunks without a live buffer back to the system. Returns whether any memory is still held.
-    pub fn trim(&self) -> bool {
-        let mut held = false;
-        for (index, chunk) in self.chunks.borrow_mut().iter_mut().enumerate().filter(|(_, chunk)| chunk.used)
-        {
-            if !chunk.runs.is_unused() {
-                held = true;
+    /// Whether [`Pool::trim`] could give memory back.
+    pub fn holds_memory(&self) -> bool {
+        self.chunks.borrow().iter().any(|chunk| chunk.used)
+    }
+
+    /// Gives the memory of chunks without a live buffer back to the system.
+    pub fn trim(&self) {
+        for (index, chunk) in self.chunks.borrow_mut().iter_mut().enumerate() {
+            if !chunk.used || !chunk.runs.is_unused() {
                 continue;
             }
             if let (Some(fixed), Some(reactor)) = (chunk.fixed.take(), self.reactor.get()) {
@@ -193,7 +195,6 @@ impl Pool {
                 unsafe { madvise(base.cast(), chunk.runs.pages * PAGE_SIZE, MmapAdvise::MADV_DONTNEED) };
             debug_assert!(advised.is_ok());
         }
-        held
     }
 }
 

@@ -83,7 +83,9 @@ impl<G: Grants> Copier<G> {
         let mut batch = self.batch(direction).borrow_mut();
         let first = batch.segments.len();
         let (low, high) = match buf.piece(0..buf.len()) {
-            Some(Piece { ptr, len, .. }) => (ptr.addr().get() as u64, ptr.addr().get() as u64 + u64::from(len)),
+            Some(Piece { ptr, len, .. }) => {
+                (ptr.addr().get() as u64, ptr.addr().get() as u64 + u64::from(len))
+            }
             None => (0, 0),
         };
         for segment in segments {

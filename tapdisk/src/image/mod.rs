@@ -155,8 +155,8 @@ impl Disk {
         }
     }
 
-    /// For messages.
-    fn name(&self) -> std::path::Display<'_> {
+    /// The image, for messages.
+    pub fn name(&self) -> std::path::Display<'_> {
         self.leaf.file().map_or(std::path::Path::new("null"), ImageFile::path).display()
     }
 

@@ -154,6 +154,11 @@ impl Reactor {
         self.engine.borrow_mut().timer(after, KEY_TIMERS[timer as usize])
     }
 
+    /// Whether operations wait to be handed to the engine by [`Reactor::turn`].
+    pub fn has_queued(&self) -> bool {
+        self.engine.borrow_mut().has_queued()
+    }
+
     /// Whether [`Reactor::turn`] would find something; for polling, costs no system call.
     pub fn has_news(&self) -> bool {
         self.engine.borrow_mut().has_news()
@@ -217,7 +222,7 @@ impl Reactor {
 
     fn advance(&self, wait: bool) -> io::Result<()> {
         let mut engine = self.engine.borrow_mut();
-        if wait || engine.has_queued() {
+        if wait || engine.has_queued() || engine.has_news() {
             engine.enter(wait)?;
         }
         let mut readable = self.readable.get();

@@ -1,26 +1,57 @@
-//! A worker: the thread that serves one disk, and the handle by which the control server speaks to it.
+//! A worker: a thread that serves a disk, and the handle by which others speak to it.
 //!
 //! ```text
 //!  control server --Command--> queue + eventfd --> worker thread (executor, reactor, disk, rings)
-//!                 <--Answer--- queue + waker  <--
+//!                 <--Answer--- queue + waker  <--      | the same, for further rings of an image without metadata
+//!                 <--Notice---                         v
+//!                                                   siblings
 //! ```
 
+mod connect;
 mod mapped;
+mod persistent;
+mod poll;
 mod ring;
 mod serve;
 mod thread;
 
+use std::cell::Cell;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tap_ctl::Reply;
 use tap_ctl::proto::{DiskInfo, OpenParams, RingEntry, RingParams};
 
+use crate::image::DiskShare;
+use crate::reactor::EngineChoice;
+use crate::sync::WaitSet;
 use crate::xen::Xen;
+
+/// How often a thread that holds memory or mappings looks what it can give back. An idle disk does not do it.
+const HOUSEKEEPING: Duration = Duration::from_secs(10);
+
+/// Where a worker's disk comes from.
+#[derive(Debug)]
+pub enum Source {
+    /// It is opened.
+    Open(OpenParams),
+    /// Another thread has it open.
+    Share(DiskShare),
+}
+
+/// What a worker tells without being asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The disk has another size.
+    Resized(DiskInfo),
+    /// The disk has stopped: its guests must be disconnected, for this reason.
+    Failed(String),
+}
 
 /// Takes a reply to whoever asked, exactly once: if it is dropped with the command (the worker has ended), it says so.
 pub struct Answer(Option<Box<dyn FnOnce(Reply) + Send>>);
@@ -60,15 +91,38 @@ pub enum Command {
     Connect(RingParams, Answer),
     /// Stop serving a frontend.
     Disconnect(RingEntry, Answer),
+    /// Take a change of the image's size in; or, with a size in bytes, make it grow.
+    Resize(Option<u64>, Answer),
+    /// For a sibling: the disk has grown.
+    Grown,
+    /// From a sibling: it has ended.
+    SiblingEnded(u64),
     /// Disconnect every frontend, close the image and end.
     Close(Answer),
 }
 
-/// The control server's end of a worker.
+/// Where commands go in.
+#[derive(Clone, Debug)]
+pub struct Commands {
+    queue: Sender<Command>,
+    wake: Arc<EventFd>,
+}
+
+impl Commands {
+    /// Queues a command. A worker that has ended drops it, which answers it.
+    pub fn send(&self, command: Command) {
+        if self.queue.send(command).is_ok()
+            && let Err(errno) = self.wake.write(1)
+        {
+            log::error!("cannot wake a worker thread: {errno}");
+        }
+    }
+}
+
+/// The handle of a worker.
 #[derive(Debug)]
 pub struct Worker {
-    commands: Sender<Command>,
-    wake: Arc<EventFd>,
+    commands: Commands,
     rings: Arc<Mutex<Vec<RingEntry>>>,
 }
 
@@ -76,27 +130,35 @@ impl Worker {
     /// Starts a thread, which opens the image and tells the outcome through `opened`. After a failure it has ended.
     pub fn start<X: Xen>(
         xen: X,
-        params: OpenParams,
+        source: Source,
+        engine: EngineChoice,
         opened: Box<dyn FnOnce(Result<DiskInfo, Reply>) + Send>,
+        tell: Arc<dyn Fn(Notice) + Send + Sync>,
     ) -> io::Result<Worker> {
-        let (commands, receiver) = channel();
+        let (queue, receiver) = channel();
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let commands = Commands { queue, wake };
         let rings = Arc::new(Mutex::new(Vec::new()));
-        let inbox = Inbox { commands: receiver, wake: wake.clone(), rings: rings.clone() };
-        std::thread::Builder::new()
-            .name("disk".into())
-            .spawn(move || thread::run(xen, &params, inbox, opened))?;
-        Ok(Worker { commands, wake, rings })
+        let (given, told) = (commands.clone(), rings.clone());
+        let name = if matches!(source, Source::Open(_)) { "disk" } else { "ring" };
+        std::thread::Builder::new().name(name.into()).spawn(move || {
+            // Built here: what waits for siblings belongs to the thread.
+            let inbox = |scheduler| Inbox {
+                received: receiver,
+                commands: given,
+                rings: told,
+                siblings_changed: WaitSet::new(scheduler),
+                numbers: Cell::new(0),
+            };
+            thread::run(xen, source, engine, inbox, opened, tell);
+        })?;
+        Ok(Worker { commands, rings })
     }
 
     /// Queues a command. A worker that has ended drops it, which answers it.
     pub fn send(&self, command: Command) {
-        if self.commands.send(command).is_ok()
-            && let Err(errno) = self.wake.write(1)
-        {
-            log::error!("cannot wake a worker thread: {errno}");
-        }
+        self.commands.send(command);
     }
 
     /// The frontends being served.
@@ -107,24 +169,37 @@ impl Worker {
 
 /// The worker's end.
 struct Inbox {
-    commands: Receiver<Command>,
-    wake: Arc<EventFd>,
+    received: Receiver<Command>,
+    commands: Commands,
     rings: Arc<Mutex<Vec<RingEntry>>>,
+    siblings_changed: WaitSet,
+    numbers: Cell<u64>,
 }
 
 impl Inbox {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.wake.as_fd()
+        self.commands.wake.as_fd()
     }
 
     /// The next command. Reset the wake-up before taking the first, so that none is slept through.
     fn take(&self) -> Option<Command> {
-        self.commands.try_recv().ok()
+        self.received.try_recv().ok()
     }
 
     fn reset(&self) {
         // EAGAIN: nothing to reset.
-        let _ = self.wake.read();
+        let _ = self.commands.wake.read();
+    }
+
+    /// For siblings to answer to.
+    fn sender(&self) -> Commands {
+        self.commands.clone()
+    }
+
+    /// A number that was not given out before.
+    fn next_number(&self) -> u64 {
+        self.numbers.set(self.numbers.get() + 1);
+        self.numbers.get()
     }
 
     fn publish(&self, rings: Vec<RingEntry>) {

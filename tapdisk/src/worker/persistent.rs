@@ -125,7 +125,7 @@ pub struct Persistent<G: Grants> {
 
 impl<G: Grants> fmt::Debug for Persistent<G> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Persistent").field("pages", &self.pages()).finish_non_exhaustive()
+        f.debug_struct("Persistent").field("dom", &self.dom).finish_non_exhaustive()
     }
 }
 
@@ -197,8 +197,17 @@ where
         }
     }
 
-    /// Time passes: unmaps what was not used lately. Returns whether anything is left.
-    pub fn age(&self) -> bool {
+    /// Unmaps everything. No request may be using a page.
+    pub fn clear(&self) {
+        let mut cache = self.cache.borrow_mut();
+        for index in 0..cache.groups.len() {
+            cache.drop_if(index, |_| true);
+        }
+        debug_assert!(cache.places.is_empty(), "a page of the guest is in use");
+    }
+
+    /// Time passes: unmaps what was not used lately.
+    pub fn age(&self) {
         let mut cache = self.cache.borrow_mut();
         let now = cache.clock;
         cache.ages.push_back(now);
@@ -209,7 +218,6 @@ where
                 cache.drop_if(index, |kept| kept.used <= then);
             }
         }
-        !cache.places.is_empty()
     }
 }
 
@@ -222,7 +230,8 @@ impl<M: GrantMap + 'static> Cache<M> {
             let Some(Some(kept)) = self.groups.get_mut(group) else { return false };
             kept.used = self.clock;
             let start = offset + usize::from(segment.offset());
-            let Some(buf) = Buf::guest(kept.group.clone(), start..start + usize::from(segment.bytes())) else {
+            let Some(buf) = Buf::guest(kept.group.clone(), start..start + usize::from(segment.bytes()))
+            else {
                 return false;
             };
             out.push(buf);

@@ -1,49 +1,55 @@
-//! One frontend's ring: takes requests while slots and buffers are free, hands each to a slot's task, sends answers.
+//! One frontend's ring: takes requests while slots are free, hands each to a slot's task, sends answers.
 //!
-//! **Exactly once**: a request that was taken is owned by one slot until it is answered. Out of slots or buffers, requests
-//! stay on the shared ring, which is the queue. A barrier stops the taking until it is answered.
+//! **Exactly once**: a request that was taken is owned by one slot until it is answered. Out of slots, requests stay on
+//! the shared ring, which is the queue. A barrier stops the taking until it is answered.
 //!
-//! Wake-ups: the ring is *armed* when it was found empty, our wake-up index published, and the event channel unmasked.
-//! Unmasking comes last: until then the guest cannot make us run.
+//! Wake-ups: while the ring is *awake* it is looked at in every turn, and the frontend is not asked to notify. Only before
+//! the thread sleeps the ring is armed ([`Ring::arm`]): found empty, our wake-up index published, and the event channel
+//! unmasked if it had fired. Unmasking comes last: until then the guest cannot make us run.
+//!
+//! **Hold-off**: a frontend whose notifications bring no work has its event channel unmasked ever later, up to
+//! [`MAX_HOLD_OFF`], so that it cannot keep a processor busy. The kernel's own delay for such events does not reach
+//! user space (`drivers/xen/evtchn.c` calls `xen_irq_lateeoi` without the spurious flag).
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::rc::Rc;
+use std::time::Duration;
 
 use blkif::{BackRing, DomId, Geometry, Port, Rejection, Request, RequestKind, Status, VdevId};
 use gntdev::GrantMap;
 
 use super::mapped::MappedRing;
-use crate::buf::{Buf, Pool};
 use crate::executor::{Scheduler, TaskId};
 use crate::sync::WaitSet;
 
 /// Most requests of one ring in flight; the largest ring has 512 slots.
 const MAX_SLOTS: usize = 256;
 
-/// A request with the memory for its data.
-#[derive(Debug)]
-pub struct Work {
-    /// What to do.
-    pub request: Request,
-    /// Room for all its segments; `None` if it has no data.
-    pub buf: Option<Buf>,
-}
+/// So many notifications without work in a row are taken for bad luck: a request that we found before its notification
+/// came leaves one behind.
+const FREE_SPURIOUS: u32 = 16;
+/// The longest that a frontend's event channel is kept silent.
+const MAX_HOLD_OFF: Duration = Duration::from_millis(100);
 
-/// What became of the taking.
+/// What became of arming a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
-    /// The ring is empty and we have asked to be woken: unmask the event channel.
-    Armed,
-    /// Something else must end first: a slot, a buffer, a barrier.
-    Starved,
-    /// The frontend broke the protocol, or we are disconnecting: never again.
-    Stopped,
+pub enum Armed {
+    /// There is work: do not sleep.
+    Work,
+    /// The frontend will notify, and will be heard without our doing.
+    Listening,
+    /// The frontend will notify once its event channel is unmasked, which is to be done now.
+    Unmask,
+    /// The same, but not before this time has passed.
+    Later(Duration),
+    /// Nothing of this ring wakes us: it waits for its own requests, is being disconnected, or is broken.
+    Deaf,
 }
 
 struct Slot {
     task: Cell<Option<TaskId>>,
-    work: RefCell<Option<Work>>,
+    request: Cell<Option<Request>>,
 }
 
 /// A connected ring.
@@ -54,20 +60,29 @@ pub struct Ring<M> {
     pub vdev: VdevId,
     /// Our end of its event channel.
     pub port: Port,
-    geometry: Geometry,
+    geometry: Cell<Geometry>,
     /// `None` once it was unmapped.
     mapped: RefCell<Option<MappedRing<M>>>,
     scheduler: Rc<Scheduler>,
     slots: Vec<Slot>,
     idle: RefCell<Vec<usize>>,
-    /// Taken from the ring, waiting for a buffer.
-    parked: RefCell<Option<Request>>,
     barrier: Cell<bool>,
     stopping: Cell<bool>,
     broken: Cell<bool>,
     answered: Cell<bool>,
     ended: WaitSet,
-    armed: Cell<bool>,
+    /// Looked at in every turn.
+    awake: Cell<bool>,
+    /// The event channel has fired and is masked.
+    masked: Cell<bool>,
+    /// Something was taken since the event channel fired.
+    fruitful: Cell<bool>,
+    /// Notifications in a row that brought nothing.
+    spurious: Cell<u32>,
+    /// The event channel is kept masked until [`Ring::release_hold`], or until there is work after all.
+    held: Cell<bool>,
+    /// That time has come.
+    due: Cell<bool>,
 }
 
 impl<M> fmt::Debug for Ring<M> {
@@ -90,17 +105,21 @@ impl<M: GrantMap> Ring<M> {
             dom,
             vdev,
             port,
-            geometry,
+            geometry: Cell::new(geometry),
             mapped: RefCell::new(Some(mapped)),
-            slots: (0..slots).map(|_| Slot { task: Cell::default(), work: RefCell::default() }).collect(),
-            idle: RefCell::new((0..slots).collect()),
-            parked: RefCell::default(),
+            slots: (0..slots).map(|_| Slot { task: Cell::default(), request: Cell::default() }).collect(),
+            idle: RefCell::new((0..slots).rev().collect()),
             barrier: Cell::new(false),
             stopping: Cell::new(false),
             broken: Cell::new(false),
             answered: Cell::new(false),
             ended: WaitSet::new(scheduler.clone()),
-            armed: Cell::new(false),
+            awake: Cell::new(true),
+            masked: Cell::new(false),
+            fruitful: Cell::new(false),
+            spurious: Cell::new(0),
+            held: Cell::new(false),
+            due: Cell::new(false),
             scheduler,
         }
     }
@@ -114,85 +133,71 @@ impl<M: GrantMap> Ring<M> {
         self.slots.len()
     }
 
-    /// The event channel fired: the ring may hold requests.
-    pub fn disarm(&self) {
-        self.armed.set(false);
+    /// What the disk is and offers.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry.get()
     }
 
-    /// Whether taking is worth a try: not asleep until the next event.
-    pub fn is_awake(&self) -> bool {
-        !self.armed.get() && !self.stopping.get() && !self.broken.get()
+    /// The disk has grown.
+    pub fn set_capacity(&self, capacity: u64) {
+        self.geometry.set(Geometry { capacity, ..self.geometry.get() });
     }
 
-    /// Takes requests while there are any, and slots and buffers for them.
-    pub fn take(&self, pool: &Rc<Pool>) -> Taken {
-        loop {
-            if self.stopping.get() || self.broken.get() {
-                return Taken::Stopped;
-            }
-            if self.barrier.get() {
-                return Taken::Starved;
-            }
-            let Some(&slot) = self.idle.borrow().last() else { return Taken::Starved };
-            let Some(request) = self.next_request() else {
-                if self.broken.get() {
-                    return Taken::Stopped;
-                }
-                match self.with_ring(BackRing::final_check) {
-                    None => return Taken::Stopped,
-                    Some(Ok(true)) => continue,
-                    Some(Ok(false)) => {
-                        self.armed.set(true);
-                        return Taken::Armed;
-                    }
-                    Some(Err(broken)) => {
-                        self.report_broken(&broken);
-                        return Taken::Stopped;
-                    }
-                }
-            };
-            let buf = match data_len(&request) {
-                0 => None,
-                bytes => match pool.data(bytes) {
-                    Some(buf) => Some(buf),
-                    None => {
-                        self.parked.replace(Some(request));
-                        return Taken::Starved;
-                    }
-                },
-            };
-            if matches!(request.kind, RequestKind::Barrier { .. }) {
-                self.barrier.set(true);
-            }
-            self.idle.borrow_mut().pop();
-            if let Some(slot) = self.slots.get(slot) {
-                slot.work.replace(Some(Work { request, buf }));
-                if let Some(task) = slot.task.get() {
-                    self.scheduler.wake(task);
-                }
-            }
+    /// The event channel fired, and is masked: the ring may hold requests.
+    pub fn fired(&self) {
+        self.masked.set(true);
+        self.fruitful.set(false);
+        self.due.set(false);
+        self.awake.set(true);
+    }
+
+    /// The time of [`Armed::Later`] has passed.
+    pub fn release_hold(&self) {
+        if self.held.get() {
+            self.due.set(true);
+            self.awake.set(true);
         }
     }
 
-    /// The next request that is worth a slot; bad ones are answered on the way.
-    fn next_request(&self) -> Option<Request> {
-        if let Some(request) = self.parked.take() {
-            return Some(request);
-        }
-        loop {
-            match self.with_ring(BackRing::take)? {
-                Ok(None) => return None,
-                Ok(Some(raw)) => match blkif::request::parse(&raw, &self.geometry) {
-                    Ok(request) => return Some(request),
-                    Err(Rejection { id, op, status, reason }) => {
-                        log::debug!("{self:?}: request refused: {reason}");
-                        self.send(id, op, status);
+    fn is_closed(&self) -> bool {
+        self.stopping.get() || self.broken.get()
+    }
+
+    /// Takes requests while there are any, and slots for them. Returns whether anything was taken or answered.
+    pub fn take(&self) -> bool {
+        let mut took = false;
+        while self.awake.get() && !self.is_closed() && !self.barrier.get() {
+            let Some(&slot) = self.idle.borrow().last() else { break };
+            let Some(slot_place) = self.slots.get(slot) else { break };
+            let Some(raw) = self.next_entry() else { break };
+            took = true;
+            match blkif::request::parse(&raw, &self.geometry.get()) {
+                Ok(request) => {
+                    self.barrier.set(matches!(request.kind, RequestKind::Barrier { .. }));
+                    self.idle.borrow_mut().pop();
+                    slot_place.request.set(Some(request));
+                    if let Some(task) = slot_place.task.get() {
+                        self.scheduler.wake(task);
                     }
-                },
-                Err(broken) => {
-                    self.report_broken(&broken);
-                    return None;
                 }
+                Err(Rejection { id, op, status, reason }) => {
+                    log::debug!("{self:?}: request refused: {reason}");
+                    self.send(id, op, status);
+                }
+            }
+        }
+        if took {
+            self.fruitful.set(true);
+        }
+        took
+    }
+
+    fn next_entry(&self) -> Option<blkif::RawRequest> {
+        match self.with_ring(BackRing::take)? {
+            Ok(entry) => entry,
+            Err(broken) => {
+                self.report_broken(&broken);
+                None
             }
         }
     }
@@ -201,6 +206,53 @@ impl<M: GrantMap> Ring<M> {
         if !self.broken.replace(true) {
             log::error!("{self:?}: {broken}; the ring is not served any more until the frontend reconnects");
         }
+    }
+
+    /// Whether there is a request to take, for polling: the frontend is not asked to notify.
+    pub fn has_work(&self) -> bool {
+        let open = self.awake.get() && !self.is_closed() && !self.barrier.get();
+        // A broken ring counts as work: taking finds out.
+        open && self.with_ring(BackRing::has_unconsumed).is_some_and(|found| found.unwrap_or(true))
+    }
+
+    /// To be called before sleeping.
+    pub fn arm(&self) -> Armed {
+        if self.is_closed() || self.barrier.get() || self.idle.borrow().is_empty() {
+            // A request that ends makes the next turn look again.
+            return Armed::Deaf;
+        }
+        if !self.awake.get() {
+            return Armed::Listening;
+        }
+        match self.with_ring(BackRing::final_check) {
+            Some(Ok(false)) => {}
+            Some(Ok(true)) => return Armed::Work,
+            Some(Err(broken)) => {
+                self.report_broken(&broken);
+                return Armed::Deaf;
+            }
+            None => return Armed::Deaf,
+        }
+        self.awake.set(false);
+        if !self.masked.get() {
+            return Armed::Listening;
+        }
+        if self.fruitful.get() {
+            self.spurious.set(0);
+        } else if !self.held.get() {
+            self.spurious.set(self.spurious.get().saturating_add(1));
+        }
+        let excess = self.spurious.get().saturating_sub(FREE_SPURIOUS);
+        if excess > 0 && !self.due.get() {
+            if self.held.replace(true) {
+                return Armed::Listening;
+            }
+            let millis = Duration::from_millis(1 << (excess - 1).min(7));
+            return Armed::Later(millis.min(MAX_HOLD_OFF));
+        }
+        self.held.set(false);
+        self.masked.set(false);
+        Armed::Unmask
     }
 
     fn send(&self, id: u64, op: u8, status: Status) {
@@ -214,11 +266,11 @@ impl<M: GrantMap> Ring<M> {
     }
 
     /// For a slot's task: the next request, or `None` when the ring is being disconnected.
-    pub async fn next(&self, slot: usize) -> Option<Work> {
+    pub async fn next(&self, slot: usize) -> Option<Request> {
         let place = self.slots.get(slot)?;
         std::future::poll_fn(|_| {
-            if let Some(work) = place.work.take() {
-                return std::task::Poll::Ready(Some(work));
+            if let Some(request) = place.request.take() {
+                return std::task::Poll::Ready(Some(request));
             }
             if self.stopping.get() {
                 return std::task::Poll::Ready(None);
@@ -240,6 +292,8 @@ impl<M: GrantMap> Ring<M> {
             self.barrier.set(false);
         }
         self.idle.borrow_mut().push(slot);
+        // There may be requests that found no slot, and that the frontend will not notify again.
+        self.awake.set(true);
         self.ended.wake_all();
     }
 
@@ -271,26 +325,15 @@ impl<M: GrantMap> Ring<M> {
         self.mapped.take();
     }
 
-    /// Takes no more requests; every slot's task ends when its request has. Those that were parked are dropped.
+    /// Takes no more requests; every slot's task ends when its request has.
     pub fn stop(&self) {
         self.stopping.set(true);
-        self.parked.take();
         for slot in &self.slots {
             if let Some(task) = slot.task.get() {
                 self.scheduler.wake(task);
             }
         }
         self.ended.wake_all();
-    }
-}
-
-/// Bytes of data that a request moves.
-fn data_len(request: &Request) -> usize {
-    match &request.kind {
-        RequestKind::Read { segments, .. }
-        | RequestKind::Write { segments, .. }
-        | RequestKind::Barrier { segments, .. } => segments.bytes() as usize,
-        RequestKind::Flush | RequestKind::Discard { .. } | RequestKind::Indirect { .. } => 0,
     }
 }
 

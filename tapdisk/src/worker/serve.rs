@@ -1,15 +1,32 @@
 //! From a request to its answer.
+//!
+//! Three ways for the data, chosen for each request:
+//!
+//! | the guest's pages are | and | the data goes |
+//! |---|---|---|
+//! | mapped ([`Persistent`]) | neighbours here | between image and guest directly |
+//! | mapped | scattered | through a buffer, copied by us |
+//! | not mapped | | through a buffer, copied by the hypervisor, one batch for all requests of a turn |
 
+use std::cell::Cell;
+use std::fmt;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use blkif::{DomId, Request, RequestKind, Sector, Segments, Status};
+use blkif::request::{Transfer, parse_indirect};
+use blkif::{DomId, GrantRef, Request, RequestKind, Sector, Segment, Status};
 use gntdev::{CopyDirection, CopySegment, Grants};
 use nix::errno::Errno;
 
-use super::ring::{Ring, Work};
-use crate::buf::Buf;
+use super::Notice;
+use super::persistent::Persistent;
+use super::ring::Ring;
+use crate::buf::{Buf, Pool};
 use crate::copier::Copier;
 use crate::image::Disk;
+
+/// Bytes of a segment in an indirect page.
+const WIRE_SEGMENT: usize = 8;
 
 /// What a request comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,73 +46,178 @@ impl From<Result<(), Errno>> for Outcome {
     }
 }
 
+/// Memory of a slot that is used for one request after the other.
+#[derive(Debug, Default)]
+struct Scratch {
+    /// Of an indirect request.
+    segments: Vec<Segment>,
+    /// Over the guest's pages, while they are in use.
+    pages: Vec<Buf>,
+}
+
 /// The life of a slot: take a request, serve it, answer it, until the ring is disconnected.
-pub async fn slot<G: Grants>(ring: Rc<Ring<G::Map>>, slot: usize, disk: Rc<Disk>, copier: Rc<Copier<G>>) {
-    let way = Way { dom: ring.dom, disk: &disk, copier: &copier };
-    while let Some(Work { request, buf }) = ring.next(slot).await {
-        let outcome = serve(&ring, &request, buf.as_ref(), &way).await;
-        // The memory goes back before the answer, so that what the guest asks next finds it free.
-        drop(buf);
+pub async fn slot<G: Grants>(ring: Rc<Ring<G::Map>>, slot: usize, way: Rc<Way<G>>)
+where
+    G::Map: 'static,
+{
+    let mut scratch = Scratch::default();
+    while let Some(request) = ring.next(slot).await {
+        let outcome = way.serve(&ring, &request, &mut scratch).await;
+        // The guest's pages are let go before the answer.
+        scratch.pages.clear();
         match outcome {
             Outcome::Answer(status) => ring.complete(slot, &request, status),
-            Outcome::Hold => ring.hold(slot, &request).await,
-        }
-    }
-}
-
-async fn serve<G: Grants>(
-    ring: &Ring<G::Map>,
-    request: &Request,
-    buf: Option<&Buf>,
-    way: &Way<'_, G>,
-) -> Outcome {
-    match (&request.kind, buf) {
-        (RequestKind::Read { sector, segments }, Some(buf)) => way.read(*sector, segments, buf).await.into(),
-        (RequestKind::Write { sector, segments }, Some(buf)) => {
-            way.write(*sector, segments, buf).await.into()
-        }
-        (RequestKind::Flush, _) => way.flush().await,
-        (RequestKind::Barrier { sector, segments }, buf) => {
-            // Everything taken before has ended and is durable before the barrier's own data, which is durable before
-            // anything taken later begins (the ring takes nothing while a barrier is in flight).
-            ring.drain_to(1).await;
-            if way.flush().await == Outcome::Hold {
-                return Outcome::Hold;
-            }
-            let Some(buf) = buf else { return Outcome::Answer(Status::Okay) };
-            match way.write(*sector, segments, buf).await {
-                Ok(()) => way.flush().await,
-                failed => failed.into(),
+            Outcome::Hold => {
+                way.report();
+                ring.hold(slot, &request).await;
             }
         }
-        // Neither is offered.
-        (RequestKind::Discard { .. } | RequestKind::Indirect { .. }, _) => {
-            Outcome::Answer(Status::NotSupported)
+    }
+}
+
+/// The way of data between a guest's pages and the disk, for one ring.
+pub struct Way<G: Grants> {
+    /// The guest.
+    pub dom: DomId,
+    /// The disk.
+    pub disk: Rc<Disk>,
+    /// Buffers.
+    pub pool: Rc<Pool>,
+    /// Grant copies.
+    pub copier: Rc<Copier<G>>,
+    /// The pages that stay mapped; `None` for a frontend without persistent grants.
+    pub persistent: Option<Persistent<G>>,
+    /// Tells the control server.
+    pub tell: Arc<dyn Fn(Notice) + Send + Sync>,
+    /// It was told that the disk has stopped.
+    pub told: Cell<bool>,
+}
+
+impl<G: Grants> fmt::Debug for Way<G> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Way").field("dom", &self.dom).finish_non_exhaustive()
+    }
+}
+
+impl<G: Grants> Way<G>
+where
+    G::Map: 'static,
+{
+    async fn serve(&self, ring: &Ring<G::Map>, request: &Request, scratch: &mut Scratch) -> Outcome {
+        let Scratch { segments: list, pages } = scratch;
+        match &request.kind {
+            RequestKind::Read { sector, segments } => {
+                self.read(*sector, segments.as_slice(), pages).await.into()
+            }
+            RequestKind::Write { sector, segments } => {
+                self.write(*sector, segments.as_slice(), pages).await.into()
+            }
+            RequestKind::Flush => self.flush().await,
+            RequestKind::Barrier { sector, segments } => {
+                // Everything taken before has ended and is durable before the barrier's own data, which is durable
+                // before anything taken later begins (the ring takes nothing while a barrier is in flight).
+                ring.drain_to(1).await;
+                if self.flush().await == Outcome::Hold {
+                    return Outcome::Hold;
+                }
+                if segments.is_empty() {
+                    return Outcome::Answer(Status::Okay);
+                }
+                match self.write(*sector, segments.as_slice(), pages).await {
+                    Ok(()) => self.flush().await,
+                    failed => failed.into(),
+                }
+            }
+            RequestKind::Discard { count: 0, .. } => Outcome::Answer(Status::Okay),
+            RequestKind::Discard { sector, count, secure } => {
+                self.disk.discard(*sector, *count, *secure).await.into()
+            }
+            RequestKind::Indirect { transfer, sector, count, page } => {
+                if let Err(errno) = self
+                    .fetch_segments(*page, usize::from(*count), pages, |bytes| {
+                        // Judged by what the disk is now: it may have grown since the request was taken.
+                        parse_indirect(bytes, *sector, *transfer, &ring.geometry(), list).map(drop)
+                    })
+                    .await
+                {
+                    return Err(errno).into();
+                }
+                match transfer {
+                    Transfer::Read => self.read(*sector, list, pages).await.into(),
+                    Transfer::Write => self.write(*sector, list, pages).await.into(),
+                }
+            }
         }
-        // Taking gives every request with data its buffer.
-        (RequestKind::Read { .. } | RequestKind::Write { .. }, None) => Outcome::Answer(Status::Error),
-    }
-}
-
-/// The way of data between a guest's pages and the disk.
-struct Way<'a, G> {
-    dom: DomId,
-    disk: &'a Disk,
-    copier: &'a Copier<G>,
-}
-
-impl<G: Grants> Way<'_, G> {
-    async fn read(&self, sector: Sector, segments: &Segments, buf: &Buf) -> Result<(), Errno> {
-        self.disk.read(sector, buf).await?;
-        self.copy(CopyDirection::ToGuest, segments, buf).await
     }
 
-    async fn write(&self, sector: Sector, segments: &Segments, buf: &Buf) -> Result<(), Errno> {
-        self.copy(CopyDirection::FromGuest, segments, buf).await?;
-        self.disk.write(sector, buf).await
+    /// Copies the segments of an indirect request into private memory, once, and has that copy judged.
+    async fn fetch_segments(
+        &self,
+        page: GrantRef,
+        count: usize,
+        pages: &mut Vec<Buf>,
+        judge: impl FnOnce(&[u8]) -> Result<(), blkif::Reason>,
+    ) -> Result<(), Errno> {
+        let len = count * WIRE_SEGMENT;
+        let buf = self.pool.meta().await;
+        // Whole sectors, which every grant allows to name: the segments stand at the page's start.
+        let last = u8::try_from(len.div_ceil(512).saturating_sub(1)).map_err(|_| Errno::EINVAL)?;
+        let segment = [Segment::new(page, 0, last).ok_or(Errno::EINVAL)?];
+        if self.lease(&segment, pages) {
+            let from = pages.first().ok_or(Errno::EIO)?;
+            if !from.copy_to(0..len, &buf, 0) {
+                return Err(Errno::EIO);
+            }
+        } else {
+            self.copy(CopyDirection::FromGuest, &segment, &buf).await?;
+        }
+        judge(buf.bytes().get(..len).ok_or(Errno::EIO)?).map_err(|reason| {
+            log::debug!("domain {}: indirect request refused: {reason}", self.dom);
+            Errno::EINVAL
+        })
     }
 
-    async fn copy(&self, direction: CopyDirection, segments: &Segments, buf: &Buf) -> Result<(), Errno> {
+    fn lease(&self, segments: &[Segment], pages: &mut Vec<Buf>) -> bool {
+        match &self.persistent {
+            Some(persistent) => persistent.lease(self.copier.grants(), segments, pages),
+            None => false,
+        }
+    }
+
+    /// A buffer for all of `segments`.
+    async fn buffer(&self, segments: &[Segment]) -> Result<Buf, Errno> {
+        let len = segments.iter().map(|segment| usize::from(segment.bytes())).sum();
+        self.pool.data_soon(len).await.ok_or(Errno::ENOMEM)
+    }
+
+    async fn read(&self, sector: Sector, segments: &[Segment], pages: &mut Vec<Buf>) -> Result<(), Errno> {
+        let mapped = self.lease(segments, pages);
+        if mapped && let Some(guest) = Buf::joined(pages) {
+            return self.disk.read(sector, &guest).await;
+        }
+        let buf = self.buffer(segments).await?;
+        self.disk.read(sector, &buf).await?;
+        if mapped {
+            return scatter(&buf, pages);
+        }
+        self.copy(CopyDirection::ToGuest, segments, &buf).await
+    }
+
+    async fn write(&self, sector: Sector, segments: &[Segment], pages: &mut Vec<Buf>) -> Result<(), Errno> {
+        let mapped = self.lease(segments, pages);
+        if mapped && let Some(guest) = Buf::joined(pages) {
+            return self.disk.write(sector, &guest).await;
+        }
+        let buf = self.buffer(segments).await?;
+        if mapped {
+            gather(pages, &buf)?;
+        } else {
+            self.copy(CopyDirection::FromGuest, segments, &buf).await?;
+        }
+        self.disk.write(sector, &buf).await
+    }
+
+    async fn copy(&self, direction: CopyDirection, segments: &[Segment], buf: &Buf) -> Result<(), Errno> {
         self.copier.queue(direction, pieces(direction, self.dom, segments, buf), buf)?.await
     }
 
@@ -105,13 +227,46 @@ impl<G: Grants> Way<'_, G> {
             Err(_) => Outcome::Hold,
         }
     }
+
+    /// The disk has stopped: the guest's device is to be closed, and the administrator told.
+    fn report(&self) {
+        if !self.told.replace(true) {
+            let reason = self.disk.failure().unwrap_or_else(|| "the disk has stopped".to_owned());
+            (self.tell)(Notice::Failed(reason));
+        }
+    }
+}
+
+/// Copies a buffer to the guest's pages, one after the other.
+fn scatter(buf: &Buf, pages: &[Buf]) -> Result<(), Errno> {
+    let mut at = 0;
+    for page in pages {
+        let end = at + page.len();
+        if !buf.copy_to(at..end, page, 0) {
+            return Err(Errno::EIO);
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+/// Copies the guest's pages into a buffer, one after the other.
+fn gather(pages: &[Buf], buf: &Buf) -> Result<(), Errno> {
+    let mut at = 0;
+    for page in pages {
+        if !page.copy_to(0..page.len(), buf, at) {
+            return Err(Errno::EIO);
+        }
+        at += page.len();
+    }
+    Ok(())
 }
 
 /// The segments of a request, laid end to end in `buf`.
 fn pieces(
     direction: CopyDirection,
     dom: DomId,
-    segments: &Segments,
+    segments: &[Segment],
     buf: &Buf,
 ) -> impl Iterator<Item = CopySegment> {
     let mut at = 0;

@@ -1,72 +1,97 @@
 //! The loop of a worker thread.
 //!
-//! One turn: completions, event channels, commands, take requests, run tasks, one grant copy for all of them, run tasks
-//! again until nothing moves, publish answers with at most one notification a ring, and only then sleep. A busy turn costs
-//! one `io_uring_enter`, one grant copy each way and one notification, however many requests it serves.
+//! One turn: take requests and run tasks and grant copies until nothing moves; hand all I/O to the kernel and take what has
+//! ended; run tasks again; publish answers with at most one notification a ring. A busy turn costs one `io_uring_enter`,
+//! one grant copy each way and one notification, however many requests it serves. Only when a turn has found nothing to
+//! do does the thread look a little longer ([`Poller`]), ask the frontends to notify, and sleep.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
-use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use blkif::{Abi, DomId, Geometry, Port, RingOrder, VdevId};
+use blkif::Port;
 use evtchn::EventChannel;
-use gntdev::{Access, GrantMap, Grants};
+use gntdev::Grants;
 use nix::errno::Errno;
 use tap_ctl::Reply;
-use tap_ctl::proto::{DiskInfo, OpenParams, RingEntry, RingParams};
+use tap_ctl::proto::DiskInfo;
 
-use super::mapped::MappedRing;
-use super::ring::{Ring, Taken};
-use super::{Answer, Command, Inbox, serve};
-use crate::buf::Pool;
+use super::connect::Sibling;
+use super::poll::{Advice, Poller};
+use super::ring::{Armed, Ring};
+use super::serve::Way;
+use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, Source};
+use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
 use crate::executor::{Executor, Scheduler};
 use crate::image::{self, Disk};
 use crate::io::Io;
-use crate::reactor::{EngineChoice, Reactor};
+use crate::reactor::{EngineChoice, Reactor, Readable, Timer};
 use crate::xen::Xen;
 
-/// Budget for data in flight of one disk: 32 slots of eleven pages with room to spare. Requests beyond stay on the ring.
-const DATA_BYTES: usize = 4 << 20;
+/// Budget for data in flight of one thread: sixteen of the largest requests, or 4096 of one page. Requests beyond wait.
+const DATA_BYTES: usize = 16 * MAX_DATA;
 
-type RingOf<X> = Ring<<<X as Xen>::Grants as Grants>::Map>;
+pub(super) type RingOf<X> = Ring<<<X as Xen>::Grants as Grants>::Map>;
 
-/// The devices, opened when the first ring is connected and kept from then on.
-struct Devices<X: Xen> {
-    copier: Rc<Copier<X::Grants>>,
-    events: Rc<RefCell<X::Events>>,
+/// A ring being served.
+pub(super) struct Served<X: Xen> {
+    pub ring: Rc<RingOf<X>>,
+    pub way: Rc<Way<X::Grants>>,
 }
 
-struct State<X: Xen> {
-    xen: X,
-    io: Io,
-    executor: Executor,
-    disk: Rc<Disk>,
-    devices: Option<Devices<X>>,
-    rings: Rc<RefCell<Vec<Rc<RingOf<X>>>>>,
-    inbox: Rc<Inbox>,
+impl<X: Xen> Clone for Served<X> {
+    fn clone(&self) -> Served<X> {
+        Served { ring: self.ring.clone(), way: self.way.clone() }
+    }
+}
+
+/// The devices, opened when the first ring is connected and kept from then on.
+pub(super) struct Devices<X: Xen> {
+    pub copier: Rc<Copier<X::Grants>>,
+    pub events: Rc<RefCell<X::Events>>,
+}
+
+pub(super) struct State<X: Xen> {
+    pub xen: X,
+    pub engine: EngineChoice,
+    pub io: Io,
+    pub executor: Executor,
+    pub disk: Rc<Disk>,
+    pub devices: Option<Devices<X>>,
+    pub rings: Rc<RefCell<Vec<Served<X>>>>,
+    /// Threads for further rings of our frontends.
+    pub siblings: Rc<RefCell<Vec<Sibling>>>,
+    pub poller: Poller,
+    pub inbox: Rc<Inbox>,
+    pub tell: Arc<dyn Fn(Notice) + Send + Sync>,
     /// Left by the task that closed the image: what to answer once everything is released.
-    ended: Rc<RefCell<Option<(Answer, Reply)>>>,
-    closing: bool,
+    pub ended: Rc<RefCell<Option<(Answer, Reply)>>>,
+    pub closing: bool,
+    /// The timer for housekeeping is set.
+    housekeeping: Cell<bool>,
 }
 
 /// The thread: opens the image, serves until it is closed.
 pub(super) fn run<X: Xen>(
     xen: X,
-    params: &OpenParams,
-    inbox: Inbox,
+    source: Source,
+    engine: EngineChoice,
+    inbox: impl FnOnce(Rc<Scheduler>) -> Inbox,
     opened: Box<dyn FnOnce(Result<DiskInfo, Reply>) + Send>,
+    tell: Arc<dyn Fn(Notice) + Send + Sync>,
 ) {
-    let (mut state, info) = match set_up(xen, params, inbox) {
+    let mut state = match set_up(xen, source, engine, inbox, tell) {
         Ok(ready) => ready,
         Err(reply) => return opened(Err(reply)),
     };
-    opened(Ok(info));
+    opened(Ok(info(&state.disk)));
     while state.ended.borrow().is_none() {
         if let Err(error) = state.turn() {
             // Without its ring the thread can do nothing, and guests must not be told anything wrong.
-            log::error!("{}: the I/O loop failed: {error}", params.image);
+            log::error!("{}: the I/O loop failed: {error}", state.disk.name());
             std::process::abort();
         }
     }
@@ -78,11 +103,29 @@ pub(super) fn run<X: Xen>(
     }
 }
 
-fn failure(errno: Errno, message: String) -> Reply {
+pub(super) fn failure(errno: Errno, message: String) -> Reply {
     Reply::Error { errno: errno as i32, message }
 }
 
-fn set_up<X: Xen>(xen: X, params: &OpenParams, inbox: Inbox) -> Result<(State<X>, DiskInfo), Reply> {
+/// What xenio publishes.
+pub(super) fn info(disk: &Disk) -> DiskInfo {
+    DiskInfo {
+        sectors: disk.sectors(),
+        sector_size: 512,
+        physical_sector_size: disk.physical_block_size(),
+        readonly: disk.is_readonly(),
+        discard: disk.discard_limits(),
+        queues: 1,
+    }
+}
+
+fn set_up<X: Xen>(
+    xen: X,
+    source: Source,
+    engine: EngineChoice,
+    inbox: impl FnOnce(Rc<Scheduler>) -> Inbox,
+    tell: Arc<dyn Fn(Notice) + Send + Sync>,
+) -> Result<State<X>, Reply> {
     let system = |what: &str, error: &io::Error| {
         failure(
             Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
@@ -90,55 +133,96 @@ fn set_up<X: Xen>(xen: X, params: &OpenParams, inbox: Inbox) -> Result<(State<X>
         )
     };
     let scheduler = Rc::new(Scheduler::default());
-    let reactor = Reactor::new(scheduler.clone(), EngineChoice::Auto).map_err(|e| system("io_uring", &e))?;
+    let inbox = inbox(scheduler.clone());
+    let reactor = Reactor::new(scheduler.clone(), engine).map_err(|e| system("the I/O engine", &e))?;
     let pool = Pool::new(scheduler.clone(), DATA_BYTES).map_err(|e| system("buffers", &e))?;
-    reactor.watch_commands(inbox.fd()).map_err(|e| system("io_uring", &e))?;
+    reactor.watch_commands(inbox.fd()).map_err(|e| system("the I/O engine", &e))?;
     let io = Io { reactor, pool, scheduler: scheduler.clone() };
-    let disk = image::open(params, &io).map_err(|error| failure(error.errno(), error.to_string()))?;
-    let info = DiskInfo {
-        sectors: disk.sectors(),
-        sector_size: 512,
-        physical_sector_size: disk.physical_block_size(),
-        readonly: disk.is_readonly(),
-        discard: None,
-        queues: 1,
+    let disk = match source {
+        Source::Open(params) => {
+            image::open(&params, &io).map_err(|error| failure(error.errno(), error.to_string()))?
+        }
+        Source::Share(share) => share.open(io.clone()),
     };
-    let state = State {
+    Ok(State {
         xen,
+        engine,
         io,
         executor: Executor::new(scheduler),
         disk: Rc::new(disk),
         devices: None,
         rings: Rc::default(),
+        siblings: Rc::default(),
+        poller: Poller::default(),
         inbox: Rc::new(inbox),
+        tell,
         ended: Rc::default(),
         closing: false,
-    };
-    Ok((state, info))
+        housekeeping: Cell::new(false),
+    })
 }
 
 impl<X: Xen> State<X> {
     fn turn(&mut self) -> io::Result<()> {
-        let mut busy = false;
-        loop {
-            self.take_requests();
-            let ran = self.executor.run_ready();
-            let copied = self.devices.as_ref().is_some_and(|devices| devices.copier.run());
-            if !ran && !copied {
-                break;
-            }
-            busy = true;
+        let mut moved = self.advance(true);
+        if self.io.reactor.has_queued() || self.io.reactor.has_news() {
+            let readable = self.io.reactor.turn(false)?;
+            self.heed(readable)?;
+            // What came with it is answered in this turn; new requests wait for the next.
+            moved |= self.advance(false);
         }
         self.push_answers();
-        if self.ended.borrow().is_some() {
+        if moved || self.ended.borrow().is_some() {
             return Ok(());
         }
-        if !busy {
-            self.nudge();
+        let advice = if self.rings.borrow().is_empty() { Advice::Sleep } else { self.poller.advise() };
+        if let Advice::Poll(limit) = advice {
+            let found = self.has_work_within(limit);
+            self.poller.polled(found);
+            if found {
+                return Ok(());
+            }
         }
-        let readable = self.io.reactor.turn(!busy)?;
+        if !self.arm()? {
+            return Ok(());
+        }
+        let measured = (advice == Advice::Measure).then(Instant::now);
+        let readable = self.io.reactor.turn(true)?;
+        if let Some(start) = measured {
+            self.poller.slept(start.elapsed());
+        }
+        self.heed(readable)
+    }
+
+    /// Takes requests, runs tasks and copies until nothing moves without the kernel. Returns whether anything did.
+    fn advance(&self, take: bool) -> bool {
+        let mut moved = false;
+        loop {
+            let mut again = false;
+            if take {
+                for Served { ring, .. } in self.rings.borrow().iter() {
+                    again |= ring.take();
+                }
+            }
+            again |= self.executor.run_ready();
+            again |= self.devices.as_ref().is_some_and(|devices| devices.copier.run());
+            if !again {
+                return moved;
+            }
+            moved = true;
+        }
+    }
+
+    fn heed(&mut self, readable: Readable) -> io::Result<()> {
         if readable.events {
             self.take_events()?;
+        }
+        if readable.timers[Timer::HoldOff as usize] {
+            self.rings.borrow().iter().for_each(|served| served.ring.release_hold());
+        }
+        if readable.timers[Timer::Housekeeping as usize] {
+            self.housekeeping.set(false);
+            self.clean_up()?;
         }
         if readable.commands {
             self.inbox.reset();
@@ -149,31 +233,75 @@ impl<X: Xen> State<X> {
         Ok(())
     }
 
-    fn take_requests(&self) {
-        let Some(devices) = &self.devices else { return };
-        for ring in self.rings.borrow().iter().filter(|ring| ring.is_awake()) {
-            if ring.take(&self.io.pool) == Taken::Armed
-                && let Err(error) = devices.events.borrow().unmask(ring.port)
-            {
-                log::debug!("{ring:?}: unmasking its event channel failed: {error}");
-            }
-        }
-    }
-
     fn push_answers(&self) {
         let Some(devices) = &self.devices else { return };
-        for ring in self.rings.borrow().iter() {
+        for Served { ring, .. } in self.rings.borrow().iter() {
             if ring.push() {
                 notify(&*devices.events.borrow(), ring);
             }
         }
     }
 
-    fn nudge(&self) {
-        let Some(devices) = &self.devices else { return };
-        for ring in self.rings.borrow().iter().filter(|ring| ring.nudge()) {
-            notify(&*devices.events.borrow(), ring);
+    /// Looks for work for so long.
+    fn has_work_within(&self, limit: Duration) -> bool {
+        let rings = self.rings.borrow();
+        let start = Instant::now();
+        loop {
+            if rings.iter().any(|served| served.ring.has_work()) || self.io.reactor.has_news() {
+                return true;
+            }
+            if start.elapsed() >= limit {
+                return false;
+            }
+            std::hint::spin_loop();
         }
+    }
+
+    /// Asks all frontends to notify. False: there is work after all.
+    fn arm(&self) -> io::Result<bool> {
+        let Some(devices) = &self.devices else { return Ok(true) };
+        let events = devices.events.borrow();
+        for Served { ring, .. } in self.rings.borrow().iter() {
+            match ring.arm() {
+                Armed::Work => return Ok(false),
+                Armed::Unmask => {
+                    if let Err(error) = events.unmask(ring.port) {
+                        log::debug!("{ring:?}: unmasking its event channel failed: {error}");
+                    }
+                }
+                Armed::Later(time) => self.io.reactor.timer(Timer::HoldOff, time)?,
+                Armed::Listening | Armed::Deaf => {}
+            }
+            if ring.nudge() {
+                notify(&*events, ring);
+            }
+        }
+        self.plan_housekeeping()?;
+        Ok(true)
+    }
+
+    /// Sets the timer while there is something that could be given back: an idle disk is left alone.
+    fn plan_housekeeping(&self) -> io::Result<()> {
+        let holds = || {
+            let persistent =
+                |served: &Served<X>| served.way.persistent.as_ref().is_some_and(|p| p.pages() > 0);
+            self.io.pool.holds_memory() || self.rings.borrow().iter().any(persistent)
+        };
+        if !self.housekeeping.get() && holds() {
+            self.housekeeping.set(true);
+            self.io.reactor.timer(Timer::Housekeeping, HOUSEKEEPING)?;
+        }
+        Ok(())
+    }
+
+    fn clean_up(&self) -> io::Result<()> {
+        self.io.pool.trim();
+        for served in self.rings.borrow().iter() {
+            if let Some(persistent) = &served.way.persistent {
+                persistent.age();
+            }
+        }
+        self.plan_housekeeping()
     }
 
     fn take_events(&self) -> io::Result<()> {
@@ -181,15 +309,16 @@ impl<X: Xen> State<X> {
         let mut ports = [Port(0); 64];
         loop {
             let count = devices.events.borrow().pending(&mut ports)?;
-            if count == 0 {
-                return Ok(());
-            }
             let rings = self.rings.borrow();
             for port in ports.iter().take(count) {
                 // A port that was unbound meanwhile belongs to no ring.
-                if let Some(ring) = rings.iter().find(|ring| ring.port == *port) {
-                    ring.disarm();
+                if let Some(served) = rings.iter().find(|served| served.ring.port == *port) {
+                    served.ring.fired();
                 }
+            }
+            // Fewer than asked for: that was all, and what comes now is reported anew.
+            if count < ports.len() {
+                return Ok(());
             }
         }
     }
@@ -203,148 +332,16 @@ impl<X: Xen> State<X> {
                 });
             }
             Command::Disconnect(entry, answer) => self.disconnect(entry, answer),
+            Command::Resize(size, answer) => self.resize(size, answer),
+            Command::Grown => self.grown(),
+            Command::SiblingEnded(number) => self.sibling_ended(number),
             Command::Close(answer) => self.close(answer),
         }
     }
-
-    fn connect(&mut self, params: &RingParams) -> Result<(), (Errno, String)> {
-        let (dom, vdev) = (params.dom(), params.device());
-        let named = |errno: Errno, what: &str| (errno, format!("device {vdev} of domain {dom}: {what}"));
-        let error = |what: &str, error: io::Error| {
-            named(Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)), &format!("{what}: {error}"))
-        };
-        if self.closing {
-            return Err(named(Errno::ESHUTDOWN, "the image is being closed"));
-        }
-        if self.rings.borrow().iter().any(|ring| (ring.dom, ring.vdev) == (dom, vdev)) {
-            return Err(named(Errno::EALREADY, "its ring is connected already"));
-        }
-        let [queue] = &params.queues[..] else {
-            return Err(named(Errno::EINVAL, "exactly one queue is supported"));
-        };
-        let abi = Abi::from_protocol_key(Some(params.protocol.as_bytes()))
-            .map_err(|e| named(Errno::EPROTONOSUPPORT, &e.to_string()))?;
-        let refs = queue.refs();
-        let order = RingOrder::all()
-            .find(|order| order.pages() == refs.len())
-            .ok_or_else(|| named(Errno::EINVAL, "a ring has 1, 2, 4, 8 or 16 pages"))?;
-        // The toolstack's mode reaches the descriptor itself; another ring may still be writing through it, though.
-        if params.readonly && self.rings.borrow().is_empty() {
-            self.disk.make_readonly().map_err(|e| named(e.errno(), &e.to_string()))?;
-        }
-        let geometry = Geometry {
-            capacity: self.disk.sectors(),
-            readonly: params.readonly || self.disk.is_readonly(),
-            flush: true,
-            barrier: true,
-            discard: false,
-            discard_secure: false,
-            max_indirect: 0,
-        };
-        let devices = match &self.devices {
-            Some(devices) => devices,
-            None => self.devices.insert(
-                open_devices(&self.xen, &self.io).map_err(|e| error("cannot open Xen's devices", e))?,
-            ),
-        };
-        let map = devices
-            .copier
-            .grants()
-            .map(dom, &refs, Access::ReadWrite)
-            .map_err(|e| error("cannot map the ring's pages", e))?;
-        let mapped = MappedRing::attach(map, abi, order).map_err(|e| named(Errno::EIO, &e.to_string()))?;
-        let port = devices
-            .events
-            .borrow_mut()
-            .bind(dom, queue.remote_port())
-            .map_err(|e| error(&format!("cannot bind event channel {}", queue.port), e))?;
-        let ring = Rc::new(Ring::new((dom, vdev), port, geometry, mapped, self.io.scheduler.clone()));
-        for slot in 0..ring.slots() {
-            self.executor.spawn(serve::slot(ring.clone(), slot, self.disk.clone(), devices.copier.clone()));
-        }
-        log::info!(
-            "device {vdev} of domain {dom}: ring of {} slots connected, event channel {port}",
-            ring.slots()
-        );
-        self.rings.borrow_mut().push(ring);
-        publish(&self.rings.borrow(), &self.inbox);
-        Ok(())
-    }
-
-    fn disconnect(&self, entry: RingEntry, answer: Answer) {
-        let (dom, vdev) = (DomId(entry.domid), VdevId(entry.vdev));
-        let found = self.rings.borrow().iter().find(|ring| (ring.dom, ring.vdev) == (dom, vdev)).cloned();
-        let (Some(ring), Some(devices)) = (found, &self.devices) else {
-            return answer.give(failure(
-                Errno::ENODEV,
-                format!("device {vdev} of domain {dom}: no ring is connected"),
-            ));
-        };
-        let (rings, inbox, events) = (self.rings.clone(), self.inbox.clone(), devices.events.clone());
-        self.executor.spawn(async move {
-            end_ring::<X>(ring, &rings, &inbox, &events).await;
-            answer.give(Reply::Done);
-        });
-    }
-
-    fn close(&mut self, answer: Answer) {
-        if std::mem::replace(&mut self.closing, true) {
-            return answer.give(failure(Errno::EALREADY, "the image is being closed already".into()));
-        }
-        let rings: Vec<_> = self.rings.borrow().clone();
-        let (shared, inbox) = (self.rings.clone(), self.inbox.clone());
-        let events = self.devices.as_ref().map(|devices| devices.events.clone());
-        let (disk, ended) = (self.disk.clone(), self.ended.clone());
-        self.executor.spawn(async move {
-            if let Some(events) = events {
-                for ring in rings {
-                    end_ring::<X>(ring, &shared, &inbox, &events).await;
-                }
-            }
-            let reply = match disk.close().await {
-                Ok(()) => Reply::Done,
-                Err(errno) => failure(errno, format!("closing the image failed: {}", errno.desc())),
-            };
-            ended.replace(Some((answer, reply)));
-        });
-    }
-}
-
-fn open_devices<X: Xen>(xen: &X, io: &Io) -> io::Result<Devices<X>> {
-    let events = xen.open_events()?;
-    io.reactor.watch_events(events.as_fd())?;
-    io.pool.register_with(io.reactor.clone());
-    let copier = Copier::new(xen.open_grants()?, io.scheduler.clone());
-    Ok(Devices { copier: Rc::new(copier), events: Rc::new(RefCell::new(events)) })
-}
-
-/// Takes a ring out of service: nothing of the guest is mapped or bound when this ends.
-async fn end_ring<X: Xen>(
-    ring: Rc<RingOf<X>>,
-    rings: &RefCell<Vec<Rc<RingOf<X>>>>,
-    inbox: &Inbox,
-    events: &RefCell<X::Events>,
-) {
-    ring.stop();
-    ring.drain_to(0).await;
-    if ring.push() {
-        notify(&*events.borrow(), &ring);
-    }
-    ring.unmap();
-    rings.borrow_mut().retain(|other| !Rc::ptr_eq(other, &ring));
-    if let Err(error) = events.borrow_mut().unbind(ring.port) {
-        log::warn!("{ring:?}: unbinding its event channel failed: {error}");
-    }
-    publish(&rings.borrow(), inbox);
-    log::info!("device {} of domain {}: ring disconnected", ring.vdev, ring.dom);
-}
-
-fn publish<M: GrantMap>(rings: &[Rc<Ring<M>>], inbox: &Inbox) {
-    inbox.publish(rings.iter().map(|ring| RingEntry { domid: ring.dom.0, vdev: ring.vdev.0 }).collect());
 }
 
 /// A failure concerns a domain that is going away; it is no reason to stop serving others.
-fn notify<M: GrantMap>(events: &impl EventChannel, ring: &Ring<M>) {
+pub(super) fn notify<M: gntdev::GrantMap>(events: &impl EventChannel, ring: &Ring<M>) {
     if let Err(error) = events.notify(ring.port) {
         log::debug!("{ring:?}: notifying failed: {error}");
     }

@@ -51,11 +51,10 @@ impl Guest {
     }
 }
 
-fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Pool>, Rc<Scheduler>) {
+fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Scheduler>) {
     let page = Rc::new(Page(std::array::from_fn(|_| AtomicU32::new(0))));
     let mapped = MappedRing::attach(TestMap(page.clone()), Abi::X86_64, RingOrder::default()).unwrap();
     let scheduler = Rc::new(Scheduler::default());
-    let pool = Pool::new(scheduler.clone(), 16 * 4096).unwrap();
     let geometry = Geometry {
         capacity: 1 << 20,
         readonly: false,
@@ -66,11 +65,11 @@ fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Pool>, Rc<Scheduler>) {
         max_indirect: 0,
     };
     let ring = Ring::new((DomId(1), VdevId(51712)), Port(1), geometry, mapped, scheduler.clone());
-    (Guest { page, produced: 0 }, Rc::new(ring), pool, scheduler)
+    (Guest { page, produced: 0 }, Rc::new(ring), scheduler)
 }
 
 /// What slots have got, and not answered.
-type InFlight = Rc<RefCell<Vec<(usize, Work)>>>;
+type InFlight = Rc<RefCell<Vec<(usize, Request)>>>;
 
 /// Slot tasks that put what they get into a list and wait for leave to answer it.
 fn slots(ring: &Rc<Ring<TestMap>>, scheduler: &Rc<Scheduler>) -> (Executor, InFlight) {
@@ -79,8 +78,8 @@ fn slots(ring: &Rc<Ring<TestMap>>, scheduler: &Rc<Scheduler>) -> (Executor, InFl
     for slot in 0..ring.slots() {
         let (ring, taken) = (ring.clone(), taken.clone());
         executor.spawn(async move {
-            while let Some(work) = ring.next(slot).await {
-                taken.borrow_mut().push((slot, work));
+            while let Some(request) = ring.next(slot).await {
+                taken.borrow_mut().push((slot, request));
             }
         });
     }
@@ -89,36 +88,79 @@ fn slots(ring: &Rc<Ring<TestMap>>, scheduler: &Rc<Scheduler>) -> (Executor, InFl
 }
 
 #[test]
-fn out_of_buffers_requests_stay_until_one_is_given_back() {
-    let (mut guest, ring, pool, scheduler) = connect();
+fn requests_are_taken_in_order_and_the_ring_sleeps_when_it_is_empty() {
+    let (mut guest, ring, scheduler) = connect();
     let (executor, taken) = slots(&ring, &scheduler);
     for id in 0..3 {
         guest.push(op::WRITE, id, 8);
     }
-    assert_eq!(ring.take(&pool), Taken::Starved, "two requests of eight pages use sixteen up");
+    assert!(ring.has_work());
+    assert!(ring.take());
+    assert!(!ring.take() && !ring.has_work());
     executor.run_ready();
-    assert_eq!(taken.borrow().len(), 2);
-    let (slot, Work { request, buf }) = taken.borrow_mut().remove(0);
-    drop(buf);
+    let ids: Vec<u64> = taken.borrow().iter().map(|(_, request)| request.id).collect();
+    assert_eq!(ids, [0, 1, 2]);
+    assert_eq!(ring.arm(), Armed::Listening, "the event channel has not fired");
+    guest.push(op::WRITE, 3, 1);
+    assert!(!ring.take(), "asleep until the event");
+    ring.fired();
+    assert!(ring.take());
+    assert_eq!(ring.arm(), Armed::Unmask);
+    let (slot, request) = taken.borrow_mut().remove(0);
     ring.complete(slot, &request, Status::Okay);
-    assert_eq!(ring.take(&pool), Taken::Armed);
-    executor.run_ready();
-    let ids: Vec<u64> = taken.borrow().iter().map(|(_, work)| work.request.id).collect();
-    assert_eq!(ids, [1, 2]);
-    assert!(!ring.is_awake(), "the ring is empty: it sleeps until the next event");
     assert_eq!(guest.answered(), 0);
     ring.push();
     assert_eq!(guest.answered(), 1);
 }
 
 #[test]
+fn a_request_that_comes_while_the_ring_is_being_armed_is_seen() {
+    let (mut guest, ring, scheduler) = connect();
+    let (_executor, _taken) = slots(&ring, &scheduler);
+    assert!(!ring.take());
+    guest.push(op::READ, 1, 1);
+    assert_eq!(ring.arm(), Armed::Work);
+    assert!(ring.take());
+}
+
+/// H38: notifications without work.
+#[test]
+fn h38_an_event_storm_is_heard_ever_later_and_work_ends_that() {
+    let (mut guest, ring, scheduler) = connect();
+    let (_executor, _taken) = slots(&ring, &scheduler);
+    let fire = || {
+        ring.fired();
+        ring.take();
+        ring.arm()
+    };
+    for _ in 0..FREE_SPURIOUS {
+        assert_eq!(fire(), Armed::Unmask);
+    }
+    let mut waits = Vec::new();
+    for _ in 0..10 {
+        let Armed::Later(wait) = fire() else { panic!("not held off") };
+        waits.push(wait.as_millis());
+        ring.awake.set(true);
+        assert_eq!(ring.arm(), Armed::Listening, "nothing but the timer ends it");
+        ring.release_hold();
+        assert!(!ring.take());
+        assert_eq!(ring.arm(), Armed::Unmask);
+    }
+    assert_eq!(waits, [1, 2, 4, 8, 16, 32, 64, 100, 100, 100]);
+    guest.push(op::READ, 1, 1);
+    assert_eq!(fire(), Armed::Unmask, "there was work");
+    assert_eq!(fire(), Armed::Unmask, "and the count begins anew");
+}
+
+#[test]
 fn a_barrier_holds_back_what_comes_later_and_waits_for_what_came_before() {
-    let (mut guest, ring, pool, scheduler) = connect();
+    let (mut guest, ring, scheduler) = connect();
     let (executor, taken) = slots(&ring, &scheduler);
     guest.push(op::WRITE, 1, 1);
     guest.push(op::WRITE_BARRIER, 2, 0);
     guest.push(op::WRITE, 3, 1);
-    assert_eq!(ring.take(&pool), Taken::Starved);
+    assert!(ring.take());
+    assert_eq!(ring.arm(), Armed::Deaf, "only the barrier's end makes us look again");
     executor.run_ready();
     assert_eq!(taken.borrow().len(), 2, "the write after the barrier is left on the ring");
 
@@ -133,28 +175,28 @@ fn a_barrier_holds_back_what_comes_later_and_waits_for_what_came_before() {
     executor.run_ready();
     assert!(!drained.get(), "the write before the barrier is in flight");
     let (slot, before) = taken.borrow_mut().remove(0);
-    ring.complete(slot, &before.request, Status::Okay);
+    ring.complete(slot, &before, Status::Okay);
     executor.run_ready();
     assert!(drained.get());
 
     let (slot, barrier) = taken.borrow_mut().remove(0);
-    ring.complete(slot, &barrier.request, Status::Okay);
-    assert_eq!(ring.take(&pool), Taken::Armed);
+    ring.complete(slot, &barrier, Status::Okay);
+    assert!(ring.take());
     executor.run_ready();
-    assert_eq!(taken.borrow()[0].1.request.id, 3);
+    assert_eq!(taken.borrow()[0].1.id, 3);
 }
 
 #[test]
 fn a_stopped_ring_ends_its_tasks_when_their_requests_have_ended() {
-    let (mut guest, ring, pool, scheduler) = connect();
+    let (mut guest, ring, scheduler) = connect();
     let (executor, taken) = slots(&ring, &scheduler);
     guest.push(op::FLUSH_DISKCACHE, 1, 0);
-    ring.take(&pool);
+    ring.take();
     executor.run_ready();
     ring.stop();
     executor.run_ready();
     guest.push(op::READ, 2, 1);
-    assert_eq!(ring.take(&pool), Taken::Stopped);
+    assert!(!ring.take());
     let (slot, work) = taken.borrow_mut().remove(0);
     let ended = Rc::new(Cell::new(false));
     executor.spawn({
@@ -166,7 +208,7 @@ fn a_stopped_ring_ends_its_tasks_when_their_requests_have_ended() {
     });
     executor.run_ready();
     assert!(!ended.get());
-    ring.complete(slot, &work.request, Status::Okay);
+    ring.complete(slot, &work, Status::Okay);
     executor.run_ready();
     assert!(ended.get());
     ring.unmap();
@@ -176,17 +218,17 @@ fn a_stopped_ring_ends_its_tasks_when_their_requests_have_ended() {
 /// A flush that failed: the guest must never take its data for safe.
 #[test]
 fn a_held_request_is_never_answered_and_does_not_keep_the_ring_from_ending() {
-    let (mut guest, ring, pool, scheduler) = connect();
+    let (mut guest, ring, scheduler) = connect();
     let (executor, taken) = slots(&ring, &scheduler);
     guest.push(op::FLUSH_DISKCACHE, 1, 0);
-    ring.take(&pool);
+    ring.take();
     executor.run_ready();
     let (slot, work) = taken.borrow_mut().remove(0);
     let released = Rc::new(Cell::new(false));
     executor.spawn({
         let (ring, released) = (ring.clone(), released.clone());
         async move {
-            ring.hold(slot, &work.request).await;
+            ring.hold(slot, &work).await;
             released.set(true);
         }
     });
@@ -201,11 +243,11 @@ fn a_held_request_is_never_answered_and_does_not_keep_the_ring_from_ending() {
 
 #[test]
 fn a_rejected_request_is_answered_without_a_slot() {
-    let (mut guest, ring, pool, scheduler) = connect();
+    let (mut guest, ring, scheduler) = connect();
     let (executor, taken) = slots(&ring, &scheduler);
     guest.push(op::WRITE, 1, 0);
     guest.push(200, 2, 0);
-    assert_eq!(ring.take(&pool), Taken::Armed);
+    assert!(ring.take());
     executor.run_ready();
     assert!(taken.borrow().is_empty());
     ring.push();

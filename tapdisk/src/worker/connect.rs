@@ -1,0 +1,364 @@
+//! Connecting and disconnecting frontends, and the end of a disk.
+//!
+//! **Threads**: an image without metadata is served by one thread for each ring. The thread that opened the image keeps the
+//! first ring of a frontend; the others get **siblings**, threads with an I/O engine, buffers and devices of their own and
+//! a second handle on the image, which live as long as the frontend is connected. An image with metadata (VHD) serves
+//! all rings from its one thread: its maps need no locks then.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::rc::Rc;
+use std::sync::mpsc::{RecvError, channel};
+
+use blkif::{Abi, DomId, Geometry, MAX_INDIRECT_SEGMENTS, RingOrder, VdevId};
+use evtchn::EventChannel;
+use gntdev::{Access, Grants};
+use nix::errno::Errno;
+use std::os::fd::AsFd;
+use tap_ctl::Reply;
+use tap_ctl::proto::{QueueParams, RingEntry, RingParams};
+
+use super::mapped::MappedRing;
+use super::persistent::Persistent;
+use super::ring::Ring;
+use super::serve::{self, Way};
+use super::thread::{Devices, Served, State, failure, info, notify};
+use super::{Answer, Command, Inbox, Notice, Source, Worker};
+use crate::copier::Copier;
+use crate::xen::Xen;
+
+/// What went wrong: for programs, and for people.
+type Failure = (Errno, String);
+
+/// A thread that serves one more ring of a frontend.
+pub(super) struct Sibling {
+    /// Its name in [`Command::SiblingEnded`].
+    number: u64,
+    entry: RingEntry,
+    worker: Worker,
+    ending: bool,
+}
+
+fn errno_of(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+impl<X: Xen> State<X> {
+    /// Connects all rings of a frontend, or none.
+    pub(super) fn connect(&mut self, params: &RingParams) -> Result<(), Failure> {
+        let (dom, vdev) = (params.dom(), params.device());
+        let named = |(errno, what): Failure| (errno, format!("device {vdev} of domain {dom}: {what}"));
+        if self.closing {
+            return Err(named((Errno::ESHUTDOWN, "the image is being closed".into())));
+        }
+        let entry = RingEntry { domid: dom.0, vdev: vdev.0 };
+        if self.entries().contains(&entry) {
+            return Err(named((Errno::EALREADY, "its ring is connected already".into())));
+        }
+        // The toolstack's mode reaches the descriptor itself; another ring may still be writing through it, though.
+        if params.readonly && self.rings.borrow().is_empty() {
+            self.disk.make_readonly().map_err(|e| named((e.errno(), e.to_string())))?;
+        }
+        let [first, rest @ ..] = &params.queues[..] else {
+            return Err(named((Errno::EINVAL, "it has no queue".into())));
+        };
+        let shared = !rest.is_empty() && self.disk.share().is_some();
+        let own = if shared { std::slice::from_ref(first) } else { &params.queues[..] };
+        let mut served = Vec::with_capacity(own.len());
+        for queue in own {
+            match self.attach(params, queue) {
+                Ok(ring) => served.push(ring),
+                Err(error) => {
+                    self.detach(served);
+                    return Err(named(error));
+                }
+            }
+        }
+        if shared && let Err(error) = self.start_siblings(params, rest) {
+            self.detach(served);
+            return Err(named(error));
+        }
+        self.poller.configure(params.polling);
+        for Served { ring, way } in &served {
+            for slot in 0..ring.slots() {
+                self.executor.spawn(serve::slot(ring.clone(), slot, way.clone()));
+            }
+        }
+        log::info!(
+            "device {vdev} of domain {dom}: connected, {} of {} slots{}",
+            counted(params.queues.len(), "ring"),
+            served.first().map_or(0, |served| served.ring.slots()),
+            if params.persistent { ", persistent grants" } else { "" }
+        );
+        self.rings.borrow_mut().extend(served);
+        self.publish();
+        Ok(())
+    }
+
+    fn devices(&mut self) -> Result<&Devices<X>, Failure> {
+        if self.devices.is_none() {
+            let open = || -> io::Result<Devices<X>> {
+                let events = self.xen.open_events()?;
+                self.io.reactor.watch_events(events.as_fd())?;
+                self.io.pool.register_with(self.io.reactor.clone());
+                let copier = Copier::new(self.xen.open_grants()?, self.io.scheduler.clone());
+                Ok(Devices { copier: Rc::new(copier), events: Rc::new(RefCell::new(events)) })
+            };
+            self.devices =
+                Some(open().map_err(|e| (errno_of(&e), format!("cannot open Xen's devices: {e}")))?);
+        }
+        self.devices.as_ref().ok_or((Errno::ENODEV, "Xen's devices are missing".into()))
+    }
+
+    /// Maps a ring and binds its event channel. Nothing is served yet.
+    fn attach(&mut self, params: &RingParams, queue: &QueueParams) -> Result<Served<X>, Failure> {
+        let (dom, vdev) = (params.dom(), params.device());
+        let abi = Abi::from_protocol_key(Some(params.protocol.as_bytes()))
+            .map_err(|e| (Errno::EPROTONOSUPPORT, e.to_string()))?;
+        let refs = queue.refs();
+        let order = RingOrder::all()
+            .find(|order| order.pages() == refs.len())
+            .ok_or((Errno::EINVAL, "a ring has 1, 2, 4, 8 or 16 pages".to_owned()))?;
+        let discard = self.disk.discard_limits();
+        let geometry = Geometry {
+            capacity: self.disk.sectors(),
+            readonly: params.readonly || self.disk.is_readonly(),
+            flush: true,
+            barrier: true,
+            discard: params.discard && discard.is_some(),
+            discard_secure: discard.is_some_and(|discard| discard.secure),
+            max_indirect: MAX_INDIRECT_SEGMENTS,
+        };
+        let Devices { copier, events } = self.devices()?;
+        let (copier, events) = (copier.clone(), events.clone());
+        let map = copier
+            .grants()
+            .map(dom, &refs, Access::ReadWrite)
+            .map_err(|e| (errno_of(&e), format!("cannot map the ring's pages: {e}")))?;
+        let mapped = MappedRing::attach(map, abi, order).map_err(|e| (Errno::EIO, e.to_string()))?;
+        let port = events
+            .borrow_mut()
+            .bind(dom, queue.remote_port())
+            .map_err(|e| (errno_of(&e), format!("cannot bind event channel {}: {e}", queue.port)))?;
+        let ring = Ring::new((dom, vdev), port, geometry, mapped, self.io.scheduler.clone());
+        let way = Way {
+            dom,
+            disk: self.disk.clone(),
+            pool: self.io.pool.clone(),
+            copier,
+            persistent: params.persistent.then(|| Persistent::new(dom, self.io.reactor.clone())),
+            tell: self.tell.clone(),
+            told: Cell::new(false),
+        };
+        Ok(Served { ring: Rc::new(ring), way: Rc::new(way) })
+    }
+
+    /// Takes back what [`State::attach`] did.
+    fn detach(&self, served: Vec<Served<X>>) {
+        let Some(devices) = &self.devices else { return };
+        for Served { ring, .. } in served {
+            ring.unmap();
+            unbind::<X>(&ring, &devices.events);
+        }
+    }
+
+    /// Starts a thread for each of `queues`. Waits for them: connecting takes no longer than mapping a ring does.
+    fn start_siblings(&mut self, params: &RingParams, queues: &[QueueParams]) -> Result<(), Failure> {
+        let entry = RingEntry { domid: params.domid, vdev: params.vdev };
+        for queue in queues {
+            let params = RingParams { queues: vec![queue.clone()], ..params.clone() };
+            if let Err(error) = self.start_sibling(entry, params) {
+                self.end_siblings(|sibling| sibling.entry == entry);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn start_sibling(&mut self, entry: RingEntry, params: RingParams) -> Result<(), Failure> {
+        let refused = |reply: Reply| match reply {
+            Reply::Error { errno, message } => (Errno::from_raw(errno), message),
+            _ => (Errno::EIO, "a thread for a ring gave no sensible answer".to_owned()),
+        };
+        let lost = |_: RecvError| (Errno::EIO, "a thread for a ring has ended at once".to_owned());
+        let share = self.disk.share().ok_or((Errno::EINVAL, "the image has one thread only".to_owned()))?;
+        let (sender, opened) = channel();
+        let worker = Worker::start(
+            self.xen.clone(),
+            Source::Share(share),
+            self.engine,
+            Box::new(move |result| drop(sender.send(result))),
+            self.tell.clone(),
+        )
+        .map_err(|e| (errno_of(&e), format!("cannot start a thread for a ring: {e}")))?;
+        opened.recv().map_err(lost)?.map_err(refused)?;
+        let (sender, connected) = channel();
+        worker.send(Command::Connect(params, Answer::new(move |reply| drop(sender.send(reply)))));
+        match connected.recv().map_err(lost)? {
+            Reply::Done => {}
+            reply => return Err(refused(reply)),
+        }
+        let number = self.inbox.next_number();
+        self.siblings.borrow_mut().push(Sibling { number, entry, worker, ending: false });
+        Ok(())
+    }
+
+    /// Has threads end. They are gone from the list when they have.
+    fn end_siblings(&self, which: impl Fn(&Sibling) -> bool) {
+        end_siblings(&self.siblings, &self.inbox, which);
+    }
+
+    pub(super) fn sibling_ended(&self, number: u64) {
+        self.siblings.borrow_mut().retain(|sibling| sibling.number != number);
+        self.inbox.siblings_changed.wake_all();
+        self.publish();
+    }
+
+    /// The frontends being served.
+    fn entries(&self) -> Vec<RingEntry> {
+        entries(&self.rings, &self.siblings)
+    }
+
+    fn publish(&self) {
+        self.inbox.publish(self.entries());
+    }
+
+    pub(super) fn disconnect(&self, entry: RingEntry, answer: Answer) {
+        let (dom, vdev) = (DomId(entry.domid), VdevId(entry.vdev));
+        if !self.entries().contains(&entry) {
+            let message = format!("device {vdev} of domain {dom}: no ring is connected");
+            return answer.give(failure(Errno::ENODEV, message));
+        }
+        let end = self.end_of_frontend(entry);
+        self.executor.spawn(async move {
+            end.await;
+            answer.give(Reply::Done);
+        });
+    }
+
+    /// Takes a frontend out of service: nothing of the guest is mapped or bound when this ends.
+    fn end_of_frontend(&self, entry: RingEntry) -> impl Future<Output = ()> + use<X> {
+        let (dom, vdev) = (DomId(entry.domid), VdevId(entry.vdev));
+        let ours: Vec<Served<X>> = self
+            .rings
+            .borrow()
+            .iter()
+            .filter(|served| (served.ring.dom, served.ring.vdev) == (dom, vdev))
+            .cloned()
+            .collect();
+        let (rings, siblings, inbox) = (self.rings.clone(), self.siblings.clone(), self.inbox.clone());
+        let events = self.devices.as_ref().map(|devices| devices.events.clone());
+        async move {
+            end_siblings(&siblings, &inbox, |sibling| sibling.entry == entry);
+            if let Some(events) = events {
+                ours.iter().for_each(|served| served.ring.stop());
+                for served in &ours {
+                    end_ring(served, &events).await;
+                }
+            }
+            rings
+                .borrow_mut()
+                .retain(|served| !ours.iter().any(|ended| Rc::ptr_eq(&ended.ring, &served.ring)));
+            while siblings.borrow().iter().any(|sibling| sibling.entry == entry) {
+                inbox.siblings_changed.wait().await;
+            }
+            inbox.publish(entries(&rings, &siblings));
+            log::info!("device {vdev} of domain {dom}: disconnected");
+        }
+    }
+
+    pub(super) fn resize(&self, size: Option<u64>, answer: Answer) {
+        let (disk, rings) = (self.disk.clone(), self.rings.clone());
+        let (siblings, tell) = (self.siblings.clone(), self.tell.clone());
+        self.executor.spawn(async move {
+            let before = disk.sectors();
+            match disk.resize(size).await {
+                Ok(sectors) => {
+                    rings.borrow().iter().for_each(|served| served.ring.set_capacity(sectors));
+                    for sibling in siblings.borrow().iter() {
+                        sibling.worker.send(Command::Grown);
+                    }
+                    if sectors != before {
+                        log::info!("{}: has grown from {before} to {sectors} sectors", disk.name());
+                        tell(Notice::Resized(info(&disk)));
+                    }
+                    answer.give(Reply::DiskInfo(info(&disk)));
+                }
+                Err(errno) => {
+                    let message =
+                        format!("{}: cannot be resized: {}; see the log", disk.name(), errno.desc());
+                    answer.give(failure(errno, message));
+                }
+            }
+        });
+    }
+
+    /// For a sibling: the disk has grown.
+    pub(super) fn grown(&self) {
+        let sectors = self.disk.sectors();
+        self.rings.borrow().iter().for_each(|served| served.ring.set_capacity(sectors));
+    }
+
+    pub(super) fn close(&mut self, answer: Answer) {
+        if std::mem::replace(&mut self.closing, true) {
+            return answer.give(failure(Errno::EALREADY, "the image is being closed already".into()));
+        }
+        let ends: Vec<_> = self.entries().into_iter().map(|entry| self.end_of_frontend(entry)).collect();
+        let (disk, ended) = (self.disk.clone(), self.ended.clone());
+        self.executor.spawn(async move {
+            for end in ends {
+                end.await;
+            }
+            let reply = match disk.close().await {
+                Ok(()) => Reply::Done,
+                Err(errno) => failure(errno, format!("closing the image failed: {}", errno.desc())),
+            };
+            ended.replace(Some((answer, reply)));
+        });
+    }
+}
+
+fn counted(count: usize, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
+fn entries<X: Xen>(rings: &RefCell<Vec<Served<X>>>, siblings: &RefCell<Vec<Sibling>>) -> Vec<RingEntry> {
+    let rings = rings.borrow();
+    let own = rings.iter().map(|Served { ring, .. }| RingEntry { domid: ring.dom.0, vdev: ring.vdev.0 });
+    let siblings = siblings.borrow();
+    let mut entries: Vec<RingEntry> = Vec::new();
+    for entry in own.chain(siblings.iter().map(|sibling| sibling.entry)) {
+        if !entries.contains(&entry) {
+            entries.push(entry);
+        }
+    }
+    entries
+}
+
+fn end_siblings(siblings: &RefCell<Vec<Sibling>>, inbox: &Inbox, which: impl Fn(&Sibling) -> bool) {
+    for sibling in siblings.borrow_mut().iter_mut().filter(|sibling| !sibling.ending && which(sibling)) {
+        sibling.ending = true;
+        let (number, home) = (sibling.number, inbox.sender());
+        sibling.worker.send(Command::Close(Answer::new(move |_| home.send(Command::SiblingEnded(number)))));
+    }
+}
+
+/// Takes a stopped ring out of service.
+async fn end_ring<X: Xen>(served: &Served<X>, events: &RefCell<X::Events>) {
+    let Served { ring, way } = served;
+    ring.drain_to(0).await;
+    if ring.push() {
+        notify(&*events.borrow(), ring);
+    }
+    if let Some(persistent) = &way.persistent {
+        persistent.clear();
+    }
+    ring.unmap();
+    unbind::<X>(ring, events);
+}
+
+fn unbind<X: Xen>(ring: &Ring<<X::Grants as Grants>::Map>, events: &RefCell<X::Events>) {
+    if let Err(error) = events.borrow_mut().unbind(ring.port) {
+        log::warn!("{ring:?}: unbinding its event channel failed: {error}");
+    }
+}

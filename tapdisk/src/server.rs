@@ -231,8 +231,8 @@ impl<X: Xen> Server<X> {
     fn follow(&mut self, token: Token) {
         let news: Vec<Reply> = self.vbds.iter().filter_map(Vbd::news).collect();
         let Some(client) = self.clients.get_mut(&token) else { return };
-        client.follow();
-        if let Err(broken) = news.iter().try_for_each(|news| client.tell(news)) {
+        let told = client.follow().and_then(|()| news.iter().try_for_each(|news| client.tell(news)));
+        if let Err(broken) = told {
             self.give_up(token, &broken);
         }
     }
@@ -326,7 +326,13 @@ impl<X: Xen> Server<X> {
         let image = params.image.clone();
         let tell = self.teller();
         let opened = Box::new(move |result| tell(Event::Opened(minor, token, result)));
-        match Worker::start(self.xen.clone(), params, opened) {
+        match Worker::start(
+            self.xen.clone(),
+            crate::worker::Source::Open(params),
+            Default::default(),
+            opened,
+            Arc::new(|notice| log::error!("{notice:?}")),
+        ) {
             Ok(worker) => {
                 if let Ok(vbd) = self.vbd(minor) {
                     vbd.open = Some(Open { image, worker, info: None, failed: None });

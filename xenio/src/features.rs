@@ -7,9 +7,9 @@ use tap_ctl::proto::{Discard, DiskInfo};
 /// Largest ring that tapdisk maps.
 pub const MAX_RING_ORDER: RingOrder = RingOrder::MAX;
 /// Most rings of one device, however many processors there are: each costs a thread and its memory.
-pub const MAX_QUEUES: u32 = 1;
+pub const MAX_QUEUES: u32 = 4;
 /// Most segments of an indirect request; 0: none are served.
-pub const INDIRECT_SEGMENTS: u16 = 0;
+pub const INDIRECT_SEGMENTS: u16 = blkif::MAX_INDIRECT_SEGMENTS;
 /// Whether frontends are asked to use the same grants again, so that they can stay mapped.
 pub const PERSISTENT: bool = true;
 
@@ -156,7 +156,7 @@ mod tests {
             ("max-ring-page-order", "4"),
             ("max-ring-pages", "16"),
             ("multi-queue-max-queues", "4"),
-            ("feature-max-indirect-segments", "0"),
+            ("feature-max-indirect-segments", &INDIRECT_SEGMENTS.to_string()),
             ("feature-persistent", "1"),
             ("feature-discard", "0"),
         ] {

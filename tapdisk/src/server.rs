@@ -441,6 +441,8 @@ impl<X: Xen> Server<X> {
                 log::info!("minor {minor}: has {} sectors now", info.sectors);
                 open.info = Some(info);
             }
+            // Each of its threads says so.
+            Notice::Failed(_) if open.failed.is_some() => return,
             Notice::Failed(reason) => {
                 log::error!("minor {minor}: {reason}");
                 open.failed = Some(reason);

@@ -49,9 +49,9 @@ loom:
 xen: release
 	integration/xen/run.sh
 
-## bench-xen: instruction-counted comparison with blkback and qdisk on real Xen
+## bench-xen: instruction-counted comparison with blkback and qdisk on real Xen (ROWS="blkback xenio-raw" for a few)
 bench-xen: release
-	integration/xen/run.sh bench
+	integration/xen/run.sh bench $(if $(ROWS),"ROWS=$(ROWS)")
 
 ## bench: a simulated guest on the real programs against fio, on this machine; into target/bench.json
 # BENCH_FILE is where the image lies (1 GiB of random data, made once): the file system under it is what is measured.

@@ -13,6 +13,7 @@ use xenstore::{Access, Permission};
 
 use crate::sim::frontend::Frontend;
 use crate::sim::host::{SimHost, VARIABLE};
+use crate::sim::refuse;
 use crate::sim::store::SimStore;
 
 /// How long anything may take that ends by itself: far more than it ever takes, so that only a fault reaches it.
@@ -61,6 +62,8 @@ pub struct Rig {
     xenio: Option<Child>,
     /// Options for `tap-ctl spawn`, such as `--engine=pool`.
     pub spawn_options: Vec<String>,
+    /// What the kernel refuses to tapdisks, see [`refuse::VARIABLE`].
+    pub refuse: String,
 }
 
 /// A disk as the toolstack sees it.
@@ -93,7 +96,15 @@ impl Rig {
         let folder = tempfile::Builder::new().prefix("xenio").tempdir_in(parent).expect("a temporary folder");
         let host = SimHost::create(folder.path()).expect("the host's folders");
         let store = SimStore::start(&host.store());
-        let mut rig = Rig { folder, host, store, programs, xenio: None, spawn_options: Vec::new() };
+        let mut rig = Rig {
+            folder,
+            host,
+            store,
+            programs,
+            xenio: None,
+            spawn_options: Vec::new(),
+            refuse: String::new(),
+        };
         rig.start_xenio();
         rig
     }
@@ -139,7 +150,11 @@ impl Rig {
     /// Runs `tap-ctl`.
     #[must_use]
     pub fn tap_ctl(&self, args: &[&str]) -> Outcome {
-        let output = self.command(&self.programs.tap_ctl).args(args).output().expect("tap-ctl-sim starts");
+        let mut command = self.command(&self.programs.tap_ctl);
+        if !self.refuse.is_empty() {
+            command.env(refuse::VARIABLE, &self.refuse);
+        }
+        let output = command.args(args).output().expect("tap-ctl-sim starts");
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();
         Outcome {
             code: output.status.code().unwrap_or(-1),

@@ -52,14 +52,24 @@ run_machine() {
 # "spec-ctrl=no" alone makes Xen switch FPU registers lazily, and with that the emulated machine mixes up vector
 # registers between domains: wrong hashes, programs that crash (selftest-load shows it).
 start_qemu() {
-    local kind=$1 pin='' cpu=(-accel "tcg,thread=multi,tb-size=1024" -cpu max,-smap,-la57,-rdtscp,-umip,-x2apic)
+    local kind=$1 cpu dom0
+    case $kind in
+    # The kernel brings up the first CPU only: a scenario that wants dom0 to have two says so.
+    plain)
+        cpu=(-accel "tcg,thread=multi,tb-size=1024" -cpu max,-smap,-la57,-rdtscp,-umip,-x2apic)
+        dom0=dom0_max_vcpus=2
+        ;;
     # One instruction is one nanosecond of the machine's time: figures that do not depend on the host. The CPU is one
     # that people have: on "max" the kernel copies byte by byte (FSRM), and every byte would count as an instruction.
-    [ "$kind" = plain ] || cpu=(-accel tcg -icount "shift=0,sleep=off" -cpu Haswell-noTSX,-x2apic)
-    if [ "$kind" = profiled ]; then
+    counted | profiled)
+        cpu=(-accel tcg -icount "shift=0,sleep=off" -cpu Haswell-noTSX,-x2apic)
+        dom0=dom0_max_vcpus=1
+        ;;&
+    profiled)
         cpu+=(-plugin "file=$COUNTER,out=$LOGS/counts")
-        pin=dom0_vcpus_pin
-    fi
+        dom0+=" dom0_vcpus_pin"
+        ;;
+    esac
     exec {EVENTS}< <(exec "$WORLD/usr/lib64/ld-linux-x86-64.so.2" --library-path "$WORLD/usr/lib/x86_64-linux-gnu" \
         "$WORLD/usr/bin/qemu-system-x86_64" -L "$WORLD/usr/share/qemu" -L "$WORLD/usr/share/seabios" \
         "${cpu[@]}" -machine q35 -smp 2 -m 3072 \
@@ -67,9 +77,9 @@ start_qemu() {
         -chardev "file,id=console,path=$LOGS/console-$kind.log" -serial chardev:console \
         -chardev stdio,id=events,signal=off -serial chardev:events \
         -kernel "$BOOT/xen" \
-        -append "dom0_mem=1280M,max:1280M dom0_max_vcpus=1 com1=115200,8n1 console=com1 loglvl=warning \
-guest_loglvl=warning ucode=no smt=0 spec-ctrl=no,eager-fpu $pin" \
-        -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off,$BOOT/dom0.initrd" \
+        -append "dom0_mem=1280M,max:1280M com1=115200,8n1 console=com1 loglvl=warning \
+guest_loglvl=warning ucode=no smt=0 spec-ctrl=no,eager-fpu $dom0" \
+        -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off maxcpus=1,$BOOT/dom0.initrd" \
         -drive "file=$DOM0/disk.img,if=virtio,format=raw,cache=unsafe,snapshot=on" \
         -virtfs "local,path=$PAYLOAD,mount_tag=testbed,security_model=none,readonly=on" \
         -virtfs "local,path=$LOGS,mount_tag=out,security_model=none" \

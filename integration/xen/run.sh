@@ -83,6 +83,7 @@ main() {
     build_images
     prepare_machine "${names[@]}"
     run_machine "${names[@]}"
+    [ ! -s "$LOGS/bench.rows" ] || perl "$HERE/bench/results.pl" "$LOGS/bench.rows" "$TOP/target/bench-xen.json"
     profile_tables
     report "$keep"
 }

@@ -43,6 +43,11 @@ impl Decoder {
         self.buffer.extend_from_slice(bytes);
     }
 
+    /// Whether everything that came has been taken.
+    pub fn is_empty(&self) -> bool {
+        self.buffer.is_empty()
+    }
+
     /// The next whole message, or `None` until more bytes arrive.
     #[expect(
         clippy::should_implement_trait,
@@ -74,9 +79,10 @@ mod tests {
             decoder.feed(&[*byte]);
             assert!(decoder.next::<Request>().unwrap().is_none());
         }
+        assert!(!decoder.is_empty());
         decoder.feed(&bytes[bytes.len() - 1..]);
         assert_eq!(decoder.next::<Request>().unwrap(), Some(request));
-        assert!(decoder.next::<Request>().unwrap().is_none());
+        assert!(decoder.next::<Request>().unwrap().is_none() && decoder.is_empty());
     }
 
     #[test]

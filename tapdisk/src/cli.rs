@@ -13,38 +13,42 @@ use lexopt::prelude::*;
 use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
 
+use crate::reactor::EngineChoice;
 use crate::server::Server;
 use crate::xen::Xen;
 
 const HELP: &str = "\
-usage: tapdisk [-D] [-h] [--version]
+usage: tapdisk [-D] [--engine uring|pool|auto] [-h] [--version]
 
 Serves the disks that tap-ctl opens and xenio connects. Started by `tap-ctl spawn`;
 it ends when its last disk is detached.
 
   -D         stay in the foreground: debug messages on stderr, Ctrl-C ends
+  --engine   how I/O is done: by io_uring, by a pool of threads, or (auto, the
+             default) by io_uring unless the kernel refuses it
   -h         this help
 ";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
-    Serve { foreground: bool },
+    Serve { foreground: bool, engine: EngineChoice },
     Help,
     Version,
 }
 
 fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, lexopt::Error> {
     let mut parser = lexopt::Parser::from_args(args);
-    let mut action = Action::Serve { foreground: false };
+    let (mut foreground, mut engine) = (false, EngineChoice::default());
     while let Some(arg) = parser.next()? {
-        action = match arg {
-            Short('D') => Action::Serve { foreground: true },
+        match arg {
+            Short('D') => foreground = true,
+            Long("engine") => engine = parser.value()?.parse()?,
             Short('h') | Long("help") => return Ok(Action::Help),
             Long("version") => return Ok(Action::Version),
             other => return Err(other.unexpected()),
-        };
+        }
     }
-    Ok(action)
+    Ok(Action::Serve { foreground, engine })
 }
 
 /// The whole program, over the given hypervisor and runtime folder.
@@ -61,7 +65,7 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
         Action::Version => {
             writeln!(std::io::stdout(), "tapdisk {}", env!("CARGO_PKG_VERSION")).context("cannot print")
         }
-        Action::Serve { foreground } => serve(xen, dir, foreground),
+        Action::Serve { foreground, engine } => serve(xen, dir, foreground, engine),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -73,7 +77,7 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
     }
 }
 
-fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool) -> anyhow::Result<()> {
+fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool, engine: EngineChoice) -> anyhow::Result<()> {
     if !foreground {
         close_inherited();
         // Fails only for a process group leader, which a spawned tapdisk is not.
@@ -81,7 +85,7 @@ fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool) -> anyhow::Result<(
     }
     let mode = if foreground { Mode::Foreground } else { Mode::Daemon };
     logging::init("tapdisk", mode, foreground).context("cannot set up logging")?;
-    let mut server = Server::bind(xen, dir.clone())
+    let mut server = Server::bind(xen, dir.clone(), engine)
         .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
     writeln!(std::io::stdout(), "{}", server.socket().display())
         .context("cannot report the control socket")?;
@@ -119,8 +123,12 @@ mod tests {
 
     #[test]
     fn options_are_read_and_unknown_ones_refused() {
-        assert_eq!(parsed(&[]).unwrap(), Action::Serve { foreground: false });
-        assert_eq!(parsed(&["-D"]).unwrap(), Action::Serve { foreground: true });
+        let serve = |foreground, engine| Action::Serve { foreground, engine };
+        assert_eq!(parsed(&[]).unwrap(), serve(false, EngineChoice::Auto));
+        assert_eq!(parsed(&["-D"]).unwrap(), serve(true, EngineChoice::Auto));
+        assert_eq!(parsed(&["--engine", "pool"]).unwrap(), serve(false, EngineChoice::Pool));
+        assert_eq!(parsed(&["--engine=uring", "-D"]).unwrap(), serve(true, EngineChoice::Uring));
+        assert!(parsed(&["--engine", "aio"]).unwrap_err().to_string().contains("uring"));
         assert_eq!(parsed(&["-D", "-h"]).unwrap(), Action::Help);
         assert!(parsed(&["-x"]).is_err());
         assert!(parsed(&["image"]).is_err());

@@ -22,8 +22,9 @@ use tap_ctl::proto::{DiskInfo, Minor, OpenParams, RingEntry};
 use tap_ctl::{ControlDir, Reply, Request};
 
 use self::client::{Broken, Client};
+use crate::reactor::EngineChoice;
 use crate::vbd::{Open, Vbd};
-use crate::worker::{Answer, Command, Worker};
+use crate::worker::{Answer, Command, Notice, Source, Worker};
 use crate::xen::Xen;
 
 const LISTENER: Token = Token(0);
@@ -42,11 +43,15 @@ enum Event {
     Closed(Minor, Token, Reply),
     /// An answer to pass on.
     Answer(Token, Reply),
+    /// A worker's disk is not what it was.
+    Noticed(Minor, Notice),
 }
 
 /// The control server of one tapdisk.
 pub struct Server<X: Xen> {
     xen: X,
+    /// For every image.
+    engine: EngineChoice,
     dir: ControlDir,
     socket: PathBuf,
     pid: i32,
@@ -75,7 +80,7 @@ impl<X: Xen> std::fmt::Debug for Server<X> {
 
 impl<X: Xen> Server<X> {
     /// Binds the control socket. Blocks SIGINT and SIGTERM for this and all later threads and takes them as events.
-    pub fn bind(xen: X, dir: ControlDir) -> io::Result<Server<X>> {
+    pub fn bind(xen: X, dir: ControlDir, engine: EngineChoice) -> io::Result<Server<X>> {
         let pid = nix::unistd::getpid().as_raw();
         let socket = dir.control_socket(pid);
         std::fs::create_dir_all(dir.root())?;
@@ -98,6 +103,7 @@ impl<X: Xen> Server<X> {
         let (sender, receiver) = channel();
         Ok(Server {
             xen,
+            engine,
             dir,
             socket,
             pid,
@@ -231,8 +237,8 @@ impl<X: Xen> Server<X> {
     fn follow(&mut self, token: Token) {
         let news: Vec<Reply> = self.vbds.iter().filter_map(Vbd::news).collect();
         let Some(client) = self.clients.get_mut(&token) else { return };
-        client.follow();
-        if let Err(broken) = news.iter().try_for_each(|news| client.tell(news)) {
+        let told = client.follow().and_then(|()| news.iter().try_for_each(|news| client.tell(news)));
+        if let Err(broken) = told {
             self.give_up(token, &broken);
         }
     }
@@ -253,7 +259,9 @@ impl<X: Xen> Server<X> {
                 }
                 Err(reply) => reply,
             }),
-            Request::Resize { .. } => Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that".into())),
+            Request::Resize { minor, size } => {
+                self.command(token, minor, |answer| Command::Resize(size, answer))
+            }
             Request::Follow => {
                 self.follow(token);
                 None
@@ -326,13 +334,9 @@ impl<X: Xen> Server<X> {
         let image = params.image.clone();
         let tell = self.teller();
         let opened = Box::new(move |result| tell(Event::Opened(minor, token, result)));
-        match Worker::start(
-            self.xen.clone(),
-            crate::worker::Source::Open(params),
-            Default::default(),
-            opened,
-            Arc::new(|notice| log::error!("{notice:?}")),
-        ) {
+        let tell = self.teller();
+        let noticed = Arc::new(move |notice| tell(Event::Noticed(minor, notice)));
+        match Worker::start(self.xen.clone(), Source::Open(params), self.engine, opened, noticed) {
             Ok(worker) => {
                 if let Ok(vbd) = self.vbd(minor) {
                     vbd.open = Some(Open { image, worker, info: None, failed: None });
@@ -377,7 +381,7 @@ impl<X: Xen> Server<X> {
         }
     }
 
-    fn teller(&self) -> impl FnOnce(Event) + Send + 'static {
+    fn teller(&self) -> impl Fn(Event) + Send + Sync + 'static {
         let (sender, waker) = (self.sender.clone(), self.waker.clone());
         move |event| {
             // Both fail only while the process ends.
@@ -391,6 +395,10 @@ impl<X: Xen> Server<X> {
         while let Ok(event) = self.receiver.try_recv() {
             let (token, reply) = match event {
                 Event::Answer(token, reply) => (token, reply),
+                Event::Noticed(minor, notice) => {
+                    self.notice(minor, notice);
+                    continue;
+                }
                 Event::Opened(minor, token, Ok(info)) => {
                     if let Ok(open) = self.open_vbd(minor) {
                         open.info = Some(info);
@@ -423,6 +431,24 @@ impl<X: Xen> Server<X> {
             self.next_requests(token);
             self.flush_client(token);
         }
+    }
+
+    fn notice(&mut self, minor: Minor, notice: Notice) {
+        // It may have been closed meanwhile.
+        let Ok(open) = self.open_vbd(minor) else { return };
+        match notice {
+            Notice::Resized(info) => {
+                log::info!("minor {minor}: has {} sectors now", info.sectors);
+                open.info = Some(info);
+            }
+            // Each of its threads says so.
+            Notice::Failed(_) if open.failed.is_some() => return,
+            Notice::Failed(reason) => {
+                log::error!("minor {minor}: {reason}");
+                open.failed = Some(reason);
+            }
+        }
+        self.tell(minor);
     }
 
     /// SIGTERM and SIGINT: disconnect and close everything, then end.

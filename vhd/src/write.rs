@@ -195,6 +195,16 @@ impl Vhd {
         Ok(plan)
     }
 
+    /// Byte offset to write `count` sectors to, if that is all there is to do: the sectors have their place, and their bits
+    /// are on disk. What [`Vhd::plan_write`] plans for most writes to an image that has been in use for some time, at a lower
+    /// price.
+    pub fn overwrite(&self, sector: Sector, count: u32) -> Option<u64> {
+        if !self.writable || self.is_poisoned() {
+            return None;
+        }
+        self.place(sector, count)
+    }
+
     /// The preparation of `block` has been carried out.
     pub fn prepared(&mut self, block: BlockIndex) {
         if let Some(dynamic) = &mut self.dynamic {

@@ -337,6 +337,7 @@ mod tests {
                 prop::sample::select(vec![
                     "protocol", "multi-queue-num-queues", "ring-page-order", "ring-ref", "ring-ref0", "ring-ref1",
                     "event-channel", "queue-0/ring-ref", "queue-1/ring-ref", "queue-0/event-channel",
+                    "queue-1/event-channel", "feature-persistent",
                 ]),
                 prop_oneof![
                     4 => (0u32..6).prop_map(|number| number.to_string().into_bytes()),

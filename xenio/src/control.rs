@@ -152,7 +152,7 @@ impl Control {
             let Some(device) = self.devices.get_mut(&id) else { continue };
             if let Some((request, pending)) = device.answered(ticket, reply) {
                 self.send(id, &request, pending);
-            } else if let Some(vbd) = device.vbd()
+            } else if let (Some(vbd), Some(_)) = (device.vbd(), device.disk())
                 && let Some(news) = self.heard.get(&(vbd.pid, vbd.minor))
             {
                 tell(device, news);

@@ -255,6 +255,10 @@ impl Device {
     /// What is said before the disk is known is said again when it is. A disk never shrinks, so a smaller size is only
     /// older news that another connection has overtaken.
     pub fn told(&mut self, news: &News) -> bool {
+        if matches!(self.disk, Disk::Lost(_)) && news.failed.is_none() {
+            // Opened, or closed after its failure and opened anew: worth asking when the guest comes back.
+            self.disk = Disk::New;
+        }
         let Disk::Ready(known) = &mut self.disk else { return false };
         let grown = news.info.sectors > known.sectors;
         if grown {

@@ -156,7 +156,7 @@ mod tests {
             ("max-ring-page-order", "4"),
             ("max-ring-pages", "16"),
             ("multi-queue-max-queues", "4"),
-            ("feature-max-indirect-segments", "0"),
+            ("feature-max-indirect-segments", &INDIRECT_SEGMENTS.to_string()),
             ("feature-persistent", "1"),
             ("feature-discard", "0"),
         ] {

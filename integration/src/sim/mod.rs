@@ -8,4 +8,5 @@ pub mod frontend;
 pub mod grants;
 pub mod host;
 pub mod memory;
+pub mod refuse;
 pub mod store;

@@ -103,6 +103,11 @@ impl FakeTapdisk {
         });
     }
 
+    /// Closes the image open as `minor`, which nobody is told.
+    pub fn close(&self, minor: u16) {
+        self.with(|state| state.vbds.remove(&minor));
+    }
+
     /// Makes the image open as `minor` larger.
     pub fn resize(&self, minor: u16, sectors: u64) {
         self.with(|state| {

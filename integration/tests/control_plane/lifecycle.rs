@@ -3,6 +3,8 @@
 use tap_ctl::proto::{DiskInfo, Polling, QueueParams, RingParams};
 use tap_ctl::{Minor, Request};
 
+use xenio::features::INDIRECT_SEGMENTS;
+
 use crate::fake_tapdisk::disk;
 use crate::rig::{DISK, Disk, PID, Rig};
 
@@ -15,7 +17,7 @@ fn everything_a_ring_depends_on_is_published_before_init_wait_and_before_hotplug
         ("max-ring-page-order", "4"),
         ("max-ring-pages", "16"),
         ("multi-queue-max-queues", "4"),
-        ("feature-max-indirect-segments", "0"),
+        ("feature-max-indirect-segments", &INDIRECT_SEGMENTS.to_string()),
         ("feature-flush-cache", "1"),
         ("feature-barrier", "1"),
         ("feature-persistent", "1"),

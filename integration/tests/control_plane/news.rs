@@ -1,7 +1,7 @@
 //! What a tapdisk tells unasked: a disk has grown, a disk has failed.
 
-use tap_ctl::Minor;
 use tap_ctl::proto::DiskInfo;
+use tap_ctl::{Minor, Request};
 
 use crate::fake_tapdisk::{FAILURE, disk};
 use crate::rig::{DISK, Disk, PID, Rig};
@@ -154,6 +154,48 @@ fn a_failed_disk_is_not_connected_again() {
     rig.settle();
     assert_eq!(rig.value(&DISK.back("state")).as_deref(), Some("6"));
     assert_eq!(rig.tapdisk.connects(), 1);
+}
+
+#[test]
+fn a_failed_disk_that_was_opened_anew_is_connected_when_its_guest_comes_back() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.tapdisk.fail(0);
+    rig.wait_state(DISK, "5");
+    rig.guest(DISK, "state", "6");
+    rig.wait_state(DISK, "6");
+    // Another disk of the same tapdisk, whose news show that those before have arrived.
+    rig.tapdisk.open(1, disk());
+    rig.add(SECOND);
+    rig.wait_state(SECOND, "2");
+    let path = rig.dir.vbd_path(PID, Minor(1));
+    rig.store.write(&SECOND.back("physical-device-path"), path.to_str().unwrap());
+    rig.store.write(&SECOND.back("hotplug-status"), "connected");
+    rig.wait(&SECOND.back("sectors"), "2048");
+    rig.tapdisk.open(0, DiskInfo { sectors: 1024, ..disk() });
+    rig.tapdisk.resize(1, 4096);
+    rig.wait(&SECOND.back("sectors"), "4096");
+    rig.guest(DISK, "state", "1");
+    rig.wait_state(DISK, "2");
+    rig.offer_ring(DISK);
+    rig.wait_state(DISK, "4");
+    assert_eq!(rig.value(&DISK.back("sectors")).as_deref(), Some("1024"));
+}
+
+#[test]
+fn a_minor_without_an_image_is_asked_for_once_however_much_was_told_before() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.guest(DISK, "state", "6");
+    rig.wait_state(DISK, "6");
+    rig.tapdisk.close(0);
+    let lists = || rig.tapdisk.log().iter().filter(|request| **request == Request::List).count();
+    let before = lists();
+    rig.add(SECOND);
+    rig.hotplug(SECOND);
+    rig.wait_error(SECOND, "does not serve minor 0");
+    rig.settle();
+    assert_eq!(lists(), before + 1);
 }
 
 #[test]

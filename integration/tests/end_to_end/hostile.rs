@@ -7,13 +7,15 @@ use std::sync::atomic::Ordering;
 use blkif::abi::{header, op};
 use blkif::encode::{Draft, DraftSegment};
 use blkif::ids::PAGE_SIZE;
-use blkif::{Abi, GrantRef, RawRequest, Sector};
+use blkif::{Abi, GrantRef, RawRequest, Sector, Status};
 use gntdev::Access;
 use integration::rig::PATIENCE;
 use integration::sim::frontend::UNTOUCHED;
 use proptest::prelude::*;
 
-use super::scene::{ERROR, SECTORS, Scene, UNSUPPORTED, draft};
+use super::scene::{ERROR, SECTORS, Scene, draft};
+
+const UNSUPPORTED: i16 = Status::NotSupported.wire();
 
 /// Sets the ring's request counter to `value` and rings the bell.
 fn overrun(value: impl Fn(u32) -> u32) {

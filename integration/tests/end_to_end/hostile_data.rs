@@ -300,7 +300,7 @@ fn h30_a_request_rewritten_after_it_was_pushed_is_one_or_the_other() {
         };
         let disturb = |round: u64| {
             for place in &places {
-                let from = if round % 2 == 0 { &wild[..] } else { good.as_bytes() };
+                let from = if round.is_multiple_of(2) { &wild[..] } else { good.as_bytes() };
                 memory.memory().write(*place, from);
             }
         };
@@ -458,7 +458,7 @@ fn h35_grants_that_come_and_go_while_they_are_used_hang_nothing() {
         let mut given = [0; 4];
         memory.memory().read(entry, &mut given);
         let disturb = |round: u64| {
-            memory.memory().write(entry, if round % 2 == 0 { &[0; 4] } else { &given });
+            memory.memory().write(entry, if round.is_multiple_of(2) { &[0; 4] } else { &given });
             memory.memory().write(place, &[round as u8; 64]);
         };
         scene.while_disturbed(disturb, |scene| {

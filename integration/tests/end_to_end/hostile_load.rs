@@ -25,7 +25,7 @@ fn processor_time(pid: i32) -> Duration {
     // Behind the name, which may have blanks: field 3 comes first; 14 and 15 are the times.
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
     let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
-    let each = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap() as u64;
+    let each = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap().cast_unsigned();
     Duration::from_millis(ticks * 1000 / each)
 }
 

@@ -6,11 +6,13 @@
 const ENGINE: Option<&str> = None;
 
 mod control;
+mod failures;
 mod guest;
 mod hostile;
 mod hostile_data;
 mod hostile_load;
 mod hostile_ring;
 mod protocol;
+mod resize;
 mod scene;
 mod support;

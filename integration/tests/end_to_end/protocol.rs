@@ -234,7 +234,7 @@ fn a_read_into_parts_of_pages_leaves_the_rest_of_them_alone() {
         let shape = Shape { persistent, ..Shape::simple(DomId(domid)) };
         let (device, mut frontend) = guest(&rig, domid, &params, shape);
         frontend.write(Sector(0), &pattern(9, MIB)).unwrap();
-        for count in [2, 11, 12, 100, 256] {
+        for count in [2u16, 11, 12, 100, 256] {
             let pages: Vec<_> = (0..count).map(|_| frontend.page(gntdev::Access::ReadWrite)).collect();
             for (frame, _) in &pages {
                 frontend.domain().write(*frame, 0, &[UNTOUCHED; 4096]);
@@ -247,8 +247,7 @@ fn a_read_into_parts_of_pages_leaves_the_rest_of_them_alone() {
             } else {
                 let (frame, gref) = frontend.page(gntdev::Access::ReadOnly);
                 write_segments(frontend.domain(), frame, &segments);
-                let mut draft =
-                    IndirectDraft { nr_segments: count as u16, id, sector: 7, ..Default::default() };
+                let mut draft = IndirectDraft { nr_segments: count, id, sector: 7, ..Default::default() };
                 draft.pages[0] = gref;
                 draft.encode(Abi::X86_64)
             };

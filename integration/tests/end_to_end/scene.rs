@@ -15,7 +15,6 @@ use super::support::{guest, raw, rig};
 /// Size of the hostile guest's disk, and of the honest one's.
 pub const SECTORS: u64 = 2048;
 pub const ERROR: i16 = Status::Error.wire();
-pub const UNSUPPORTED: i16 = Status::NotSupported.wire();
 
 /// A misbehaving guest (domain 1) beside an honest one (domain 2) on the same host.
 pub struct Scene {

@@ -105,6 +105,18 @@ debian_guest() {
     write_config "$1" "$2" "[ '$3' ]"
 }
 
+# with_fio [FILE...]: guests written from now on have fio, its libraries and the files in their memory.
+with_fio() {
+    mkdir "$WORK/fio.root"
+    /lib64/ld-linux-x86-64.so.2 --list /usr/bin/fio | grep -o '/[^ ]*' | sort -u |
+        xargs cp -L --parents -t "$WORK/fio.root" /usr/bin/fio
+    [ $# = 0 ] || cp --parents "$@" "$WORK/fio.root"
+    (cd "$WORK/fio.root" && find . | busybox cpio -o -H newc 2>/dev/null) |
+        cat "$SRV/guest.initrd" - >"$WORK/fio.initrd"
+    rm -r "$WORK/fio.root"
+    export GUEST_INITRD=$WORK/fio.initrd
+}
+
 # The kernel unpacks archives that follow one another as one.
 pack_guest() {
     (cd "$WORK/$1.root" && find . -type f | busybox cpio -o -H newc 2>/dev/null) |
@@ -146,6 +158,30 @@ says() {
 
 said() {
     grep -a -m 1 -E "$2" "$CONSOLES/guest-$1.log" | tr -d '\r'
+}
+
+# type_to NAME LINE: what the guest's job reads from its console.
+type_to() {
+    echo "$2" >"$(xenstore-read "/local/domain/$(domid "$1")/console/tty")"
+}
+
+# frontend NAME VDEV KEY: what the guest's driver wrote, or nothing. The disks' numbers in XenStore.
+declare -A VDEV=([xvda]=51712 [xvdb]=51728)
+frontend() {
+    xenstore-read "/local/domain/$(domid "$1")/device/vbd/${VDEV[$2]}/$3" 2>/dev/null || true
+}
+
+# backend NAME VDEV KEY: what xenio wrote.
+backend() {
+    xenstore-read "$BACKEND/$(domid "$1")/${VDEV[$2]}/$3" 2>/dev/null || true
+}
+
+# expect WHAT VALUE COMMAND...: the command's output is the value.
+expect() {
+    local what=$1 value=$2 seen
+    shift 2
+    seen=$("$@")
+    [ "$seen" = "$value" ] || fail "$what is '$seen' instead of '$value'"
 }
 
 GUEST_TROUBLE='GUEST FAILED|Kernel panic'

@@ -35,6 +35,11 @@ rm -rf /run/blktap-control /dev/shm/td3-* /run/xenio* "$WORK" /var/log/xen/{xeni
 rm -f "$CONSOLES"/guest-*.log /var/log/xen/xl-*.log
 : >"$HOTPLUG_LOG"
 losetup -D
+for device in /sys/kernel/config/nullb/*/; do
+    [ ! -d "$device" ] || rmdir "$device"
+done
+echo 0 >/proc/sys/kernel/io_uring_disabled
+[ ! -e /sys/devices/system/cpu/cpu1 ] || echo 0 >/sys/devices/system/cpu/cpu1/online
 xenstore-rm /local/domain/0/backend/vbd3 2>/dev/null
 xenstore-rm /local/domain/0/error 2>/dev/null
 left=$(xl list | awk 'NR > 1 && $1 != "Domain-0"')

@@ -1,7 +1,8 @@
 # dom0's disk: the unpacked packages less what no scenario uses, the guests' kernel and disks under /srv/testbed.
 # shellcheck shell=bash
 
-DOM0_MODULES=(xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-blkfront loop null_blk ext4)
+DOM0_MODULES=(xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-blkfront loop null_blk brd
+    ext4)
 
 build_dom0() {
     local root=$1/root version drop

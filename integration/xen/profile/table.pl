@@ -84,7 +84,8 @@ sub place {
         my $symbol = find($table, $address);
         return ($name, $symbol ? ($symbol->[1], $symbol->[0]) : ('(no symbols)', 0));
     }
-    return ('dom0 user', 'other', 0);
+    # QEMU translates a page of a library once, with the address that the first program has it at.
+    return ('dom0 user', 'libraries', 0);
 }
 
 # counts N: {"address instructions"} = [executions by CPU].

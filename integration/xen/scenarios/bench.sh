@@ -1,46 +1,43 @@
-# about: instruction-counted IOPS of xenio, blkback and qdisk on a null block device
+# about: instruction-counted IOPS of xenio, blkback and qdisk, for each of ROWS
 # extra: "make bench-xen"
 # speaks: yes
 # machine: counted
-# limit: 600
-modprobe xen-blkback
-modprobe null_blk nr_devices=1 irqmode=0 queue_mode=2 bs=512
-start_xenio
+# limit: 1200
+. /testbed/dom0/bench.sh
+: "${ROWS:=blkback blkback-copy qdisk xenio-raw xenio-copy xenio-raw-ram xenio-vhd xenio-raw-file qdisk-raw-file xenio-vhd-file qdisk-vhd-file}"
+JOBS="rr4k_qd1 rr4k_qd32 rw4k_qd32 sr1m_qd4 sw1m_qd4"
 
-# fio and its libraries go into the guests' memory.
-mkdir fio.root
-/lib64/ld-linux-x86-64.so.2 --list /usr/bin/fio | grep -o '/[^ ]*' | sort -u | xargs cp -L --parents -t fio.root /usr/bin/fio
-(cd fio.root && find . | busybox cpio -o -H newc 2>/dev/null) | cat "$SRV/guest.initrd" - >fio.initrd
-rm -r fio.root
-export GUEST_INITRD=$WORK/fio.initrd GUEST_MEMORY=600
+# How many requests: fio computes from milliseconds, so every job takes a few hundred of them.
+requests() {
+    case $1 in
+    rr4k_qd1) echo 4096 ;;
+    *_qd32) echo 8192 ;;
+    *) echo 256 ;;
+    esac
+}
 
-# measure NAME DISK: a row of the table; fio computes from milliseconds, so every job takes a few hundred of them.
+# measure NAME: a row of the table, which the host makes the comparison from.
 measure() {
-    local row
-    guest "$1" pv "$2" <<'JOB'
-set -e
-run() {
-    name=$1
-    shift
-    fio --minimal --name=$name --filename=/dev/xvda --direct=1 --ioengine=libaio --thread --randseed=1 "$@" >/tmp/$name
+    local disk type options job result
+    row "$1"
     # Terse version 3: the eighth field is read IOPS, the forty-ninth write IOPS.
-    echo "IOPS $name $(awk -F ';' '{ print $8 + $49 }' /tmp/$name)"
-}
-run read1 --rw=randread --bs=4k --iodepth=1 --size=1g --io_size=8m
-run read32 --rw=randread --bs=4k --iodepth=32 --size=1g --io_size=32m
-run write32 --rw=randwrite --bs=4k --iodepth=32 --size=1g --io_size=32m
-run bigread --rw=read --bs=1m --iodepth=4 --size=1g --io_size=256m
-run bigwrite --rw=write --bs=1m --iodepth=4 --size=1g --io_size=256m
-JOB
+    for job in $JOBS; do
+        echo "$(fio_command) $(fio_job "$job") --number_ios=$(requests "$job") >/tmp/$job"
+        echo "echo IOPS $job \$(awk -F ';' '{ print \$8 + \$49 }' /tmp/$job)"
+    done >job
+    { echo 'set -e' && cat job; } | GUEST_CMDLINE=$options guest "$1" "$type" "$disk"
     create "$1" >/dev/null
-    finish "$1" 300 >/dev/null
-    row=$(tr -d '\r' <"$CONSOLES/guest-$1.log" | awk '$1 == "IOPS" { printf " %10s", $3 }')
-    printf '%-28s%s\n' "$3" "$row" | tell
+    finish_quietly "$1" 300 >/dev/null
+    result=$(tr -d '\r' <"$CONSOLES/guest-$1.log" | awk '$1 == "IOPS" { printf " %d", $3 }')
+    row_done
+    echo "$1$result" >>/out/bench.rows
+    # shellcheck disable=SC2086
+    printf '%-18s %9s %9s %9s %9s %9s\n' "$1" $result | tell
 }
 
-printf '%-28s %10s %10s %10s %10s %10s\n' 'IOPS (1 instruction = 1 ns)' 'rr4k qd1' 'rr4k qd32' 'rw4k qd32' 'r1M qd4' 'w1M qd4' | tell
-measure blkback "format=raw,backendtype=phy,vdev=xvda,access=rw,target=/dev/nullb0" 'blkback'
-GUEST_CMDLINE=xen_blkfront.feature_persistent=0 \
-    measure noncached "format=raw,backendtype=phy,vdev=xvda,access=rw,target=/dev/nullb0" 'blkback, no persistent'
-measure xenio "$(raw xvda /dev/nullb0)" 'xenio'
-measure qdisk "format=raw,backendtype=qdisk,vdev=xvda,access=rw,target=/dev/nullb0" 'qdisk'
+bench_setup
+# shellcheck disable=SC2086
+printf '%-18s %9s %9s %9s %9s %9s\n' IOPS $JOBS | tell
+for name in $ROWS; do
+    measure "$name"
+done

@@ -206,7 +206,13 @@ impl Disk {
                 let offset = sector.0.checked_mul(SECTOR_SIZE).ok_or(Errno::EINVAL)?;
                 self.io.read(&raw.file, offset, buf, 0..buf.len()).await
             }
-            Layer::Vhd(_) => self.read_layers(sector, buf).await,
+            Layer::Vhd(vhd) => {
+                let count = u32::try_from(buf.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
+                match vhd.place(sector, count) {
+                    Some(offset) => self.io.read(&vhd.file, offset, buf, 0..buf.len()).await,
+                    None => self.read_layers(sector, buf).await,
+                }
+            }
             Layer::Null(_) => {
                 buf.zero(0..buf.len());
                 Ok(())
@@ -308,9 +314,12 @@ impl<'a> Flying<'a> {
         Ok(())
     }
 
-    async fn finish(self) -> Result<(), Errno> {
-        for transfer in self.transfers.into_iter().flatten() {
-            transfer.finish().await?;
+    async fn finish(&mut self) -> Result<(), Errno> {
+        for place in &mut self.transfers {
+            // Taken out one by one: together they are large, and moving them costs more than the rest of a read.
+            if let Some(transfer) = place.take() {
+                transfer.finish().await?;
+            }
         }
         Ok(())
     }

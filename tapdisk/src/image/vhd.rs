@@ -53,6 +53,11 @@ impl VhdLayer {
         self.core.borrow().sectors()
     }
 
+    /// Byte offset of `count` sectors if they all are in this layer, one after another, and nothing must be read to know it.
+    pub fn place(&self, sector: Sector, count: u32) -> Option<u64> {
+        self.core.borrow().place(sector.0, count)
+    }
+
     /// Where sectors lie: the longest prefix with one answer.
     pub async fn map(&self, io: &Io, sector: Sector, count: u32) -> Result<Extent, Errno> {
         loop {
@@ -73,6 +78,23 @@ impl VhdLayer {
 
     /// Writes `range` of `buf` to `sector`. When this returns, the data is readable, and durable after the next flush.
     pub async fn write(&self, io: &Io, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
+        let count = u32::try_from(range.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
+        let overwrite = self.core.borrow().overwrite(sector.0, count);
+        if let Some(offset) = overwrite {
+            self.dirty.set(true);
+            return io.write(&self.file, offset, buf, range).await;
+        }
+        self.write_planning(io, sector, buf, range).await
+    }
+
+    /// The same for writes that need more than one step.
+    async fn write_planning(
+        &self,
+        io: &Io,
+        sector: Sector,
+        buf: &Buf,
+        range: Range<usize>,
+    ) -> Result<(), Errno> {
         let (mut sector, mut range) = (sector, range);
         let mut publish = false;
         while !range.is_empty() {

@@ -91,9 +91,10 @@ impl Client {
         self.queue(reply);
     }
 
-    /// From now on it is told of changes.
-    pub fn follow(&mut self) {
+    /// From now on it is told of changes. It may have asked more already.
+    pub fn follow(&mut self) -> Result<(), Broken> {
         self.role = Role::Follows;
+        if self.decoder.is_empty() { Ok(()) } else { Err(Broken::Talkative) }
     }
 
     /// Whether it is told of changes.
@@ -206,7 +207,7 @@ mod tests {
     #[test]
     fn a_follower_that_does_not_read_is_given_up_before_it_costs_much_and_never_waited_for() {
         let (mut client, _peer) = pair();
-        client.follow();
+        client.follow().unwrap();
         let told = (0..1_000_000).find(|_| matches!(client.tell(&news()), Err(Broken::Deaf)));
         assert!(told.is_some());
         assert!(client.out.len() < MAX_UNREAD + 1024);
@@ -216,12 +217,18 @@ mod tests {
     #[test]
     fn a_follower_may_not_ask_and_is_done_when_it_ends() {
         let (mut client, mut peer) = pair();
-        client.follow();
+        client.follow().unwrap();
         client.tell(&news()).unwrap();
         ask(&mut peer, &Request::Pid);
         assert!(matches!(client.receive(), Err(Broken::Talkative)));
+        let (mut client, mut peer) = pair();
+        ask(&mut peer, &Request::Follow);
+        ask(&mut peer, &Request::Pid);
+        client.receive().unwrap();
+        client.next().unwrap();
+        assert!(matches!(client.follow(), Err(Broken::Talkative)));
         let (mut client, peer) = pair();
-        client.follow();
+        client.follow().unwrap();
         drop(peer);
         client.receive().unwrap();
         assert!(client.is_done());

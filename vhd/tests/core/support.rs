@@ -223,7 +223,16 @@ impl Disk {
             Step::Plan if writer.data.is_empty() => Step::Over,
             Step::Plan => {
                 let count = u32::try_from(writer.data.len() / SECTOR).unwrap();
-                match self.vhd.plan_write(writer.sector, count)? {
+                let overwrite = self.vhd.overwrite(writer.sector, count);
+                let plan = self.vhd.plan_write(writer.sector, count)?;
+                let alone = match &plan {
+                    WritePlan::Write { offset, count: planned, prepare: None, publish: false } => {
+                        (*planned == count).then_some(*offset)
+                    }
+                    _ => None,
+                };
+                assert_eq!(overwrite, alone, "the short way plans like the long one");
+                match plan {
                     WritePlan::Wait { .. } => Step::Plan,
                     WritePlan::NeedBitmap { block, offset, len } => {
                         self.load(block, offset, len);
@@ -374,7 +383,15 @@ fn read_layer(store: &Store, vhd: &mut Vhd, runs: &[(u64, u64)], all: &mut [u8])
         let mut sector = start;
         while sector < end {
             let range = |count: u32| at(sector * 512)..at((sector + u64::from(count)) * 512);
-            match vhd.map(sector, u32::try_from(end - sector).unwrap()).unwrap() {
+            let wanted = u32::try_from(end - sector).unwrap();
+            let place = vhd.place(sector, wanted);
+            let lookup = vhd.map(sector, wanted).unwrap();
+            let alone = match lookup {
+                Lookup::Data { offset, count } if count == wanted => Some(offset),
+                _ => None,
+            };
+            assert_eq!(place, alone, "the short way finds what the long one finds");
+            match lookup {
                 Lookup::NeedBitmap { block, offset, len } => {
                     let mut bits = vec![0; len as usize];
                     store.read(offset, &mut bits).unwrap();

@@ -235,6 +235,14 @@ fn a_failed_disk_is_trouble_and_lost_while_the_ring_stays() {
 }
 
 #[test]
+fn a_failed_disk_that_was_opened_anew_is_asked_for_again() {
+    let mut device = in_operation(&mut Tickets::new());
+    device.told(&news(100, Some("fdatasync failed")));
+    device.told(&news(50, None));
+    assert_eq!(tap_and_ring(&device), (Tap::New, Ring::Up));
+}
+
+#[test]
 fn news_of_a_disk_that_is_not_known_yet_are_left_alone() {
     let mut device = device(Phase::InitWait);
     assert!(!device.told(&news(100, Some("fdatasync failed"))));

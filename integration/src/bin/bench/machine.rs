@@ -8,29 +8,47 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-/// CPUs for the two sides, if there are two.
-#[derive(Clone, Copy, Debug)]
+/// CPUs for the two sides.
+#[derive(Clone, Debug)]
 pub struct Cpus {
-    /// The backend's, and fio's.
-    pub backend: u32,
-    /// The guest's.
-    pub guest: u32,
+    /// All that this process may use, as `taskset` takes them.
+    all: String,
+    /// The backend's and the guest's, if there are two.
+    sides: Option<(u32, u32)>,
 }
 
 impl Cpus {
-    /// The first and the last CPU that this process may use; `None` if they are the same.
-    pub fn find() -> Option<Cpus> {
-        let status = std::fs::read_to_string("/proc/self/status").ok()?;
-        let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?.trim();
-        let number = |text: &str| text.parse::<u32>().ok();
-        let backend = number(list.split([',', '-']).next()?)?;
-        let guest = number(list.rsplit([',', '-']).next()?)?;
-        (backend != guest).then_some(Cpus { backend, guest })
+    /// The first CPU that this process may use is the backend's, the last one the guest's.
+    pub fn find() -> anyhow::Result<Cpus> {
+        let status = std::fs::read_to_string("/proc/self/status").context("cannot read /proc/self/status")?;
+        let all = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        let all = all.context("the kernel does not tell which CPUs may be used")?.trim().to_owned();
+        let number = |text: Option<&str>| text.and_then(|text| text.parse::<u32>().ok());
+        let first = number(all.split([',', '-']).next());
+        let last = number(all.rsplit([',', '-']).next());
+        let sides = first.zip(last).filter(|(backend, guest)| backend != guest);
+        Ok(Cpus { all, sides })
+    }
+
+    /// Keeps all threads of a tapdisk, and those they start, on the backend's CPU.
+    pub fn pin_backend(&self, pid: i32) -> anyhow::Result<()> {
+        self.sides.map_or(Ok(()), |(cpu, _)| pin(pid, cpu))
+    }
+
+    /// Keeps the calling thread and what it starts, but for [`Cpus::command`]s, on the guest's CPU.
+    pub fn pin_guest(&self) -> anyhow::Result<()> {
+        self.sides.map_or(Ok(()), |(_, cpu)| pin(nix::unistd::gettid().as_raw(), cpu))
+    }
+
+    /// A program that may run on every CPU.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("taskset");
+        command.args(["-c", &self.all, program]);
+        command
     }
 }
 
-/// Keeps all threads of a process, and those they start, on one CPU.
-pub fn pin(pid: i32, cpu: u32) -> anyhow::Result<()> {
+fn pin(pid: i32, cpu: u32) -> anyhow::Result<()> {
     let status = Command::new("taskset")
         .args(["-a", "-c", "-p", &cpu.to_string(), &pid.to_string()])
         .stdout(Stdio::null())
@@ -65,14 +83,15 @@ pub fn make_file(path: &Path, bytes: u64) -> anyhow::Result<()> {
 /// How often a process enters io_uring in a second, measured over `time` while it works; `None` without a tool that can tell.
 ///
 /// `perf` counts without slowing anything down; `strace` slows every call, which makes batches larger than they are.
-pub fn enters_per_second(pid: i32, time: Duration) -> Option<(f64, &'static str)> {
-    let seconds = time.as_secs().max(1).to_string();
-    let pid = pid.to_string();
+pub fn enters_per_second(cpus: &Cpus, pid: i32, time: Duration) -> Option<(f64, &'static str)> {
+    let whole = u32::try_from(time.as_secs()).ok().filter(|seconds| *seconds > 0)?;
+    let (seconds, pid) = (whole.to_string(), pid.to_string());
     let event = "syscalls:sys_enter_io_uring_enter";
-    let perf = Command::new("perf")
+    let perf = cpus
+        .command("perf")
         .args(["stat", "-x", ",", "-e", event, "-p", &pid, "--", "sleep", &seconds])
         .output();
-    let divide = |count: f64| count / time.as_secs().max(1).to_string().parse::<f64>().unwrap_or(1.0);
+    let divide = |count: f64| count / f64::from(whole);
     if let Ok(output) = perf {
         let text = String::from_utf8_lossy(&output.stderr);
         let count = text.lines().find(|line| line.contains(event)).and_then(|line| line.split(',').next());
@@ -80,7 +99,8 @@ pub fn enters_per_second(pid: i32, time: Duration) -> Option<(f64, &'static str)
             return Some((divide(count), "perf"));
         }
     }
-    let strace = Command::new("timeout")
+    let strace = cpus
+        .command("timeout")
         .args(["-s", "INT", &seconds, "strace", "-f", "-c", "-e", "trace=io_uring_enter", "-p", &pid])
         .output()
         .ok()?;

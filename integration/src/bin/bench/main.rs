@@ -122,10 +122,8 @@ const COUNTED: [(&str, Load); 3] = [
 fn run(options: &Options) -> anyhow::Result<()> {
     machine::make_file(&options.file, options.mib << 20)?;
     let file = options.file.canonicalize().context("the image's path")?;
-    let cpus = Cpus::find();
-    if let Some(cpus) = cpus {
-        machine::pin(std::process::id().try_into()?, cpus.guest)?;
-    }
+    let cpus = Cpus::find()?;
+    cpus.pin_guest()?;
     let bench = Bench { options, cpus, capacity: options.mib << 20 };
     let wanted = |name: &str| name.contains(&options.only);
     let raw = format!("aio:{}", file.display());
@@ -203,7 +201,7 @@ fn count_calls(
 
 struct Bench<'a> {
     options: &'a Options,
-    cpus: Option<Cpus>,
+    cpus: Cpus,
     capacity: u64,
 }
 
@@ -222,9 +220,7 @@ impl Bench<'_> {
         let rig = Rig::start_in(programs, Path::new("/dev/shm"));
         rig.create_domain(GUEST.0);
         let device = rig.plug(GUEST.0, XVDA, image, "w").map_err(anyhow::Error::msg)?;
-        if let Some(cpus) = self.cpus {
-            machine::pin(device.pid, cpus.backend)?;
-        }
+        self.cpus.pin_backend(device.pid)?;
         let guest = Guest::create(&rig.host.xen(), *load, self.capacity)?;
         rig.connect_with(&device, &guest.keys());
         Ok((rig, device, guest))
@@ -239,7 +235,7 @@ impl Bench<'_> {
     }
 
     fn peer(&self, file: &Path, load: &Load) -> anyhow::Result<f64> {
-        peer::fio(file, load, self.options.time)
+        peer::fio(&self.cpus, file, load, self.options.time)
     }
 
     fn counted(&self, image: &str, load: &Load) -> anyhow::Result<Counted> {
@@ -256,8 +252,9 @@ impl Bench<'_> {
         for (figure, pair) in figures.iter_mut().zip(counts().into_iter().zip(before)) {
             *figure = each(pair);
         }
+        let cpus = self.cpus.clone();
         let counting =
-            std::thread::spawn(move || machine::enters_per_second(device.pid, Duration::from_secs(2)));
+            std::thread::spawn(move || machine::enters_per_second(&cpus, device.pid, Duration::from_secs(2)));
         let rate = guest.run(Duration::from_secs(4))?.rate();
         let enter = counting.join().ok().flatten();
         Ok(Counted {

@@ -1,18 +1,19 @@
 //! fio, doing the same to the same file.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context;
 
 use super::guest::Load;
+use super::machine::Cpus;
 
 /// Requests a second that fio gets with io_uring and O_DIRECT.
-pub fn fio(file: &Path, load: &Load, time: Duration) -> anyhow::Result<f64> {
+pub fn fio(cpus: &Cpus, file: &Path, load: &Load, time: Duration) -> anyhow::Result<f64> {
     let direction = if load.write { "write" } else { "read" };
     let kind = if load.random { format!("rand{direction}") } else { direction.to_owned() };
-    let output = Command::new("fio")
+    let output = cpus
+        .command("fio")
         .args(["--name=peer", "--ioengine=io_uring", "--direct=1", "--time_based", "--norandommap"])
         .args(["--randrepeat=0", "--output-format=json"])
         .arg(format!("--filename={}", file.display()))

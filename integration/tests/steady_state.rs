@@ -107,7 +107,7 @@ fn work(frontend: &mut Frontend, requests: u64) {
     while answered < requests {
         while sent < requests && sent - answered < 16 {
             let sector = Sector(sent * 37 % 2000 * 8);
-            let len = [4096, 512, 8192, longest][(sent % 4) as usize];
+            let len = if sent % 32 < 2 { longest } else { [4096, 512, 8192][(sent % 3) as usize] };
             frontend.submit(match sent % 256 {
                 0 => Io::Flush,
                 odd if odd % 2 == 1 => Io::Read(sector, len),

@@ -51,28 +51,38 @@ impl RawRequest {
         match self.abi {
             Abi::X86_64 => {
                 let Entry64 { operation, nr_segments, id, sector_number, .. } =
-                    zerocopy::transmute!(self.bytes);
-                Head { op: operation, detail: nr_segments, id: id.get(), sector: Sector(sector_number.get()) }
+                    zerocopy::transmute_ref!(&self.bytes);
+                Head {
+                    op: *operation,
+                    detail: *nr_segments,
+                    id: id.get(),
+                    sector: Sector(sector_number.get()),
+                }
             }
             Abi::X86_32 => {
                 let PaddedEntry32 {
                     entry: Entry32 { operation, nr_segments, id, sector_number, .. }, ..
-                } = zerocopy::transmute!(self.bytes);
-                Head { op: operation, detail: nr_segments, id: id.get(), sector: Sector(sector_number.get()) }
+                } = zerocopy::transmute_ref!(&self.bytes);
+                Head {
+                    op: *operation,
+                    detail: *nr_segments,
+                    id: id.get(),
+                    sector: Sector(sector_number.get()),
+                }
             }
         }
     }
 
     /// The segments of a direct request.
-    fn segments(&self) -> [WireSegment; MAX_SEGMENTS] {
+    fn segments(&self) -> &[WireSegment; MAX_SEGMENTS] {
         match self.abi {
             Abi::X86_64 => {
-                let Entry64 { seg, .. } = zerocopy::transmute!(self.bytes);
+                let Entry64 { seg, .. } = zerocopy::transmute_ref!(&self.bytes);
                 seg
             }
             Abi::X86_32 => {
-                let PaddedEntry32 { entry, .. } = zerocopy::transmute!(self.bytes);
-                entry.seg
+                let PaddedEntry32 { entry, .. } = zerocopy::transmute_ref!(&self.bytes);
+                &entry.seg
             }
         }
     }
@@ -81,11 +91,11 @@ impl RawRequest {
     fn discard_sectors(&self) -> u64 {
         match self.abi {
             Abi::X86_64 => {
-                let PaddedDiscard64 { entry, .. } = zerocopy::transmute!(self.bytes);
+                let PaddedDiscard64 { entry, .. } = zerocopy::transmute_ref!(&self.bytes);
                 entry.nr_sectors.get()
             }
             Abi::X86_32 => {
-                let PaddedDiscard32 { entry, .. } = zerocopy::transmute!(self.bytes);
+                let PaddedDiscard32 { entry, .. } = zerocopy::transmute_ref!(&self.bytes);
                 entry.nr_sectors.get()
             }
         }
@@ -95,11 +105,11 @@ impl RawRequest {
     fn indirect(&self) -> (u16, GrantRef) {
         let (nr_segments, [page, ..]) = match self.abi {
             Abi::X86_64 => {
-                let PaddedIndirect64 { entry, .. } = zerocopy::transmute!(self.bytes);
+                let PaddedIndirect64 { entry, .. } = zerocopy::transmute_ref!(&self.bytes);
                 (entry.nr_segments, entry.pages)
             }
             Abi::X86_32 => {
-                let PaddedIndirect32 { entry, .. } = zerocopy::transmute!(self.bytes);
+                let PaddedIndirect32 { entry, .. } = zerocopy::transmute_ref!(&self.bytes);
                 (entry.nr_segments, entry.pages)
             }
         };
@@ -241,22 +251,13 @@ fn echoed_operation(head: &Head) -> u8 {
 fn decide(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<RequestKind, Reason> {
     let sector = head.sector;
     match head.op {
-        op::READ => Ok(RequestKind::Read { sector, segments: data(head, raw, geometry)? }),
-        op::WRITE => {
-            let segments = data(head, raw, geometry)?;
-            writable(geometry)?;
-            Ok(RequestKind::Write { sector, segments })
-        }
+        op::READ | op::WRITE => direct(head, raw, geometry),
+        op::WRITE_BARRIER if geometry.barrier => match head.detail {
+            // Windows puts the sector of the SCSI command here, which may lie beyond the end: no range check.
+            0 => Ok(RequestKind::Barrier { sector, segments: Segments::default() }),
+            _ => direct(head, raw, geometry),
+        },
         op::FLUSH_DISKCACHE if geometry.flush => Ok(RequestKind::Flush),
-        op::WRITE_BARRIER if geometry.barrier => {
-            if head.detail == 0 {
-                // Windows puts the sector of the SCSI command here, which may lie beyond the end: no range check.
-                return Ok(RequestKind::Barrier { sector, segments: Segments::default() });
-            }
-            let segments = data(head, raw, geometry)?;
-            writable(geometry)?;
-            Ok(RequestKind::Barrier { sector, segments })
-        }
         op::DISCARD if geometry.discard => {
             writable(geometry)?;
             let count = raw.discard_sectors();
@@ -269,14 +270,22 @@ fn decide(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<RequestK
     }
 }
 
-/// The segments of a direct request that must have some, and whose sectors must exist.
-fn data(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<Segments, Reason> {
-    let segments = Segments::check(&raw.segments(), head.detail)?;
+/// A read, a write, or a barrier with data.
+fn direct(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<RequestKind, Reason> {
+    let sector = head.sector;
+    let segments = Segments::check(raw.segments(), head.detail)?;
     if segments.is_empty() {
         return Err(Reason::NoSegments);
     }
-    in_range(head.sector, u64::from(segments.sectors()), geometry)?;
-    Ok(segments)
+    in_range(sector, u64::from(segments.sectors()), geometry)?;
+    if head.op == op::READ {
+        return Ok(RequestKind::Read { sector, segments });
+    }
+    writable(geometry)?;
+    Ok(match head.op {
+        op::WRITE => RequestKind::Write { sector, segments },
+        _ => RequestKind::Barrier { sector, segments },
+    })
 }
 
 fn indirect(head: &Head, raw: &RawRequest, geometry: &Geometry) -> Result<RequestKind, Reason> {

@@ -54,8 +54,9 @@ impl BackRing {
     /// `base` is page aligned and valid for reads and writes of `order.bytes()` bytes until the `BackRing` is dropped.
     /// Other domains may write there at any time; in this process nothing else may, except through atomics.
     pub unsafe fn attach(base: NonNull<u8>, abi: Abi, order: RingOrder) -> Result<BackRing, AttachError> {
-        let memory = RingMemory { base, abi, order };
-        let indices = BackIndices::attach(memory.header(), abi.slots(order))?;
+        let slots = abi.slots(order);
+        let memory = RingMemory { base, abi, order, mask: slots - 1 };
+        let indices = BackIndices::attach(memory.header(), slots)?;
         Ok(BackRing { memory, indices })
     }
 
@@ -134,6 +135,8 @@ struct RingMemory {
     base: NonNull<u8>,
     abi: Abi,
     order: RingOrder,
+    /// Number of slots, a power of two, less 1.
+    mask: u32,
 }
 
 // SAFETY: the memory is valid in the whole process and has no tie to a thread; all access is atomic.
@@ -179,9 +182,8 @@ impl RingMemory {
 
     /// Byte offset of the entry at a free-running position.
     fn entry_offset(&self, position: u32) -> usize {
-        // The number of slots is a power of two, so the entry lies inside the ring whatever the position.
-        let slot = position & (self.abi.slots(self.order) - 1);
-        HEADER_SIZE + slot as usize * self.abi.entry_size()
+        // Masked, the entry lies inside the ring whatever the position.
+        HEADER_SIZE + (position & self.mask) as usize * self.abi.entry_size()
     }
 
     /// The word at byte `offset`, a multiple of 4 inside the ring.

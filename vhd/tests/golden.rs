@@ -9,7 +9,7 @@ const DATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
 const SKIPPED: [(&str, &str); 5] = [
     ("key -p -n key.vhd", "no encryption yet"),
     ("key -c -n key.vhd -k key,aes-xts-plain,512.key", "no encryption yet"),
-    ("resize -n base.vhd -s 32 -j j.tmp", "no resize yet"),
+    ("resize -n base.vhd -s 32 -j j.tmp", "no resize with a journal yet"),
     ("coalesce -n base.vhd", "no coalesce yet"),
     (
         "scan -f -m *.vhd",

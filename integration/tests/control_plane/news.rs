@@ -1,5 +1,6 @@
 //! What a tapdisk tells unasked: a disk has grown, a disk has failed.
 
+use integration::sim::store::TreeAfter;
 use tap_ctl::proto::DiskInfo;
 use tap_ctl::{Minor, Request};
 
@@ -102,6 +103,25 @@ fn a_disk_that_grew_while_xenio_was_away_is_told_at_once() {
     assert_eq!(rig.tapdisk.disconnects(), 0);
     rig.tapdisk.resize(0, 8192);
     rig.wait(&DISK.back("sectors"), "8192");
+}
+
+#[test]
+fn h53_news_that_come_while_the_store_is_away_are_told_afterwards() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.connected(SECOND);
+    rig.settle();
+    rig.store.stop();
+    rig.tapdisk.resize(0, 4096);
+    rig.store.resume(TreeAfter::Kept);
+    rig.wait(&DISK.back("sectors"), "4096");
+    rig.store.stop();
+    rig.tapdisk.fail(0);
+    rig.store.resume(TreeAfter::Kept);
+    for disk in [DISK, SECOND] {
+        rig.wait_state(disk, "5");
+        rig.wait_error(disk, FAILURE);
+    }
 }
 
 #[test]

@@ -12,7 +12,6 @@ bench_setup() {
     modprobe null_blk nr_devices=1 irqmode=0 queue_mode=2 bs=512
     start_xenio
     with_fio "$@"
-    GUEST_MEMORY=600
     # QEMU's TSC is not invariant, so that Xen would emulate every rdtsc of a guest: a third of all instructions, for
     # every backend alike, that a machine of today does not execute.
     GUEST_CONFIG=${GUEST_CONFIG:-tsc_mode = \"native\"}

@@ -114,7 +114,7 @@ with_fio() {
     (cd "$WORK/fio.root" && find . | busybox cpio -o -H newc 2>/dev/null) |
         cat "$SRV/guest.initrd" - >"$WORK/fio.initrd"
     rm -r "$WORK/fio.root"
-    export GUEST_INITRD=$WORK/fio.initrd
+    export GUEST_INITRD=$WORK/fio.initrd GUEST_MEMORY=600
 }
 
 # The kernel unpacks archives that follow one another as one.

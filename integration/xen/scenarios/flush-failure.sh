@@ -2,13 +2,13 @@
 # limit: 180
 modprobe null_blk nr_devices=0
 mount -t configfs configfs /sys/kernel/config 2>/dev/null || true
-device=/sys/kernel/config/nullb/bad
+device=/sys/kernel/config/nullb/nullbad
 mkdir "$device"
 echo 1 >"$device/memory_backed"
 echo 32 >"$device/size"
 echo 1 >"$device/power"
 # Writes go to the page cache of the loop device and succeed; only a flush finds out what the device makes of them.
-loop=$(losetup -f --show --direct-io=off "/dev/$(ls /sys/block | grep nullb | tail -n 1)")
+loop=$(losetup -f --show --direct-io=off /dev/nullbad)
 start_xenio
 guest g1 pv "$(raw xvda "$loop")" <<'JOB'
 set -e

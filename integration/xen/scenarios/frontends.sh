@@ -28,7 +28,7 @@ while [ -b /dev/xvda ]; do usleep 20000; done
 JOB
     done
 } >job
-GUEST_MEMORY=220 guest g1 pv <job
+guest g1 pv <job
 create g1
 for variant in "${VARIANTS[@]}"; do
     wait_console g1 "GUEST READY ${variant%:*}" 60

@@ -6,7 +6,7 @@ truncate -s 64M disk.raw
 xenio -D --max-queues 2 >>"$XENIO_LOG" 2>&1 &
 with_fio
 # One job for each half, on a processor of its own, so that both rings are busy.
-GUEST_VCPUS=2 GUEST_MEMORY=220 guest g1 pv "$(raw xvda "$WORK/disk.raw")" <<JOB
+GUEST_VCPUS=2 guest g1 pv "$(raw xvda "$WORK/disk.raw")" <<JOB
 set -e
 echo "GUEST RINGS \$(ls /sys/block/xvda/mq | wc -l)"
 $(verified xvda 32 --numjobs=2 --offset_increment=32m --cpus_allowed=0-1 --cpus_allowed_policy=split)

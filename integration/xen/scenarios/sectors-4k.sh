@@ -17,7 +17,7 @@ with_fio
 # Without io_uring a tapdisk works with threads.
 for engine in uring pool; do
     [ $engine = uring ] || echo 2 >/proc/sys/kernel/io_uring_disabled
-    GUEST_MEMORY=220 guest $engine pv "$(raw xvda "$loop")" <job
+    guest $engine pv "$(raw xvda "$loop")" <job
     create $engine
     wait_console $engine 'GUEST SUM' 90
     expect "physical-sector-size" 4096 backend $engine xvda physical-sector-size

@@ -6,7 +6,7 @@ vhd-util create -n disk.vhd -s 48
 start_xenio
 with_fio
 # Every other 4 KiB of the first 8 MiB is discarded in writes between; what is discarded in a file reads as zeros.
-GUEST_MEMORY=256 guest g1 pvh "$(raw xvda "$WORK/disk.raw")" "$(vhd xvdb disk.vhd)" <<JOB
+guest g1 pvh "$(raw xvda "$WORK/disk.raw")" "$(vhd xvdb disk.vhd)" <<JOB
 set -e
 $(verified xvda 48)
 echo "GUEST CHECKED xvda"

@@ -108,12 +108,12 @@ impl From<FileShare> for ImageFile {
 impl ImageFile {
     /// Opens and locks `path`. With `direct`, past the page cache where the file system allows it.
     pub fn open(path: &Path, mode: Mode, direct: bool) -> Result<ImageFile, OpenError> {
-        let file = ImageFile::open_unlocked(path, mode, direct)?;
+        let mut file = ImageFile::open_unlocked(path, mode, direct)?;
         file.lock(mode)?;
         Ok(file)
     }
 
-    /// Opens `path`, for who looks at it before locking it.
+    /// Opens `path`, for who looks at it before locking it; its length is known from then on only.
     pub fn open_unlocked(path: &Path, mode: Mode, direct: bool) -> Result<ImageFile, OpenError> {
         let error = |errno: Errno| OpenError::file(path, "cannot open", errno);
         // O_NONBLOCK: a FIFO must not hang us before its type is known.
@@ -133,7 +133,7 @@ impl ImageFile {
         }
         let store = Store::of(&probe, &metadata, mode == Mode::Exclusive);
         // Parts of a block go through a page of memory, so a block must fit in.
-        let (mut file, direct) = match direct && store.block_size as usize <= PAGE_SIZE {
+        let (file, direct) = match direct && store.block_size as usize <= PAGE_SIZE {
             true => match plain(libc::O_DIRECT) {
                 Ok(file) => (file, true),
                 Err(Errno::EINVAL) => (probe, false),
@@ -141,17 +141,23 @@ impl ImageFile {
             },
             false => (probe, false),
         };
-        let len = file.seek(SeekFrom::End(0)).map_err(|e| OpenError::io(path, "cannot measure", &e))?;
         let file = Arc::new(Locked(file));
-        Ok(FileShare { path: path.to_owned(), file, regular: kind.is_file(), direct, len, store }.into())
+        Ok(FileShare { path: path.to_owned(), file, regular: kind.is_file(), direct, len: 0, store }.into())
     }
 
-    /// Takes the lock that `mode` needs.
-    pub fn lock(&self, mode: Mode) -> Result<(), OpenError> {
-        lock(self.file.borrow().file(), mode).map_err(|errno| match errno {
+    /// Takes the lock that `mode` needs. What the last writer has left is looked at from now on.
+    pub fn lock(&mut self, mode: Mode) -> Result<(), OpenError> {
+        let locked = self.keep();
+        lock(locked.file(), mode).map_err(|errno| match errno {
             Errno::EAGAIN | Errno::EACCES => OpenError::in_use(&self.path, mode),
             errno => OpenError::file(&self.path, "cannot lock", errno),
-        })
+        })?;
+        self.len = self.measure().map_err(|errno| OpenError::file(&self.path, "cannot measure", errno))?;
+        if mode == Mode::Exclusive && self.regular {
+            let tried = self.store.try_file(locked.file());
+            tried.map_err(|e| OpenError::io(&self.path, "cannot stat", &e))?;
+        }
+        Ok(())
     }
 
     /// The path it was opened by.
@@ -202,7 +208,7 @@ impl ImageFile {
         Ok(Some(buffered.insert(Rc::new(file)).clone()))
     }
 
-    /// Length in bytes when it was opened.
+    /// Length in bytes when it was locked.
     pub fn len(&self) -> u64 {
         self.len
     }
@@ -223,7 +229,7 @@ impl ImageFile {
         self
     }
 
-    /// Whether it had no byte when it was opened.
+    /// Whether it had no byte when it was locked.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }

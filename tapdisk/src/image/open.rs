@@ -72,7 +72,7 @@ fn open_chain(
         let path = find(&child, &parent)?;
         let is_raw = parent.uuid.is_null();
         policy.permit(&path, is_raw).map_err(|error| refuse(&child, &error))?;
-        let file = ImageFile::open_unlocked(&path, Mode::Shared, !params.buffered)?;
+        let mut file = ImageFile::open_unlocked(&path, Mode::Shared, !params.buffered)?;
         // Before the lock: an image that is its own ancestor would otherwise be told to be in use, by ourselves.
         enter(&mut visited, &file)?;
         file.lock(Mode::Shared)?;

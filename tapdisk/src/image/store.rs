@@ -37,7 +37,7 @@ pub struct Store {
     pub memory_align: u32,
     /// Bytes that are written as cheaply as a part of them. A power of two from `block_size` on.
     pub physical_block_size: u32,
-    /// What can be discarded, if anything.
+    /// What can be discarded, if anything. Of a file not known before [`Store::try_file`].
     pub discard: Option<Discard>,
 }
 
@@ -52,16 +52,21 @@ impl Store {
             Queue::read(Path::new(&device)).store(memory_align, secure)
         } else {
             let block_size = power_of_two(offset_align, 512);
-            let granularity = u32::try_from(metadata.blksize()).unwrap_or(MAX_FILE_GRANULARITY);
-            let granularity = power_of_two(granularity, block_size).min(MAX_FILE_GRANULARITY.max(block_size));
-            let discard = can_punch(file, metadata.len()).then_some(Discard {
-                granularity,
-                alignment: 0,
-                secure: false,
-            });
-            Store { block_size, memory_align, physical_block_size: block_size, discard }
+            Store { block_size, memory_align, physical_block_size: block_size, discard: None }
         };
         Store { discard: store.discard.filter(|_| writable), ..store }
+    }
+
+    /// Finds out whether room of a regular file can be given back, by doing so behind its end. Only for who has locked it for
+    /// writing: somebody else's file may have grown meanwhile.
+    pub fn try_file(&mut self, file: &File) -> io::Result<()> {
+        let metadata = file.metadata()?;
+        let granularity = u32::try_from(metadata.blksize()).unwrap_or(MAX_FILE_GRANULARITY);
+        let granularity =
+            power_of_two(granularity, self.block_size).min(MAX_FILE_GRANULARITY.max(self.block_size));
+        let discard = Discard { granularity, alignment: 0, secure: false };
+        self.discard = can_punch(file, metadata.len()).then_some(discard);
+        Ok(())
     }
 }
 
@@ -227,8 +232,9 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[7; 5000], 0).unwrap();
         let metadata = file.metadata().unwrap();
-        let store = Store::of(&file, &metadata, true);
+        let mut store = Store::of(&file, &metadata, true);
         assert!(store.block_size.is_power_of_two() && store.block_size >= 512);
+        store.try_file(&file).unwrap();
         assert_eq!(Store::of(&file, &metadata, false), Store { discard: None, ..store });
         assert_eq!(file.metadata().unwrap().len(), 5000);
         assert!(!can_erase(&file));

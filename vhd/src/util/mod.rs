@@ -8,6 +8,7 @@ mod create;
 pub mod disk;
 mod query;
 mod read;
+mod resize;
 mod scan;
 mod set;
 mod snapshot;
@@ -91,9 +92,10 @@ fn dispatch(name: &str, args: impl Iterator<Item = OsString>, out: &mut dyn Writ
         "query" => (query::run, query::OPTIONS, query::USAGE),
         "read" => (read::run, read::OPTIONS, read::USAGE),
         "set" => (set::run, set::OPTIONS, set::USAGE),
+        "resize" => (resize::run, resize::OPTIONS, resize::USAGE),
         "scan" => (scan::run, scan::OPTIONS, scan::USAGE),
         "check" => (check::run, check::OPTIONS, check::USAGE),
-        "repair" | "resize" | "fill" | "coalesce" | "modify" | "revert" | "key" | "copy" => {
+        "repair" | "fill" | "coalesce" | "modify" | "revert" | "key" | "copy" => {
             return Err(Failure::new(libc::ENOSYS, format!("this version has no command {name}")));
         }
         _ => {

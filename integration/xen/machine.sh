@@ -54,7 +54,6 @@ run_machine() {
 start_qemu() {
     local kind=$1 cpu dom0
     case $kind in
-    # The kernel brings up the first CPU only: a scenario that wants dom0 to have two says so.
     plain)
         cpu=(-accel "tcg,thread=multi,tb-size=1024" -cpu max,-smap,-la57,-rdtscp,-umip,-x2apic)
         dom0=dom0_max_vcpus=2
@@ -79,7 +78,7 @@ start_qemu() {
         -kernel "$BOOT/xen" \
         -append "dom0_mem=1280M,max:1280M com1=115200,8n1 console=com1 loglvl=warning \
 guest_loglvl=warning ucode=no smt=0 spec-ctrl=no,eager-fpu $dom0" \
-        -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off maxcpus=1,$BOOT/dom0.initrd" \
+        -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off,$BOOT/dom0.initrd" \
         -drive "file=$DOM0/disk.img,if=virtio,format=raw,cache=unsafe,snapshot=on" \
         -virtfs "local,path=$PAYLOAD,mount_tag=testbed,security_model=none,readonly=on" \
         -virtfs "local,path=$LOGS,mount_tag=out,security_model=none" \

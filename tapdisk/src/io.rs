@@ -1,7 +1,7 @@
 //! Whole transfers between image files and buffers.
 //!
 //! A transfer that the store takes as it is goes straight through ([`Io::start`]); [`Io::read`] and [`Io::write`] also take
-//! single sectors of a store with larger blocks, see [`blocks`].
+//! single sectors of a store with larger blocks, see `blocks` below this folder.
 
 mod blocks;
 

@@ -225,7 +225,7 @@ fn discard_is_not_offered_and_not_served_where_it_must_not_be() {
 
 /// Sectors 3 to 5 of each page, through every way that data can take.
 #[test]
-fn a_read_into_parts_of_pages_leaves_the_rest_of_them_alone() {
+fn h34_a_read_into_parts_of_pages_leaves_the_rest_of_them_alone() {
     use blkif::encode::{Draft, DraftSegment, IndirectDraft};
     use integration::sim::frontend::write_segments;
     let rig = rig();

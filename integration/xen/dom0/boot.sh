@@ -45,6 +45,11 @@ mount_all() {
     echo testbed >/proc/sys/kernel/hostname
 }
 
+# dom0 has one CPU, so that the other one is the guests'; a scenario that wants two brings the second one up.
+one_cpu() {
+    [ ! -e /sys/devices/system/cpu/cpu1 ] || echo 0 >/sys/devices/system/cpu/cpu1/online
+}
+
 start_toolstack() {
     local xen=/usr/lib/xen-4.20/bin module
     for module in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd loop ext4; do
@@ -91,6 +96,7 @@ run_scenario() {
 }
 
 mount_all
+one_cpu
 start_toolstack
 # As an administrator would: guests do not keep the tools and the backend waiting.
 xl sched-credit2 --domain=Domain-0 --weight=2048

@@ -39,7 +39,7 @@ for device in /sys/kernel/config/nullb/*/; do
     [ ! -d "$device" ] || rmdir "$device"
 done
 echo 0 >/proc/sys/kernel/io_uring_disabled
-[ ! -e /sys/devices/system/cpu/cpu1 ] || echo 0 >/sys/devices/system/cpu/cpu1/online
+[ "$(cat /sys/devices/system/cpu/cpu1/online 2>/dev/null || echo 0)" = 0 ] || echo 0 >/sys/devices/system/cpu/cpu1/online
 xenstore-rm /local/domain/0/backend/vbd3 2>/dev/null
 xenstore-rm /local/domain/0/error 2>/dev/null
 left=$(xl list | awk 'NR > 1 && $1 != "Domain-0"')

@@ -16,7 +16,8 @@ with_fio
     echo 'set -e'
     for variant in "${VARIANTS[@]}"; do
         cat <<JOB
-rmmod xen_blkfront
+# The driver is busy for a moment after its last device has gone.
+until rmmod xen_blkfront 2>/dev/null; do usleep 50000; done
 dmesg -c >/dev/null
 insmod /modules/xen-blkfront.ko ${variant%:*}
 echo "GUEST READY ${variant%:*}"

@@ -1,5 +1,5 @@
 # about: a guest with two processors uses two rings of a disk, where dom0 has two processors as well
-# limit: 180
+# limit: 240
 . /testbed/dom0/fio.sh
 echo 1 >/sys/devices/system/cpu/cpu1/online
 truncate -s 64M disk.raw
@@ -14,7 +14,7 @@ echo "GUEST SUM \$(dd if=/dev/xvda bs=1M iflag=direct 2>/dev/null | sha256sum | 
 read -r go
 JOB
 create g1
-wait_console g1 'GUEST RINGS 2' 60
+wait_console g1 'GUEST RINGS 2' 120
 wait_console g1 'GUEST SUM' 90
 expect "rings" 2 frontend g1 xvda multi-queue-num-queues
 [ -n "$(frontend g1 xvda queue-1/ring-ref)" ] || fail "the second ring has no page"

@@ -20,8 +20,13 @@ use crate::reactor::{EngineChoice, Reactor};
 
 /// Runs a task on an executor and a reactor of its own.
 pub(crate) fn run<F: Future<Output = ()> + 'static>(task: impl FnOnce(Io) -> F) {
+    run_on(EngineChoice::Auto, task);
+}
+
+/// The same with this engine.
+fn run_on<F: Future<Output = ()> + 'static>(engine: EngineChoice, task: impl FnOnce(Io) -> F) {
     let scheduler = Rc::new(Scheduler::default());
-    let reactor = Reactor::new(scheduler.clone(), EngineChoice::Auto).unwrap();
+    let reactor = Reactor::new(scheduler.clone(), engine).unwrap();
     let pool = Pool::new(scheduler.clone(), 1 << 20).unwrap();
     let io = Io { reactor: reactor.clone(), pool, scheduler: scheduler.clone() };
     let executor = Executor::new(scheduler);

@@ -58,6 +58,22 @@ fn pin(pid: i32, cpu: u32) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Processor time that a process has used, with all its threads.
+pub fn processor_time(pid: i32) -> anyhow::Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).context("the tapdisk is gone")?;
+    // Behind the name, which may have blanks, comes field 3; 14 and 15 are the times in ticks (proc(5)).
+    let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(14 - 3);
+    let mut ticks = || fields.next().and_then(|field| field.parse::<u64>().ok());
+    let (user, system) = ticks().zip(ticks()).context("/proc/PID/stat is not understood")?;
+    let each = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.unwrap_or(100);
+    Ok(Duration::from_micros((user + system) * 1_000_000 / each.unsigned_abs()))
+}
+
+/// How many processes want a CPU, on average of the last minute; what else runs disturbs.
+pub fn load() -> Option<f64> {
+    std::fs::read_to_string("/proc/loadavg").ok()?.split(' ').next()?.parse().ok()
+}
+
 /// Makes a file of `bytes` random bytes, unless it is there: a sparse or compressible one would flatter.
 pub fn make_file(path: &Path, bytes: u64) -> anyhow::Result<()> {
     if std::fs::metadata(path).is_ok_and(|found| found.len() == bytes) {

@@ -124,30 +124,37 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let file = options.file.canonicalize().context("the image's path")?;
     let cpus = Cpus::find()?;
     cpus.pin_guest()?;
+    if let Some(load) = machine::load().filter(|load| *load > 0.5) {
+        println!("this machine is busy (load {load}): what else runs takes its part of the figures");
+    }
     let bench = Bench { options, cpus, capacity: options.mib << 20 };
     let wanted = |name: &str| name.contains(&options.only);
     let raw = format!("aio:{}", file.display());
     let mut jobs = Map::new();
-    println!("{:32} {:>12} {:>12} {:>7}", "requests/s", "ours", "fio", "ratio");
+    println!("{:32} {:>12} {:>12} {:>7} {:>10} {:>10}", "", "ours", "fio", "ratio", "ours", "fio");
+    println!("{:32} {:>12} {:>12} {:>7} {:>21}", "", "requests/s", "requests/s", "", "CPU us/request");
     for (name, load) in JOBS.iter().filter(|(name, _)| wanted(name)) {
         let (mut ours, mut peers) = (Vec::new(), Vec::new());
         for _ in 0..options.rounds {
             ours.push(bench.ours(&raw, load)?);
             peers.push(bench.peer(&file, load)?);
         }
-        let (ours, peer) = (median(&mut ours), median(&mut peers));
-        println!("{name:32} {ours:12.0} {peer:12.0} {:7.3}", ours / peer);
-        jobs.insert((*name).into(), json!({"ours": ours, "peer": peer, "ratio": ours / peer}));
+        let (ours, peer) = (median(&ours), median(&peers));
+        let ratio = ours.rate / peer.rate;
+        println!(
+            "{name:32} {:12.0} {:12.0} {ratio:7.3} {:10.2} {:10.2}",
+            ours.rate, peer.rate, ours.cpu, peer.cpu
+        );
+        let figures = json!({"ours": ours.rate, "peer": peer.rate, "ratio": ratio,
+                             "ours_cpu_us": ours.cpu, "peer_cpu_us": peer.cpu});
+        jobs.insert((*name).into(), figures);
     }
     let mut null = Map::new();
     for (name, load) in NULL.iter().filter(|(name, _)| wanted(name)) {
-        let mut rates = Vec::new();
-        for _ in 0..options.rounds {
-            rates.push(bench.ours("null:1G", load)?);
-        }
-        let rate = median(&mut rates);
-        println!("{name:32} {rate:12.0}");
-        null.insert((*name).into(), json!(rate));
+        let rounds: Result<Vec<_>, _> = (0..options.rounds).map(|_| bench.ours("null:1G", load)).collect();
+        let Measured { rate, cpu } = median(&rounds?);
+        println!("{name:32} {rate:12.0} {:12} {:7} {cpu:10.2}", "", "");
+        null.insert((*name).into(), json!({"ours": rate, "ours_cpu_us": cpu}));
     }
     let calls = count_calls(&bench, &raw, &wanted)?;
     let mut parts = Map::new();
@@ -199,6 +206,15 @@ fn count_calls(
     Ok(figures)
 }
 
+/// What one side did.
+#[derive(Clone, Copy, Debug)]
+struct Measured {
+    /// Requests a second.
+    rate: f64,
+    /// Processor time of the backend, or of fio, for each request, in microseconds.
+    cpu: f64,
+}
+
 struct Bench<'a> {
     options: &'a Options,
     cpus: Cpus,
@@ -226,15 +242,18 @@ impl Bench<'_> {
         Ok((rig, device, guest))
     }
 
-    fn ours(&self, image: &str, load: &Load) -> anyhow::Result<f64> {
+    fn ours(&self, image: &str, load: &Load) -> anyhow::Result<Measured> {
         let (rig, device, mut guest) = self.scene(image, load)?;
         guest.run(Duration::from_millis(300))?;
+        let before = machine::processor_time(device.pid)?;
         let outcome = guest.run(self.options.time)?;
+        let used = machine::processor_time(device.pid)?.saturating_sub(before);
         rig.destroy(&device);
-        Ok(outcome.rate())
+        let rate = outcome.rate();
+        Ok(Measured { rate, cpu: used.as_secs_f64() * 1e6 / (rate * outcome.time.as_secs_f64()) })
     }
 
-    fn peer(&self, file: &Path, load: &Load) -> anyhow::Result<f64> {
+    fn peer(&self, file: &Path, load: &Load) -> anyhow::Result<Measured> {
         peer::fio(&self.cpus, file, load, self.options.time)
     }
 
@@ -270,7 +289,12 @@ fn sibling(name: &str) -> anyhow::Result<PathBuf> {
     Ok(std::env::current_exe().context("where am I?")?.with_file_name(name))
 }
 
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_unstable_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+/// The medians of both figures.
+fn median(rounds: &[Measured]) -> Measured {
+    let of = |figure: fn(&Measured) -> f64| {
+        let mut values: Vec<f64> = rounds.iter().map(figure).collect();
+        values.sort_unstable_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    };
+    Measured { rate: of(|one| one.rate), cpu: of(|one| one.cpu) }
 }

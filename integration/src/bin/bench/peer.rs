@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use anyhow::Context;
 
+use super::Measured;
 use super::guest::Load;
 use super::machine::Cpus;
 
-/// Requests a second that fio gets with io_uring and O_DIRECT.
-pub fn fio(cpus: &Cpus, file: &Path, load: &Load, time: Duration) -> anyhow::Result<f64> {
+/// What fio gets with io_uring and O_DIRECT.
+pub fn fio(cpus: &Cpus, file: &Path, load: &Load, time: Duration) -> anyhow::Result<Measured> {
     let direction = if load.write { "write" } else { "read" };
     let kind = if load.random { format!("rand{direction}") } else { direction.to_owned() };
     let output = cpus
@@ -29,5 +30,10 @@ pub fn fio(cpus: &Cpus, file: &Path, load: &Load, time: Duration) -> anyhow::Res
     let value: serde_json::Value = serde_json::from_str(json).with_context(|| {
         format!("fio does not answer in JSON: {text}{}", String::from_utf8_lossy(&output.stderr))
     })?;
-    value["jobs"][0][direction]["iops"].as_f64().filter(|iops| *iops > 0.0).context("fio did no I/O")
+    let job = &value["jobs"][0];
+    let number = |value: &serde_json::Value| value.as_f64().filter(|number| *number > 0.0);
+    let rate = number(&job[direction]["iops"]).context("fio did no I/O")?;
+    // Percent of the time that it ran.
+    let busy = number(&job["usr_cpu"]).unwrap_or(0.0) + number(&job["sys_cpu"]).unwrap_or(0.0);
+    Ok(Measured { rate, cpu: busy * 1e4 / rate })
 }

@@ -39,9 +39,13 @@ fn steps(sectors: u64) -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step, 1..16)
 }
 
+fn engines() -> impl Strategy<Value = EngineChoice> {
+    prop_oneof![Just(EngineChoice::Uring), Just(EngineChoice::Pool)]
+}
+
 /// Carries the steps out on an image, and on a vector of bytes.
-fn compare(kind: ImageType, path: PathBuf, sectors: u64, steps: Vec<Step>) {
-    run(move |io| async move {
+fn compare(engine: EngineChoice, kind: ImageType, path: PathBuf, sectors: u64, steps: Vec<Step>) {
+    run_on(engine, move |io| async move {
         let mut disk = Rc::new(open_4kn(kind, &path, &io));
         assert_eq!((disk.physical_block_size(), disk.sectors()), (BLOCK, sectors));
         let mut model = vec![0_u8; sectors as usize * 512];
@@ -86,21 +90,23 @@ proptest! {
     #[test]
     fn a_raw_image_in_blocks_of_4096_behaves_like_a_vector_of_bytes(
         (sectors, steps) in (41_u64..100).prop_flat_map(|sectors| (Just(sectors), steps(sectors))),
-        tail in 0_u64..512
+        tail in 0_u64..512, engine in engines()
     ) {
         let file = tempfile::NamedTempFile::new().unwrap();
         let len = sectors * 512 + tail;
         file.as_file().set_len(len).unwrap();
-        compare(ImageType::Aio, file.path().to_owned(), sectors, steps);
+        compare(engine, ImageType::Aio, file.path().to_owned(), sectors, steps);
         prop_assert_eq!(file.as_file().metadata().unwrap().len(), len);
     }
 
     #[test]
-    fn a_vhd_in_blocks_of_4096_behaves_like_a_vector_of_bytes(steps in steps(3 * 4096)) {
+    fn a_vhd_in_blocks_of_4096_behaves_like_a_vector_of_bytes(
+        steps in steps(3 * 4096), engine in engines()
+    ) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.vhd");
         make(&path, 6);
-        compare(ImageType::Vhd, path, 6 * 2048, steps);
+        compare(engine, ImageType::Vhd, path, 6 * 2048, steps);
     }
 }
 

@@ -284,22 +284,6 @@ impl Buf {
         Some(Buf { base, len: range.end - range.start, fixed: memory.fixed(), home: Home::Guest(memory) })
     }
 
-    /// One buffer over all of `parts`, if they follow one another in one mapping of a guest's pages.
-    pub fn joined(parts: &[Buf]) -> Option<Buf> {
-        let (first, rest) = parts.split_first()?;
-        let Home::Guest(memory) = &first.home else { return None };
-        let mut end = first.base.addr().get() + first.len;
-        for part in rest {
-            let together = matches!(&part.home, Home::Guest(other) if Rc::ptr_eq(memory, other));
-            if !together || part.base.addr().get() != end {
-                return None;
-            }
-            end += part.len;
-        }
-        let len = end - first.base.addr().get();
-        Some(Buf { base: first.base, len, fixed: first.fixed, home: Home::Guest(memory.clone()) })
-    }
-
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.len

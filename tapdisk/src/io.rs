@@ -5,6 +5,7 @@
 
 mod blocks;
 
+use std::fmt;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -64,11 +65,45 @@ impl Io {
         Transfer { io: self, file, direction, offset, piece, op }
     }
 
+    /// Moves all of `piece`, in as many operations as the store wants.
+    #[inline]
+    async fn whole(
+        &self,
+        direction: Direction,
+        file: &ImageFile,
+        offset: u64,
+        piece: Piece,
+    ) -> Result<(), Errno> {
+        if piece.len <= file.store().most {
+            return self.start(direction, file, offset, piece).finish().await;
+        }
+        self.in_parts(direction, file, offset, piece).await
+    }
+
+    async fn in_parts(
+        &self,
+        direction: Direction,
+        file: &ImageFile,
+        mut offset: u64,
+        mut piece: Piece,
+    ) -> Result<(), Errno> {
+        let mut flying = Flying::default();
+        loop {
+            let part = Piece { len: piece.len.min(file.store().most), ..piece };
+            flying.add(self.start(direction, file, offset, part)).await?;
+            offset += u64::from(part.len);
+            match piece.rest(part.len) {
+                Some(rest) => piece = rest,
+                None => return flying.finish().await,
+            }
+        }
+    }
+
     fn op<'a>(&'a self, direction: Direction, file: &'a ImageFile, offset: u64, piece: Piece) -> Op<'a> {
-        file.with(|fd| match direction {
-            Direction::Read => self.reactor.read(fd, offset, piece),
-            Direction::Write => self.reactor.write(fd, offset, piece),
-        })
+        match direction {
+            Direction::Read => self.reactor.read(file.target(), offset, piece),
+            Direction::Write => self.reactor.write(file.target(), offset, piece),
+        }
     }
 
     /// Makes all completed writes to `file` durable.
@@ -102,6 +137,45 @@ impl Transfer<'_> {
             offset += u64::from(moved);
             op = io.op(direction, file, offset, piece);
         }
+    }
+}
+
+/// Transfers that one request has in flight at most.
+const MAX_TRANSFERS: usize = 16;
+
+/// The transfers of one request.
+#[derive(Default)]
+pub struct Flying<'a> {
+    transfers: [Option<Transfer<'a>>; MAX_TRANSFERS],
+    next: usize,
+}
+
+impl fmt::Debug for Flying<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Flying").field("started", &self.next).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Flying<'a> {
+    /// Adds one; if all places are taken, waits for the oldest first.
+    pub async fn add(&mut self, transfer: Transfer<'a>) -> Result<(), Errno> {
+        let place = &mut self.transfers[self.next % MAX_TRANSFERS];
+        self.next += 1;
+        if let Some(oldest) = place.replace(transfer) {
+            oldest.finish().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for all.
+    pub async fn finish(&mut self) -> Result<(), Errno> {
+        for place in &mut self.transfers {
+            // Taken out one by one: together they are large, and moving them costs more than the rest of a read.
+            if let Some(transfer) = place.take() {
+                transfer.finish().await?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -113,15 +113,3 @@ fn bytes_are_copied_between_a_guests_pages_and_a_buffer() {
     assert!(!own.copy_to(0..512, &own, 256), "over itself");
     assert!(Buf::guest(pages, 8000..8193).is_none());
 }
-
-#[test]
-fn only_neighbours_of_one_mapping_are_joined() {
-    let (one, other) = (Rc::new(Pages(Cell::new([0; 8192]))), Rc::new(Pages(Cell::new([0; 8192]))));
-    let part = |of: &Rc<Pages>, range| Buf::guest(of.clone(), range).unwrap();
-    let joined = Buf::joined(&[part(&one, 512..4096), part(&one, 4096..4608)]).unwrap();
-    assert_eq!(joined.len(), 4096);
-    assert!(Buf::joined(&[part(&one, 4096..8192), part(&one, 0..4096)]).is_none(), "in the other order");
-    assert!(Buf::joined(&[part(&one, 0..512), part(&one, 1024..1536)]).is_none(), "with a gap");
-    assert!(Buf::joined(&[part(&one, 0..4096), part(&other, 4096..8192)]).is_none());
-    assert!(Buf::joined(&[]).is_none());
-}

@@ -5,7 +5,7 @@
 //! which our writers collide with, and byte 201 (QEMU's "nobody else may write", `block/file-posix.c`), which QEMU's
 //! writers collide with while its readers do not. A writer's lock covers QEMU's bytes too.
 
-use std::cell::{OnceCell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -23,6 +23,7 @@ use super::locks::BlockLocks;
 use super::store::Store;
 use crate::buf::Piece;
 use crate::executor::Scheduler;
+use crate::reactor::{FixedFile, Reactor, Target};
 
 const QEMU_UNSHARE_WRITE: i64 = 201;
 
@@ -73,6 +74,9 @@ pub struct ImageFile {
     locks: OnceCell<BlockLocks>,
     /// The same file through the page cache, for writing; see [`ImageFile::tail`].
     buffered: RefCell<Option<Rc<File>>>,
+    /// Of `file`, as transfers name it.
+    target: Cell<Target>,
+    at_hand: RefCell<Option<FixedFile>>,
 }
 
 /// What another thread needs for an [`ImageFile`] of its own over the same descriptor.
@@ -92,6 +96,8 @@ impl From<FileShare> for ImageFile {
         let (granule, memory_align) = if direct { (store.block_size, store.memory_align) } else { (512, 1) };
         ImageFile {
             path,
+            target: Cell::new(file.file().as_fd().into()),
+            at_hand: RefCell::new(None),
             file: RefCell::new(file),
             regular,
             direct,
@@ -245,6 +251,18 @@ impl ImageFile {
         len.map_err(|e| errno(&e))
     }
 
+    /// The file, for transfers.
+    pub fn target(&self) -> Target {
+        self.target.get()
+    }
+
+    /// Has the thread's engine keep the file at hand.
+    pub fn register(&self, reactor: &Rc<Reactor>) {
+        let fixed = reactor.fix_file(self.file.borrow().file().as_fd());
+        self.target.set(fixed.target());
+        self.at_hand.replace(Some(fixed));
+    }
+
     /// Calls `operation` with the descriptor.
     pub fn with<T>(&self, operation: impl FnOnce(BorrowedFd<'_>) -> T) -> T {
         operation(self.file.borrow().file().as_fd())
@@ -297,6 +315,9 @@ impl ImageFile {
             .map_err(|e| OpenError::io(&self.path, "cannot reopen read-only", &e))?;
         lock(&file, Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
         drop(old);
+        let at_hand = self.at_hand.take().map(|old| old.replace(file.as_fd()));
+        self.target.set(at_hand.as_ref().map_or_else(|| file.as_fd().into(), FixedFile::target));
+        self.at_hand.replace(at_hand);
         self.file.replace(Arc::new(Locked(file)));
         self.buffered.take();
         Ok(())

@@ -31,16 +31,13 @@ use self::share::Common;
 pub use self::share::DiskShare;
 use self::vhd::VhdLayer;
 use crate::buf::Buf;
-use crate::io::{Direction, Io, Transfer};
+use crate::io::{Direction, Flying, Io};
 use crate::sync::Group;
 
 /// Bytes of so many sectors.
 const fn bytes(sectors: u32) -> usize {
     sectors as usize * 512
 }
-
-/// Transfers that one request has in flight at most.
-const MAX_TRANSFERS: usize = 16;
 
 /// Where sectors of a layer are; counts in sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +105,9 @@ impl Disk {
     }
 
     fn with(leaf: Layer, parents: Vec<Layer>, io: Io, readonly: bool, common: Arc<Common>) -> Disk {
+        for file in std::iter::once(&leaf).chain(&parents).filter_map(Layer::file) {
+            file.register(&io.reactor);
+        }
         let flushes = Group::new(io.scheduler.clone());
         let (readonly, resizing) = (Cell::new(readonly), Cell::new(false));
         Disk { leaf, parents, io, readonly, flushes, resizing, common }
@@ -310,32 +310,3 @@ impl Disk {
 
 #[cfg(test)]
 mod tests;
-
-/// The transfers of one request.
-#[derive(Default)]
-struct Flying<'a> {
-    transfers: [Option<Transfer<'a>>; MAX_TRANSFERS],
-    next: usize,
-}
-
-impl<'a> Flying<'a> {
-    /// Adds one; if all places are taken, waits for the oldest first.
-    async fn add(&mut self, transfer: Transfer<'a>) -> Result<(), Errno> {
-        let place = &mut self.transfers[self.next % MAX_TRANSFERS];
-        self.next += 1;
-        if let Some(oldest) = place.replace(transfer) {
-            oldest.finish().await?;
-        }
-        Ok(())
-    }
-
-    async fn finish(&mut self) -> Result<(), Errno> {
-        for place in &mut self.transfers {
-            // Taken out one by one: together they are large, and moving them costs more than the rest of a read.
-            if let Some(transfer) = place.take() {
-                transfer.finish().await?;
-            }
-        }
-        Ok(())
-    }
-}

@@ -28,6 +28,9 @@ const STATX_WORDS: usize = 32;
 /// The largest unit in which a file's room is given back; a network file system may name a megabyte as its block size.
 const MAX_FILE_GRANULARITY: u32 = 64 << 10;
 
+/// A page in KiB, the unit of `max_sectors_kb`.
+const PAGE_KIB: u32 = 4;
+
 /// The store of an image, as it was when the image was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Store {
@@ -37,6 +40,8 @@ pub struct Store {
     pub memory_align: u32,
     /// Bytes that are written as cheaply as a part of them. A power of two from `block_size` on.
     pub physical_block_size: u32,
+    /// Bytes that one operation moves at most without being split. io_uring hands what must be split to a thread.
+    pub most: u32,
     /// What can be discarded, if anything. Of a file not known before [`Store::try_file`].
     pub discard: Option<Discard>,
 }
@@ -52,7 +57,10 @@ impl Store {
             Queue::read(Path::new(&device)).store(memory_align, secure)
         } else {
             let block_size = power_of_two(offset_align, 512);
-            Store { block_size, memory_align, physical_block_size: block_size, discard: None }
+            let device = metadata.dev();
+            let device = format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device));
+            let most = Queue::read(Path::new(&device)).most();
+            Store { block_size, memory_align, physical_block_size: block_size, most, discard: None }
         };
         Store { discard: store.discard.filter(|_| writable), ..store }
     }
@@ -83,6 +91,7 @@ struct Queue {
     discard_granularity: u32,
     discard_max_bytes: u64,
     discard_alignment: u32,
+    max_sectors_kb: u32,
 }
 
 impl Queue {
@@ -104,6 +113,15 @@ impl Queue {
             discard_alignment: text(device.join("discard_alignment"))
                 .and_then(|text| text.trim().parse().ok())
                 .unwrap_or(0),
+            max_sectors_kb: short("max_sectors_kb"),
+        }
+    }
+
+    /// Whole pages, so that the parts of a transfer stay aligned.
+    fn most(&self) -> u32 {
+        match (self.max_sectors_kb / PAGE_KIB).checked_mul(PAGE_KIB * 1024) {
+            None | Some(0) => u32::MAX,
+            Some(most) => most,
         }
     }
 
@@ -119,6 +137,7 @@ impl Queue {
             block_size,
             memory_align,
             physical_block_size: power_of_two(self.physical_block_size, block_size),
+            most: self.most(),
             discard: (self.discard_max_bytes > 0).then_some(Discard { granularity, alignment, secure }),
         }
     }
@@ -201,6 +220,7 @@ mod tests {
             ("queue/physical_block_size", "4096"),
             ("queue/discard_granularity", "1048576"),
             ("queue/discard_max_bytes", "2147450880"),
+            ("queue/max_sectors_kb", "127"),
             ("discard_alignment", "0"),
             ("sda1/discard_alignment", "65536"),
         ];
@@ -210,6 +230,7 @@ mod tests {
             block_size: 512,
             memory_align: 512,
             physical_block_size: 4096,
+            most: 124 << 10,
             discard: Some(Discard { granularity: 1 << 20, alignment: 0, secure: false }),
         };
         assert_eq!(store(dir.path()), expected);

@@ -119,7 +119,7 @@ impl Io {
     ) -> Result<(), Errno> {
         let piece = buf.piece(range.clone()).ok_or(Errno::EINVAL)?;
         if file.takes(offset, piece) {
-            return self.start(Direction::Read, file, offset, piece).finish().await;
+            return self.whole(Direction::Read, file, offset, piece).await;
         }
         self.read_parts(file, offset, buf, range).await
     }
@@ -239,7 +239,7 @@ impl Io {
 
     async fn write_whole(&self, file: &ImageFile, offset: u64, piece: Piece) -> Result<(), Errno> {
         let _lock = self.lock(file, offset..offset + u64::from(piece.len), false).await;
-        self.start(Direction::Write, file, offset, piece).finish().await
+        self.whole(Direction::Write, file, offset, piece).await
     }
 
     async fn write_parts(
@@ -293,7 +293,7 @@ impl Io {
 
     async fn write_tail(&self, tail: &File, mut offset: u64, mut piece: Piece) -> Result<(), Errno> {
         loop {
-            let moved = moved(self.reactor.write(tail.as_fd(), offset, piece).await)?;
+            let moved = moved(self.reactor.write(tail.as_fd().into(), offset, piece).await)?;
             match piece.rest(moved) {
                 None => return Ok(()),
                 Some(rest) => piece = rest,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::pool::{Pool, Work, Workers};
 use super::uring::{Transfer, Uring};
-use super::{Fixed, KEY_HELPER};
+use super::{Fixed, KEY_HELPER, Target};
 use crate::buf::Piece;
 
 /// Which engine a disk gets.
@@ -103,19 +103,34 @@ impl Engine {
         }
     }
 
+    /// Keeps a file at hand; `None` where that cannot be had.
+    pub(super) fn register_file(&mut self, fd: RawFd) -> Option<u32> {
+        match self {
+            Engine::Uring { ring, .. } => ring.register_file(fd),
+            Engine::Pool(_) => None,
+        }
+    }
+
+    /// Lets go of such a file.
+    pub(super) fn unregister_file(&mut self, place: u32) {
+        if let Engine::Uring { ring, .. } = self {
+            ring.unregister_file(place);
+        }
+    }
+
     /// Queues a transfer. The caller keeps buffer and descriptor until the completion with `key` arrives.
     pub(super) fn transfer(
         &mut self,
         what: Transfer,
-        fd: RawFd,
+        file: Target,
         offset: u64,
         piece: Piece,
         key: u64,
     ) -> io::Result<()> {
         match self {
-            Engine::Uring { ring, .. } => ring.transfer(what, fd, offset, piece, key),
+            Engine::Uring { ring, .. } => ring.transfer(what, file, offset, piece, key),
             Engine::Pool(pool) => {
-                pool.transfer(what, fd, offset, piece, key);
+                pool.transfer(what, file.fd, offset, piece, key);
                 Ok(())
             }
         }

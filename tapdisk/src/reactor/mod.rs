@@ -17,7 +17,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::Future;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::pin::Pin;
 use std::ptr::NonNull;
 use std::rc::Rc;
@@ -43,6 +43,48 @@ const KEY_TIMERS: [u64; 2] = [u64::MAX - 3, u64::MAX - 4];
 /// Memory that was registered with the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fixed(u16);
+
+/// The file of a transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Open until the transfer has ended.
+    fd: RawFd,
+    /// Its place among the files that the engine keeps at hand.
+    place: Option<u32>,
+}
+
+impl From<BorrowedFd<'_>> for Target {
+    fn from(fd: BorrowedFd<'_>) -> Target {
+        Target { fd: fd.as_raw_fd(), place: None }
+    }
+}
+
+/// A file that the engine keeps at hand, which saves looking it up for each transfer. Dropping it ends that.
+#[derive(Debug)]
+pub struct FixedFile {
+    reactor: Rc<Reactor>,
+    target: Target,
+}
+
+impl FixedFile {
+    /// What to start transfers with.
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    /// The same for the file that takes this one's place.
+    pub fn replace(self, fd: BorrowedFd<'_>) -> FixedFile {
+        self.reactor.clone().fix_file(fd)
+    }
+}
+
+impl Drop for FixedFile {
+    fn drop(&mut self) {
+        if let Some(place) = self.target.place {
+            self.reactor.engine.borrow_mut().unregister_file(place);
+        }
+    }
+}
 
 /// What a timer is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,6 +191,12 @@ impl Reactor {
         self.engine.borrow_mut().unregister(fixed);
     }
 
+    /// Keeps a file at hand. Its descriptor stays open until the result is dropped.
+    pub fn fix_file(self: &Rc<Self>, fd: BorrowedFd<'_>) -> FixedFile {
+        let place = self.engine.borrow_mut().register_file(fd.as_raw_fd());
+        FixedFile { reactor: self.clone(), target: Target { place, ..fd.into() } }
+    }
+
     /// Asks for the mark in [`Readable::timers`] once, after this time.
     pub fn timer(&self, timer: Timer, after: Duration) -> io::Result<()> {
         self.engine.borrow_mut().timer(after, KEY_TIMERS[timer as usize])
@@ -187,13 +235,13 @@ impl Reactor {
     }
 
     /// Starts reading into `piece`; the result is the number of bytes, 0 at the end of the file.
-    pub fn read(&self, file: BorrowedFd<'_>, offset: u64, piece: Piece) -> Op<'_> {
-        self.start(|engine, key| engine.transfer(Transfer::Read, file.as_raw_fd(), offset, piece, key))
+    pub fn read(&self, file: Target, offset: u64, piece: Piece) -> Op<'_> {
+        self.start(|engine, key| engine.transfer(Transfer::Read, file, offset, piece, key))
     }
 
     /// Starts writing `piece`; the result is the number of bytes.
-    pub fn write(&self, file: BorrowedFd<'_>, offset: u64, piece: Piece) -> Op<'_> {
-        self.start(|engine, key| engine.transfer(Transfer::Write, file.as_raw_fd(), offset, piece, key))
+    pub fn write(&self, file: Target, offset: u64, piece: Piece) -> Op<'_> {
+        self.start(|engine, key| engine.transfer(Transfer::Write, file, offset, piece, key))
     }
 
     /// Starts an `fdatasync`.

@@ -65,13 +65,13 @@ fn what_is_written_is_read_back_with_and_without_registration() {
             let file = file(0);
             let mut out = pool.data(8192).unwrap();
             out.bytes_mut().iter_mut().zip((0..251).cycle()).for_each(|(to, byte)| *to = byte);
-            let wrote = reactor.write(file.as_fd(), 512, out.piece(0..8192).unwrap()).await;
+            let wrote = reactor.write(file.as_fd().into(), 512, out.piece(0..8192).unwrap()).await;
             assert_eq!(wrote, Ok(8192));
             assert_eq!(reactor.fdatasync(file.as_fd()).await, Ok(0));
             let back = pool.data(8192).unwrap();
             let (a, b) = (
-                reactor.read(file.as_fd(), 512, back.piece(0..4096).unwrap()),
-                reactor.read(file.as_fd(), 4608, back.piece(4096..8192).unwrap()),
+                reactor.read(file.as_fd().into(), 512, back.piece(0..4096).unwrap()),
+                reactor.read(file.as_fd().into(), 4608, back.piece(4096..8192).unwrap()),
             );
             assert_eq!((a.await, b.await), (Ok(4096), Ok(4096)));
             assert_eq!(back.bytes(), out.bytes());
@@ -85,7 +85,7 @@ fn errors_come_back_as_errno() {
         Thread::new(engine).run(|reactor, pool| async move {
             let file = File::open("/proc/self/exe").unwrap();
             let buf = pool.data(512).unwrap();
-            let wrote = reactor.write(file.as_fd(), 0, buf.piece(0..512).unwrap()).await;
+            let wrote = reactor.write(file.as_fd().into(), 0, buf.piece(0..512).unwrap()).await;
             assert_eq!(wrote, Err(Errno::EBADF));
             assert_eq!(reactor.fallocate(file.as_fd(), 0, 0, 512).await, Err(Errno::EBADF));
             let refused = reactor.blocking(|| Err(io::Error::from_raw_os_error(libc::ENOTTY))).await;
@@ -118,7 +118,7 @@ fn many_operations_at_once_all_end_with_their_own_result() {
             let lengths: Vec<usize> = (1..=1000).collect();
             let mut ops = Vec::new();
             for &len in &lengths {
-                ops.push(reactor.read(file.as_fd(), 0, buf.piece(1000..1000 + len).unwrap()));
+                ops.push(reactor.read(file.as_fd().into(), 0, buf.piece(1000..1000 + len).unwrap()));
             }
             for (op, len) in ops.into_iter().zip(lengths) {
                 assert_eq!(op.await.map(|moved| moved as usize), Ok(len));
@@ -139,7 +139,7 @@ fn operations_go_on_while_a_blocking_call_waits() {
             let file = file(4096);
             let buf = pool.data(4096).unwrap();
             for _ in 0..3 {
-                let read = reactor.read(file.as_fd(), 0, buf.piece(0..4096).unwrap()).await;
+                let read = reactor.read(file.as_fd().into(), 0, buf.piece(0..4096).unwrap()).await;
                 assert_eq!(read, Ok(4096));
             }
             release.send(()).unwrap();
@@ -156,7 +156,7 @@ fn a_dropped_operation_is_waited_for() {
         let thread = Thread::new(engine);
         let file = file(4096);
         let buf = thread.pool.data(4096).unwrap();
-        drop(thread.reactor.read(file.as_fd(), 0, buf.piece(0..4096).unwrap()));
+        drop(thread.reactor.read(file.as_fd().into(), 0, buf.piece(0..4096).unwrap()));
         assert!(matches!(thread.reactor.ops.borrow().slots[..], [Slot::Free]));
     }
 }
@@ -171,7 +171,7 @@ fn what_became_readable_while_an_operation_was_dropped_is_told() {
         wake.write(1).unwrap();
         let file = file(4096);
         let buf = pool.data(4096).unwrap();
-        drop(reactor.read(file.as_fd(), 0, buf.piece(0..4096).unwrap()));
+        drop(reactor.read(file.as_fd().into(), 0, buf.piece(0..4096).unwrap()));
         assert!(reactor.turn(true).unwrap().commands);
     }
 }

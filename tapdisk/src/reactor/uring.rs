@@ -4,7 +4,8 @@
 //!
 //! 1. every submission entry refers to a [`Piece`] whose buffer outlives the operation (kept by the caller, see
 //!    `reactor`: an [`super::Op`] that is dropped early waits for its end first), or to no memory at all;
-//! 2. every descriptor given to the kernel stays open until its operation has ended; multishot polls end with the ring;
+//! 2. every descriptor given to the kernel stays open until its operation has ended, one in the table of files until it is
+//!    taken out; multishot polls end with the ring;
 //! 3. registered memory stays mapped until it is unregistered or the ring is gone (the kernel holds the pages themselves
 //!    as long as an operation uses them).
 #![expect(unsafe_code, reason = "submission entries carry raw pointers")]
@@ -16,7 +17,7 @@ use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 
-use super::Fixed;
+use super::{Fixed, Target};
 use crate::buf::Piece;
 
 /// Entries of the submission queue; the completion queue has twice as many and never loses one (NODROP).
@@ -24,6 +25,9 @@ const ENTRIES: u32 = 256;
 
 /// Places for registered memory: the pool's chunks, and the mappings of the guests' pages.
 const FIXED_PLACES: u16 = 2048;
+
+/// Places for files at hand: the layers of a chain.
+const FILE_PLACES: u32 = 64;
 
 /// `IORING_ENTER_GETEVENTS`: run what the kernel has put off for us, and show the completions.
 const GET_EVENTS: u32 = 1;
@@ -42,6 +46,8 @@ pub(super) struct Uring {
     ring: IoUring,
     /// Free places of the table of registered memory; `None` until it is first needed, empty if the kernel has no table.
     places: Option<Vec<u16>>,
+    /// Free places of the table of files; likewise.
+    file_places: Option<Vec<u32>>,
     /// The time that the last timer entry points to.
     time: types::Timespec,
 }
@@ -59,7 +65,7 @@ impl Uring {
             .or_else(|_| IoUring::builder().build(ENTRIES))?;
         // Saves looking the descriptor up in each call. Refusal (before Linux 5.18) costs nothing but that.
         let _ = ring.submitter().register_ring_fd();
-        Ok(Uring { ring, places: None, time: types::Timespec::new() })
+        Ok(Uring { ring, places: None, file_places: None, time: types::Timespec::new() })
     }
 
     /// Registers memory, so that operations on it need not pin it each time; `None` if the kernel refuses.
@@ -101,16 +107,44 @@ impl Uring {
         }
     }
 
+    /// Puts a file into the ring's table; `None` if there is no place, or the kernel has no table.
+    pub(super) fn register_file(&mut self, fd: RawFd) -> Option<u32> {
+        let places = self.file_places.get_or_insert_with(|| {
+            let table = self.ring.submitter().register_files_sparse(FILE_PLACES);
+            table.map_or_else(|_| Vec::new(), |()| (0..FILE_PLACES).rev().collect())
+        });
+        let place = places.pop()?;
+        if let Err(error) = self.ring.submitter().register_files_update(place, &[fd]) {
+            log::debug!("keeping a file at hand failed: {error}");
+            places.push(place);
+            return None;
+        }
+        Some(place)
+    }
+
+    /// Takes a file out of the table. Operations in flight on it go on.
+    pub(super) fn unregister_file(&mut self, place: u32) {
+        match (self.ring.submitter().register_files_update(place, &[-1]), &mut self.file_places) {
+            (Ok(_), Some(places)) => places.push(place),
+            (result, _) => log::warn!("letting go of a file failed: {result:?}"),
+        }
+    }
+
     /// Queues a transfer. The caller keeps the buffer until the completion with `key` arrives (invariant 1).
     pub(super) fn transfer(
         &mut self,
         what: Transfer,
-        fd: RawFd,
+        Target { fd, place }: Target,
         offset: u64,
         piece: Piece,
         key: u64,
     ) -> io::Result<()> {
-        let (fd, ptr, len) = (types::Fd(fd), piece.ptr.as_ptr(), piece.len);
+        let (ptr, len) = (piece.ptr.as_ptr(), piece.len);
+        let (fd, flags) = match place {
+            // A place in the table stands where the descriptor does otherwise.
+            Some(place) => (types::Fd(place.cast_signed()), squeue::Flags::FIXED_FILE),
+            None => (types::Fd(fd), squeue::Flags::empty()),
+        };
         let entry = match (what, piece.fixed) {
             (Transfer::Read, Some(Fixed(place))) => {
                 opcode::ReadFixed::new(fd, ptr, len, place).offset(offset).build()
@@ -121,7 +155,7 @@ impl Uring {
             }
             (Transfer::Write, None) => opcode::Write::new(fd, ptr.cast_const(), len).offset(offset).build(),
         };
-        self.push(entry.user_data(key))
+        self.push(entry.flags(flags).user_data(key))
     }
 
     /// Queues an `fdatasync`.

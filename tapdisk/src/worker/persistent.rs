@@ -10,6 +10,10 @@
 //! used for a minute is unmapped. What does not fit is not mapped at all: [`Persistent::lease`] declines, and the caller
 //! copies. The same when mapping fails, because a copy tells for each segment whether it was possible.
 //!
+//! **Both ways round**: Linux's frontend keeps its free pages on a stack, so a large request's pages come back in reverse
+//! order next time, and in order the time after. Pages that come exactly in the reverse order of their group are mapped once
+//! more, in that order, so that such a request too is one piece.
+//!
 //! A group that a request is using stays mapped until the request has ended, whatever the cache does: each
 //! [`Buf`] over it holds a reference.
 
@@ -30,6 +34,8 @@ use crate::reactor::{Fixed, Reactor};
 
 /// Most pages of one ring that stay mapped.
 const MAX_PAGES: usize = 1056;
+/// The same with those that are mapped a second time.
+const MAX_MAPPED: usize = 2 * MAX_PAGES;
 /// Pages that may be unmapped at once to make room; and how long until the next time.
 const PURGE_PAGES: usize = MAX_PAGES / 20;
 const PURGE_INTERVAL: Duration = Duration::from_millis(100);
@@ -97,15 +103,32 @@ impl Hasher for RefHasher {
     }
 }
 
-/// Where a page is: which group, and the offset in it in bytes.
-#[derive(Clone, Copy)]
+/// A page: its group, and its number there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Place {
     group: usize,
-    offset: usize,
+    page: usize,
+}
+
+/// Where a page can be found: in one group, or in two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Places {
+    first: Place,
+    second: Option<Place>,
+}
+
+/// Bytes of a guest that follow one another here.
+struct Run {
+    place: Place,
+    /// Bytes from the start of the group.
+    start: usize,
+    end: usize,
 }
 
 struct Cache<M> {
-    places: HashMap<GrantRef, Place, BuildHasherDefault<RefHasher>>,
+    places: HashMap<GrantRef, Places, BuildHasherDefault<RefHasher>>,
+    /// Pages of all groups.
+    mapped: usize,
     groups: Vec<Option<Kept<M>>>,
     free: Vec<usize>,
     /// Leases so far.
@@ -137,6 +160,7 @@ where
     pub fn new(dom: DomId, reactor: Rc<Reactor>) -> Persistent<G> {
         let cache = Cache {
             places: HashMap::with_capacity_and_hasher(MAX_PAGES, BuildHasherDefault::default()),
+            mapped: 0,
             groups: Vec::new(),
             free: Vec::new(),
             clock: 0,
@@ -152,16 +176,23 @@ where
         self.cache.borrow().places.len()
     }
 
-    /// Puts a buffer over each segment's bytes into `out`. False, with `out` empty: copy instead.
+    /// Puts buffers over the segments' bytes into `out`, in their order, as few as possible. False, with `out` empty: copy
+    /// instead.
     pub fn lease(&self, grants: &G, segments: &[Segment], out: &mut Vec<Buf>) -> bool {
         let mut cache = self.cache.borrow_mut();
         cache.clock += 1;
-        out.clear();
-        if cache.lend(segments, out) {
-            return true;
+        if !cache.lend(segments, out) {
+            out.clear();
+            return self.admit(&mut cache, grants, segments) && cache.lend(segments, out);
         }
-        out.clear();
-        self.admit(&mut cache, grants, segments) && cache.lend(segments, out)
+        if out.len() > 1
+            && cache.mapped + segments.len() <= MAX_MAPPED
+            && cache.is_reversed(segments)
+            && self.map(&mut cache, grants, segments.iter().map(|segment| segment.gref()).collect())
+        {
+            return cache.lend(segments, out);
+        }
+        true
     }
 
     /// Maps the pages that are missing.
@@ -178,17 +209,21 @@ where
         if !cache.make_room(missing.len()) {
             return false;
         }
-        match grants.map(self.dom, &missing, Access::ReadWrite) {
+        self.map(cache, grants, missing)
+    }
+
+    fn map(&self, cache: &mut Cache<G::Map>, grants: &G, refs: Vec<GrantRef>) -> bool {
+        match grants.map(self.dom, &refs, Access::ReadWrite) {
             Ok(map) => {
                 let fixed = self.reactor.fix(map.as_ptr(), map.len());
                 let group = Rc::new(Group { map, fixed, reactor: self.reactor.clone() });
-                cache.keep(group, missing);
+                cache.keep(group, refs);
                 cache.failures = 0;
                 true
             }
             Err(error) => {
                 cache.failures += 1;
-                log::debug!("mapping {} pages of domain {} failed: {error}", missing.len(), self.dom);
+                log::debug!("mapping {} pages of domain {} failed: {error}", refs.len(), self.dom);
                 if cache.failures == MAX_FAILURES {
                     log::info!("domain {}: its grants cannot be kept mapped; data is copied", self.dom);
                 }
@@ -223,20 +258,67 @@ where
 
 impl<M: GrantMap + 'static> Cache<M> {
     fn lend(&mut self, segments: &[Segment], out: &mut Vec<Buf>) -> bool {
-        for segment in segments {
-            let Some(Place { group, offset }) = self.places.get(&segment.gref()).copied() else {
+        out.clear();
+        let mut run: Option<Run> = None;
+        let mut rest = segments.iter();
+        while let Some(segment) = rest.next() {
+            let len = usize::from(segment.bytes());
+            if let Some(run) = &mut run
+                && run.end.is_multiple_of(PAGE_SIZE)
+                && segment.offset() == 0
+                && self.has(run.place.group, run.place.page + 1, segment.gref())
+            {
+                run.place.page += 1;
+                run.end += len;
+                continue;
+            }
+            let next = rest.as_slice().first().map(|next| next.gref());
+            let Some(place) = self.find(segment.gref(), next) else { return false };
+            let start = place.page * PAGE_SIZE + usize::from(segment.offset());
+            if let Some(done) = run.replace(Run { place, start, end: start + len })
+                && !self.lend_run(&done, out)
+            {
                 return false;
-            };
-            let Some(Some(kept)) = self.groups.get_mut(group) else { return false };
-            kept.used = self.clock;
-            let start = offset + usize::from(segment.offset());
-            let Some(buf) = Buf::guest(kept.group.clone(), start..start + usize::from(segment.bytes()))
-            else {
-                return false;
-            };
-            out.push(buf);
+            }
         }
-        true
+        run.is_some_and(|run| self.lend_run(&run, out))
+    }
+
+    fn lend_run(&mut self, run: &Run, out: &mut Vec<Buf>) -> bool {
+        let Some(Some(kept)) = self.groups.get_mut(run.place.group) else { return false };
+        kept.used = self.clock;
+        let buf = Buf::guest(kept.group.clone(), run.start..run.end);
+        buf.map(|buf| out.push(buf)).is_some()
+    }
+
+    fn has(&self, group: usize, page: usize, gref: GrantRef) -> bool {
+        let kept = self.groups.get(group).and_then(Option::as_ref);
+        kept.is_some_and(|kept| kept.refs.get(page) == Some(&gref))
+    }
+
+    /// Where a page is; of two places the one where `next` follows.
+    fn find(&self, gref: GrantRef, next: Option<GrantRef>) -> Option<Place> {
+        let Places { first, second } = *self.places.get(&gref)?;
+        let follows = |place: &Place| next.is_some_and(|next| self.has(place.group, place.page + 1, next));
+        Some(second.filter(follows).unwrap_or(first))
+    }
+
+    /// Whether these are whole pages, at least two, in the exact reverse order of their group.
+    fn is_reversed(&self, segments: &[Segment]) -> bool {
+        let [first, rest @ ..] = segments else { return false };
+        let Some(Places { first: Place { group, page }, second: None }) =
+            self.places.get(&first.gref()).copied()
+        else {
+            return false;
+        };
+        let once = |gref| self.places.get(&gref).is_some_and(|places| places.second.is_none());
+        let whole = segments.iter().all(|s| usize::from(s.bytes()) == PAGE_SIZE && once(s.gref()));
+        let before = |n: usize| page.checked_sub(n + 1);
+        let in_order = rest
+            .iter()
+            .enumerate()
+            .all(|(n, segment)| before(n).is_some_and(|page| self.has(group, page, segment.gref())));
+        whole && !rest.is_empty() && in_order
     }
 
     fn keep(&mut self, group: Rc<Group<M>>, refs: Vec<GrantRef>) {
@@ -245,8 +327,11 @@ impl<M: GrantMap + 'static> Cache<M> {
             self.groups.len() - 1
         });
         for (page, gref) in refs.iter().enumerate() {
-            self.places.insert(*gref, Place { group: index, offset: page * PAGE_SIZE });
+            let place = Place { group: index, page };
+            let fresh = Places { first: place, second: None };
+            self.places.entry(*gref).and_modify(|places| places.second = Some(place)).or_insert(fresh);
         }
+        self.mapped += refs.len();
         self.groups[index] = Some(Kept { group, refs, used: self.clock });
     }
 
@@ -255,8 +340,14 @@ impl<M: GrantMap + 'static> Cache<M> {
         let Some(slot) = self.groups.get_mut(index) else { return 0 };
         let Some(kept) = slot.take_if(|kept| kept.is_idle() && when(kept)) else { return 0 };
         for gref in &kept.refs {
-            self.places.remove(gref);
+            let Some(places) = self.places.get_mut(gref) else { continue };
+            match (places.first.group == index, places.second) {
+                (true, None) => drop(self.places.remove(gref)),
+                (true, Some(second)) => *places = Places { first: second, second: None },
+                (false, _) => places.second = None,
+            }
         }
+        self.mapped -= kept.refs.len();
         self.free.push(index);
         kept.refs.len()
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tap_ctl::proto::Polling;
 
 /// How long is polled at most, where the toolstack does not say.
-const DEFAULT_LIMIT: Duration = Duration::from_micros(50);
+const DEFAULT_LIMIT: Duration = Duration::from_micros(10);
 /// However large the toolstack's number is.
 const MAX_LIMIT: Duration = Duration::from_millis(10);
 /// Every so many sleeps one is measured; short ones in a row start polling.
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn short_sleeps_start_polling_and_fruitless_polls_end_it() {
         let mut poller = Poller::default();
-        let took = sleep_until_polling(&mut poller, Duration::from_micros(10), 100).unwrap();
+        let took = sleep_until_polling(&mut poller, Duration::from_micros(5), 100).unwrap();
         assert!(took > 10, "not at the first sign: {took}");
         for _ in 0..100 {
             assert_eq!(poller.advise(), Advice::Poll(DEFAULT_LIMIT));

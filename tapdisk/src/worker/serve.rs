@@ -192,8 +192,8 @@ where
 
     async fn read(&self, sector: Sector, segments: &[Segment], pages: &mut Vec<Buf>) -> Result<(), Errno> {
         let mapped = self.lease(segments, pages);
-        if mapped && let Some(guest) = Buf::joined(pages) {
-            return self.disk.read(sector, &guest).await;
+        if let (true, [guest]) = (mapped, &pages[..]) {
+            return self.disk.read(sector, guest).await;
         }
         let buf = self.buffer(segments).await?;
         self.disk.read(sector, &buf).await?;
@@ -205,8 +205,8 @@ where
 
     async fn write(&self, sector: Sector, segments: &[Segment], pages: &mut Vec<Buf>) -> Result<(), Errno> {
         let mapped = self.lease(segments, pages);
-        if mapped && let Some(guest) = Buf::joined(pages) {
-            return self.disk.write(sector, &guest).await;
+        if let (true, [guest]) = (mapped, &pages[..]) {
+            return self.disk.write(sector, guest).await;
         }
         let buf = self.buffer(segments).await?;
         if mapped {

@@ -225,8 +225,7 @@ enum Home {
         pool: Rc<Pool>,
         page: usize,
     },
-    /// Keeps the mapping.
-    Guest(Rc<dyn GuestMemory>),
+    Guest { _kept: Rc<dyn GuestMemory> },
 }
 
 impl fmt::Debug for Buf {
@@ -246,7 +245,7 @@ impl Drop for Buf {
                 pool.meta.borrow_mut().give(*page, 1);
                 pool.meta_freed.wake_all();
             }
-            Home::Guest(_) => {}
+            Home::Guest { .. } => {}
         }
     }
 }
@@ -281,7 +280,7 @@ impl Buf {
         }
         // SAFETY: inside the mapping, as just checked; the Buf keeps it (invariant 1).
         let base = unsafe { base.add(range.start) };
-        Some(Buf { base, len: range.end - range.start, fixed: memory.fixed(), home: Home::Guest(memory) })
+        Some(Buf { base, len: range.end - range.start, fixed: memory.fixed(), home: Home::Guest { _kept: memory } })
     }
 
     /// Length in bytes.
@@ -311,7 +310,7 @@ impl Buf {
     ///
     /// For a guest's pages (invariant 4): [`Buf::copy_to`] reads those.
     pub fn bytes(&self) -> &[u8] {
-        assert!(!matches!(self.home, Home::Guest(_)), "a reference to a guest's memory");
+        assert!(!matches!(self.home, Home::Guest { .. }), "a reference to a guest's memory");
         // SAFETY: the pages are ours alone (invariant 2), initialised by the mapping, and at rest (invariant 4).
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
     }
@@ -322,7 +321,7 @@ impl Buf {
     ///
     /// For a guest's pages (invariant 4): [`Buf::copy_to`] writes those.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        assert!(!matches!(self.home, Home::Guest(_)), "a reference to a guest's memory");
+        assert!(!matches!(self.home, Home::Guest { .. }), "a reference to a guest's memory");
         // SAFETY: as in `bytes`, and `&mut self` makes the access exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
     }

@@ -10,7 +10,7 @@ show_evidence() {
     ps -eo pid,ppid,stat,wchan:20,args | grep -v ' \[.*\]$'
     xenstore-ls -f /local/domain/0/backend
     find /run/blktap-control -ls 2>/dev/null
-    dmesg | tail -n 15
+    dmesg | tail -n 60
     for file in "$HOTPLUG_LOG" "$WORK"/*.cfg "$WORK"/*.log /var/log/xen/{xenio,tapdisk}.log "$CONSOLES"/guest-*.log \
         /var/log/xen/xl-*.log; do
         [ ! -s "$file" ] || { echo "=== $file"; tail -n 60 "$file"; }

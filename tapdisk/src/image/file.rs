@@ -93,7 +93,13 @@ pub struct FileShare {
 impl From<FileShare> for ImageFile {
     fn from(share: FileShare) -> ImageFile {
         let FileShare { path, file, regular, direct, len, store } = share;
-        let (granule, memory_align) = if direct { (store.block_size, store.memory_align) } else { (512, 1) };
+        // A registered buffer reaches the block layer as pages, and each piece of a page has to be whole blocks, whatever
+        // alignment the device names: so for larger blocks memory lies at multiples of them.
+        let (granule, memory_align) = match (direct, store.block_size) {
+            (true, 512) => (512, store.memory_align),
+            (true, block) => (block, store.memory_align.max(block)),
+            (false, _) => (512, 1),
+        };
         ImageFile {
             path,
             target: Cell::new(file.file().as_fd().into()),

@@ -25,6 +25,7 @@ use machine::Cpus;
 
 const HELP: &str = "\
 usage: bench [--file FILE] [--mib N] [--json FILE] [--rounds N] [--seconds N] [--only TEXT]
+             [--polling US] [--engine NAME]
 
   --file FILE   the image, made of random data if it is not there (target/bench.img)
   --mib N       its size (1024)
@@ -32,6 +33,8 @@ usage: bench [--file FILE] [--mib N] [--json FILE] [--rounds N] [--seconds N] [-
   --rounds N    rounds of which the medians count (5)
   --seconds N   length of each measurement (4)
   --only TEXT   only measurements whose name has TEXT in it
+  --polling US  the polling-duration that a toolstack would set (none: tapdisk's own)
+  --engine NAME the tapdisk's engine: auto, uring or pool (auto)
 ";
 
 const XVDA: u32 = 51712;
@@ -46,6 +49,8 @@ struct Options {
     rounds: usize,
     time: Duration,
     only: String,
+    polling: Option<u32>,
+    engine: Option<String>,
 }
 
 fn parse() -> Result<Option<Options>, lexopt::Error> {
@@ -57,6 +62,8 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
         rounds: 5,
         time: Duration::from_secs(4),
         only: String::new(),
+        polling: None,
+        engine: None,
     };
     let mut parser = lexopt::Parser::from_env();
     while let Some(arg) = parser.next()? {
@@ -67,6 +74,8 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
             Long("rounds") => options.rounds = parser.value()?.parse::<usize>()?.max(1),
             Long("seconds") => options.time = Duration::from_secs(parser.value()?.parse::<u64>()?.max(1)),
             Long("only") => options.only = parser.value()?.string()?,
+            Long("polling") => options.polling = Some(parser.value()?.parse()?),
+            Long("engine") => options.engine = Some(parser.value()?.string()?),
             Short('h') | Long("help") => return Ok(None),
             other => return Err(other.unexpected()),
         }
@@ -233,9 +242,12 @@ impl Bench<'_> {
     /// A host with one guest that is connected, its memory where no disk is behind it.
     fn scene(&self, image: &str, load: &Load) -> anyhow::Result<(Rig, Device, Guest)> {
         let programs = Programs { xenio: sibling("xenio-sim")?, tap_ctl: sibling("tap-ctl-sim")? };
-        let rig = Rig::start_in(programs, Path::new("/dev/shm"));
+        let mut rig = Rig::start_in(programs, Path::new("/dev/shm"));
+        rig.spawn_options = self.options.engine.iter().map(|engine| format!("--engine={engine}")).collect();
         rig.create_domain(GUEST.0);
-        let device = rig.plug(GUEST.0, XVDA, image, "w").map_err(anyhow::Error::msg)?;
+        let polling = self.options.polling.map(|polling| polling.to_string());
+        let keys: Vec<_> = polling.iter().map(|polling| ("polling-duration", polling.as_str())).collect();
+        let device = rig.plug_with(GUEST.0, XVDA, image, "w", &keys).map_err(anyhow::Error::msg)?;
         self.cpus.pin_backend(device.pid)?;
         let guest = Guest::create(&rig.host.xen(), *load, self.capacity)?;
         rig.connect_with(&device, &guest.keys());

@@ -186,7 +186,7 @@ impl Pool {
                 continue;
             }
             if let (Some(fixed), Some(reactor)) = (chunk.fixed.take(), self.reactor.get()) {
-                reactor.unfix(fixed);
+                reactor.unfix(fixed, Box::new(()));
             }
             chunk.used = false;
             let base = self.region.page(index * CHUNK_PAGES);
@@ -215,16 +215,8 @@ pub struct Buf {
 }
 
 enum Home {
-    Data {
-        pool: Rc<Pool>,
-        index: usize,
-        page: usize,
-        pages: usize,
-    },
-    Meta {
-        pool: Rc<Pool>,
-        page: usize,
-    },
+    Data { pool: Rc<Pool>, index: usize, page: usize, pages: usize },
+    Meta { pool: Rc<Pool>, page: usize },
     Guest { _kept: Rc<dyn GuestMemory> },
 }
 
@@ -280,7 +272,12 @@ impl Buf {
         }
         // SAFETY: inside the mapping, as just checked; the Buf keeps it (invariant 1).
         let base = unsafe { base.add(range.start) };
-        Some(Buf { base, len: range.end - range.start, fixed: memory.fixed(), home: Home::Guest { _kept: memory } })
+        Some(Buf {
+            base,
+            len: range.end - range.start,
+            fixed: memory.fixed(),
+            home: Home::Guest { _kept: memory },
+        })
     }
 
     /// Length in bytes.

@@ -65,8 +65,19 @@ impl Io {
         Transfer { io: self, file, direction, offset, piece, op }
     }
 
+    /// Starts to move all of `piece` if the store takes it as it is and at once.
+    pub fn start_whole<'a>(
+        &'a self,
+        direction: Direction,
+        file: &'a ImageFile,
+        offset: u64,
+        piece: Piece,
+    ) -> Option<Transfer<'a>> {
+        let whole = piece.len <= file.store().most && file.takes(offset, piece);
+        whole.then(|| self.start(direction, file, offset, piece))
+    }
+
     /// Moves all of `piece`, in as many operations as the store wants.
-    #[inline]
     async fn whole(
         &self,
         direction: Direction,
@@ -74,8 +85,8 @@ impl Io {
         offset: u64,
         piece: Piece,
     ) -> Result<(), Errno> {
-        if piece.len <= file.store().most {
-            return self.start(direction, file, offset, piece).finish().await;
+        if let Some(transfer) = self.start_whole(direction, file, offset, piece) {
+            return transfer.finish().await;
         }
         self.in_parts(direction, file, offset, piece).await
     }

@@ -130,12 +130,8 @@ impl ImageFile {
         let error = |errno: Errno| OpenError::file(path, "cannot open", errno);
         // O_NONBLOCK: a FIFO must not hang us before its type is known.
         let plain = |flags: i32| {
-            OpenOptions::new()
-                .read(true)
-                .write(mode == Mode::Exclusive)
-                .custom_flags(libc::O_NONBLOCK | flags)
-                .open(path)
-                .map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
+            open_quietly(OpenOptions::new().read(true).write(mode == Mode::Exclusive), flags, path)
+                .map_err(|e| errno(&e))
         };
         let probe = plain(0).map_err(error)?;
         let metadata = probe.metadata().map_err(|e| OpenError::io(path, "cannot stat", &e))?;
@@ -306,7 +302,7 @@ impl ImageFile {
     /// Opens the file again. Through /proc, so that it is the same file whatever happened to its name.
     fn reopen(&self, options: &mut OpenOptions, flags: i32) -> std::io::Result<File> {
         let link = format!("/proc/self/fd/{}", self.file.borrow().file().as_raw_fd());
-        options.custom_flags(libc::O_NONBLOCK | flags).open(link)
+        open_quietly(options, flags, Path::new(&link))
     }
 
     /// Gives up writing for good: from now on the descriptor itself refuses it, and other readers are let in. Handles on
@@ -333,6 +329,16 @@ impl ImageFile {
     pub fn identity(&self) -> std::io::Result<(u64, u64)> {
         let metadata = self.file.borrow().file().metadata()?;
         Ok(if self.regular { (metadata.dev(), metadata.ino()) } else { (0, metadata.rdev()) })
+    }
+}
+
+/// Opens without waiting, and without leaving a time of access behind at each read, which costs; that is for the owner of a
+/// file or for root only.
+fn open_quietly(options: &mut OpenOptions, flags: i32, path: &Path) -> std::io::Result<File> {
+    let flags = flags | libc::O_NONBLOCK;
+    match options.custom_flags(flags | libc::O_NOATIME).open(path) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => options.custom_flags(flags).open(path),
+        result => result,
     }
 }
 

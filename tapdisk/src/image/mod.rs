@@ -31,7 +31,7 @@ use self::share::Common;
 pub use self::share::DiskShare;
 use self::vhd::VhdLayer;
 use crate::buf::Buf;
-use crate::io::{Direction, Flying, Io};
+use crate::io::{Direction, Flying, Io, Transfer};
 use crate::sync::Group;
 
 /// Bytes of so many sectors.
@@ -197,6 +197,23 @@ impl Disk {
             depth += 1;
         }
         Ok((None, count))
+    }
+
+    /// Starts to move all of `buf` if that takes a single transfer and nothing must be read or locked first, as is the case
+    /// for nearly every request; `None`: go the long way, by [`Disk::read`] or [`Disk::write`].
+    pub fn start(&self, direction: Direction, sector: Sector, buf: &Buf) -> Option<Transfer<'_>> {
+        let (file, offset) = match &self.leaf {
+            Layer::Raw(raw) => (&raw.file, sector.0.checked_mul(SECTOR_SIZE)?),
+            Layer::Vhd(vhd) if direction == Direction::Read => {
+                let count = u32::try_from(buf.len() as u64 / SECTOR_SIZE).ok()?;
+                (&vhd.file, vhd.place(sector, count)?)
+            }
+            Layer::Vhd(_) | Layer::Null(_) => return None,
+        };
+        if direction == Direction::Write && (self.check_writable().is_err() || file.granule() > 512) {
+            return None;
+        }
+        self.io.start_whole(direction, file, offset, buf.piece(0..buf.len())?)
     }
 
     /// Fills `buf`, whose length is a multiple of 512, from `sector` on.

@@ -96,10 +96,19 @@ impl Engine {
         }
     }
 
-    /// Gives registered memory up.
-    pub(super) fn unregister(&mut self, fixed: Fixed) {
-        if let Engine::Uring { ring, .. } = self {
-            ring.unregister(fixed);
+    /// Gives registered memory up. False: nobody will tell when it is [released](Engine::released).
+    pub(super) fn unregister(&mut self, fixed: Fixed) -> bool {
+        match self {
+            Engine::Uring { ring, .. } => ring.unregister(fixed),
+            Engine::Pool(_) => false,
+        }
+    }
+
+    /// The memory that a completion's key says has been released.
+    pub(super) fn released(&mut self, key: u64) -> Option<Fixed> {
+        match self {
+            Engine::Uring { ring, .. } => ring.released(key),
+            Engine::Pool(_) => None,
         }
     }
 

@@ -26,6 +26,9 @@ const ENTRIES: u32 = 256;
 /// Places for registered memory: the pool's chunks, and the mappings of the guests' pages.
 const FIXED_PLACES: u16 = 2048;
 
+/// Keys of completions that say that a place's memory was released; behind the last number of an operation.
+const RELEASED: u64 = 1 << 62;
+
 /// Places for files at hand: the layers of a chain.
 const FILE_PLACES: u32 = 64;
 
@@ -81,9 +84,10 @@ impl Uring {
         });
         let place = places.pop()?;
         let memory = libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len };
+        let tag = [RELEASED + u64::from(place)];
         // SAFETY: invariant 3, kept by the callers of `Reactor::fix`.
         let registered =
-            unsafe { self.ring.submitter().register_buffers_update(u32::from(place), &[memory], None) };
+            unsafe { self.ring.submitter().register_buffers_update(u32::from(place), &[memory], Some(&tag)) };
         match registered {
             Ok(_) => Some(Fixed(place)),
             Err(error) => {
@@ -94,17 +98,25 @@ impl Uring {
         }
     }
 
-    /// Gives registered memory up. Operations in flight on it go on.
-    pub(super) fn unregister(&mut self, Fixed(place): Fixed) {
+    /// Gives registered memory up. The kernel lets go of it when the operations in flight have ended; a completion says so,
+    /// see [`Uring::released`]. False: nobody will say it.
+    pub(super) fn unregister(&mut self, Fixed(place): Fixed) -> bool {
         let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         // SAFETY: an empty place refers to no memory.
         let emptied =
             unsafe { self.ring.submitter().register_buffers_update(u32::from(place), &[nothing], None) };
-        match (emptied, &mut self.places) {
-            (Ok(_), Some(places)) => places.push(place),
-            // The place is lost until the ring is gone; its memory is unmapped all the same, the kernel keeps the pages.
-            (result, _) => log::warn!("giving registered memory up failed: {result:?}"),
+        if let Err(error) = &emptied {
+            log::warn!("giving registered memory up failed: {error}");
         }
+        emptied.is_ok()
+    }
+
+    /// The memory that a completion's key says has been released; its place is free again.
+    pub(super) fn released(&mut self, key: u64) -> Option<Fixed> {
+        let place = key.checked_sub(RELEASED).and_then(|place| u16::try_from(place).ok());
+        let place = place.filter(|&place| place < FIXED_PLACES)?;
+        self.places.as_mut()?.push(place);
+        Some(Fixed(place))
     }
 
     /// Puts a file into the ring's table; `None` if there is no place, or the kernel has no table.

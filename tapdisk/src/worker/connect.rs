@@ -21,7 +21,7 @@ use tap_ctl::proto::{QueueParams, RingEntry, RingParams};
 use super::mapped::MappedRing;
 use super::persistent::Persistent;
 use super::ring::Ring;
-use super::serve::{self, Way};
+use super::serve::{self, Failures, Way};
 use super::thread::{Devices, Served, State, failure, info, notify};
 use super::{Answer, Command, Inbox, Notice, Source, Worker};
 use crate::copier::Copier;
@@ -149,6 +149,7 @@ impl<X: Xen> State<X> {
             persistent: params.persistent.then(|| Persistent::new(dom, self.io.reactor.clone())),
             tell: self.tell.clone(),
             told: Cell::new(false),
+            failures: Failures::default(),
         };
         Ok(Served { ring: Rc::new(ring), way: Rc::new(way) })
     }
@@ -352,6 +353,7 @@ async fn end_ring<X: Xen>(served: &Served<X>, events: &RefCell<X::Events>) {
     }
     if let Some(persistent) = &way.persistent {
         persistent.clear();
+        persistent.unmapped().await;
     }
     ring.unmap();
     unbind::<X>(ring, events);

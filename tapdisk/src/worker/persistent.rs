@@ -36,6 +36,8 @@ use crate::reactor::{Fixed, Reactor};
 const MAX_PAGES: usize = 1056;
 /// The same with those that are mapped a second time.
 const MAX_MAPPED: usize = 2 * MAX_PAGES;
+/// Pages in reverse order that are worth a mapping of their own.
+const MIN_REVERSED: usize = 8;
 /// Pages that may be unmapped at once to make room; and how long until the next time.
 const PURGE_PAGES: usize = MAX_PAGES / 20;
 const PURGE_INTERVAL: Duration = Duration::from_millis(100);
@@ -45,15 +47,17 @@ const MAX_AGE: usize = 6;
 const MAX_FAILURES: u32 = 16;
 
 /// A group of mapped pages.
-struct Group<M> {
-    map: M,
+struct Group<M: GrantMap + 'static> {
+    /// `None` only while being dropped.
+    map: Option<M>,
+    span: (NonNull<u8>, usize),
     fixed: Option<Fixed>,
     reactor: Rc<Reactor>,
 }
 
 impl<M: GrantMap> GuestMemory for Group<M> {
     fn span(&self) -> (NonNull<u8>, usize) {
-        (self.map.as_ptr(), self.map.len())
+        self.span
     }
 
     fn fixed(&self) -> Option<Fixed> {
@@ -61,24 +65,24 @@ impl<M: GrantMap> GuestMemory for Group<M> {
     }
 }
 
-impl<M> Drop for Group<M> {
-    /// Before the mapping is dropped: the engine must not hold pages that the guest wants back.
+impl<M: GrantMap> Drop for Group<M> {
+    /// The engine unmaps it when the kernel has let go of its pages.
     fn drop(&mut self) {
-        if let Some(fixed) = self.fixed {
-            self.reactor.unfix(fixed);
+        if let (Some(fixed), Some(map)) = (self.fixed, self.map.take()) {
+            self.reactor.unfix(fixed, Box::new(map));
         }
     }
 }
 
 /// A group in the cache.
-struct Kept<M> {
+struct Kept<M: GrantMap + 'static> {
     group: Rc<Group<M>>,
     refs: Vec<GrantRef>,
     /// The lease that used it last.
     used: u64,
 }
 
-impl<M> Kept<M> {
+impl<M: GrantMap> Kept<M> {
     fn is_idle(&self) -> bool {
         Rc::strong_count(&self.group) == 1
     }
@@ -125,7 +129,7 @@ struct Run {
     end: usize,
 }
 
-struct Cache<M> {
+struct Cache<M: GrantMap + 'static> {
     places: HashMap<GrantRef, Places, BuildHasherDefault<RefHasher>>,
     /// Pages of all groups.
     mapped: usize,
@@ -140,13 +144,19 @@ struct Cache<M> {
 }
 
 /// The mapped pages of one ring.
-pub struct Persistent<G: Grants> {
+pub struct Persistent<G: Grants>
+where
+    G::Map: 'static,
+{
     dom: DomId,
     reactor: Rc<Reactor>,
     cache: RefCell<Cache<G::Map>>,
 }
 
-impl<G: Grants> fmt::Debug for Persistent<G> {
+impl<G: Grants> fmt::Debug for Persistent<G>
+where
+    G::Map: 'static,
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Persistent").field("dom", &self.dom).finish_non_exhaustive()
     }
@@ -215,8 +225,9 @@ where
     fn map(&self, cache: &mut Cache<G::Map>, grants: &G, refs: Vec<GrantRef>) -> bool {
         match grants.map(self.dom, &refs, Access::ReadWrite) {
             Ok(map) => {
-                let fixed = self.reactor.fix(map.as_ptr(), map.len());
-                let group = Rc::new(Group { map, fixed, reactor: self.reactor.clone() });
+                let span = (map.as_ptr(), map.len());
+                let fixed = self.reactor.fix(span.0, span.1);
+                let group = Rc::new(Group { map: Some(map), span, fixed, reactor: self.reactor.clone() });
                 cache.keep(group, refs);
                 cache.failures = 0;
                 true
@@ -239,6 +250,11 @@ where
             cache.drop_if(index, |_| true);
         }
         debug_assert!(cache.places.is_empty(), "a page of the guest is in use");
+    }
+
+    /// Waits until all that was dropped is unmapped.
+    pub async fn unmapped(&self) {
+        self.reactor.all_released().await;
     }
 
     /// Time passes: unmaps what was not used lately.
@@ -303,7 +319,7 @@ impl<M: GrantMap + 'static> Cache<M> {
         Some(second.filter(follows).unwrap_or(first))
     }
 
-    /// Whether these are whole pages, at least two, in the exact reverse order of their group.
+    /// Whether these are whole pages, and enough of them, in the exact reverse order of their group.
     fn is_reversed(&self, segments: &[Segment]) -> bool {
         let [first, rest @ ..] = segments else { return false };
         let Some(Places { first: Place { group, page }, second: None }) =
@@ -318,7 +334,7 @@ impl<M: GrantMap + 'static> Cache<M> {
             .iter()
             .enumerate()
             .all(|(n, segment)| before(n).is_some_and(|page| self.has(group, page, segment.gref())));
-        whole && !rest.is_empty() && in_order
+        segments.len() >= MIN_REVERSED && whole && in_order
     }
 
     fn keep(&mut self, group: Rc<Group<M>>, refs: Vec<GrantRef>) {

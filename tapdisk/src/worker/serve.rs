@@ -12,6 +12,7 @@ use std::cell::Cell;
 use std::fmt;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use blkif::request::{Transfer, parse_indirect};
 use blkif::{DomId, GrantRef, Request, RequestKind, Sector, Segment, Status};
@@ -24,6 +25,7 @@ use super::ring::Ring;
 use crate::buf::{Buf, Pool};
 use crate::copier::Copier;
 use crate::image::Disk;
+use crate::io::Direction;
 
 /// Bytes of a segment in an indirect page.
 const WIRE_SEGMENT: usize = 8;
@@ -46,6 +48,28 @@ impl From<Result<(), Errno>> for Outcome {
     }
 }
 
+/// A failed request is logged, but a guest can cause some: at most one line in this time, with the number of those between.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The failures of a ring.
+#[derive(Debug, Default)]
+pub struct Failures {
+    logged: Cell<Option<Instant>>,
+    since: Cell<u64>,
+}
+
+impl Failures {
+    /// Counts one; if it is to be logged, how many were not.
+    fn count(&self, now: Instant) -> Option<u64> {
+        if self.logged.get().is_some_and(|then| now.duration_since(then) < LOG_INTERVAL) {
+            self.since.set(self.since.get() + 1);
+            return None;
+        }
+        self.logged.set(Some(now));
+        Some(self.since.take())
+    }
+}
+
 /// Memory of a slot that is used for one request after the other.
 #[derive(Debug, Default)]
 struct Scratch {
@@ -63,6 +87,9 @@ where
     let mut scratch = Scratch::default();
     while let Some(request) = ring.next(slot).await {
         let outcome = way.serve(&ring, &request, &mut scratch).await;
+        if outcome == Outcome::Answer(Status::Error) {
+            way.complain(&request);
+        }
         // The guest's pages are let go before the answer.
         scratch.pages.clear();
         match outcome {
@@ -76,7 +103,10 @@ where
 }
 
 /// The way of data between a guest's pages and the disk, for one ring.
-pub struct Way<G: Grants> {
+pub struct Way<G: Grants>
+where
+    G::Map: 'static,
+{
     /// The guest.
     pub dom: DomId,
     /// The disk.
@@ -91,9 +121,14 @@ pub struct Way<G: Grants> {
     pub tell: Arc<dyn Fn(Notice) + Send + Sync>,
     /// It was told that the disk has stopped.
     pub told: Cell<bool>,
+    /// Requests that were answered with an error.
+    pub failures: Failures,
 }
 
-impl<G: Grants> fmt::Debug for Way<G> {
+impl<G: Grants> fmt::Debug for Way<G>
+where
+    G::Map: 'static,
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Way").field("dom", &self.dom).finish_non_exhaustive()
     }
@@ -193,7 +228,10 @@ where
     async fn read(&self, sector: Sector, segments: &[Segment], pages: &mut Vec<Buf>) -> Result<(), Errno> {
         let mapped = self.lease(segments, pages);
         if let (true, [guest]) = (mapped, &pages[..]) {
-            return self.disk.read(sector, guest).await;
+            return match self.disk.start(Direction::Read, sector, guest) {
+                Some(transfer) => transfer.finish().await,
+                None => self.disk.read(sector, guest).await,
+            };
         }
         let buf = self.buffer(segments).await?;
         self.disk.read(sector, &buf).await?;
@@ -206,7 +244,10 @@ where
     async fn write(&self, sector: Sector, segments: &[Segment], pages: &mut Vec<Buf>) -> Result<(), Errno> {
         let mapped = self.lease(segments, pages);
         if let (true, [guest]) = (mapped, &pages[..]) {
-            return self.disk.write(sector, guest).await;
+            return match self.disk.start(Direction::Write, sector, guest) {
+                Some(transfer) => transfer.finish().await,
+                None => self.disk.write(sector, guest).await,
+            };
         }
         let buf = self.buffer(segments).await?;
         if mapped {
@@ -226,6 +267,25 @@ where
             Ok(()) => Outcome::Answer(Status::Okay),
             Err(_) => Outcome::Hold,
         }
+    }
+
+    fn complain(&self, request: &Request) {
+        let Some(more) = self.failures.count(Instant::now()) else { return };
+        let what = match &request.kind {
+            RequestKind::Read { sector, segments } => {
+                format!("reading {} sectors at {sector}", segments.sectors())
+            }
+            RequestKind::Write { sector, segments } | RequestKind::Barrier { sector, segments } => {
+                format!("writing {} sectors at {sector}", segments.sectors())
+            }
+            RequestKind::Flush => "flushing".to_owned(),
+            RequestKind::Discard { sector, count, .. } => format!("discarding {count} sectors at {sector}"),
+            RequestKind::Indirect { transfer, sector, count, .. } => {
+                format!("{transfer:?} of {count} segments at sector {sector}")
+            }
+        };
+        let (disk, dom) = (self.disk.name(), self.dom);
+        log::warn!("{disk}: {what} failed for domain {dom} ({more} more failures since the last such line)");
     }
 
     /// The disk has stopped: the guest's device is to be closed, and the administrator told.
@@ -276,4 +336,20 @@ fn pieces(
         at += usize::from(len);
         CopySegment::new(direction, dom, segment.gref(), segment.offset(), len, piece.ptr).ok()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_logged_once_in_a_while_and_counted_in_between() {
+        let failures = Failures::default();
+        let start = Instant::now();
+        assert_eq!(failures.count(start), Some(0));
+        for _ in 0..1000 {
+            assert_eq!(failures.count(start + Duration::from_secs(9)), None);
+        }
+        assert_eq!(failures.count(start + LOG_INTERVAL), Some(1000));
+    }
 }

@@ -288,6 +288,7 @@ impl Bench<'_> {
             std::thread::spawn(move || machine::enters_per_second(&cpus, device.pid, Duration::from_secs(2)));
         let rate = guest.run(Duration::from_secs(4))?.rate();
         let enter = counting.join().ok().flatten();
+        rig.destroy(&device);
         Ok(Counted {
             enter: enter.map(|(per_second, _)| per_second / rate),
             tool: enter.map_or("nothing", |(_, tool)| tool),

@@ -2,8 +2,8 @@
 //!
 //! Being woken costs both ends a trip through the hypervisor and the scheduler. If the guest's next request, or the
 //! disk's answer, usually comes sooner than that, looking for it without sleeping is faster and cheaper; if not, it burns a
-//! processor for nothing. So polling is *earned*: now and then a sleep is measured, and only when sleeps turn out short does
-//! polling begin; every time that it finds nothing it is cut down, until it is off again. An idle disk never polls.
+//! processor for nothing. So polling is *earned*: one sleep in many is preceded by a trial, and only when trials in a row find
+//! work does polling begin; when it finds nothing a few times in a row, it is off again. An idle disk never polls.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 use tap_ctl::proto::Polling;
 
 /// How long is polled at most, where the toolstack does not say.
-const DEFAULT_LIMIT: Duration = Duration::from_micros(10);
+const DEFAULT_LIMIT: Duration = Duration::from_micros(50);
 /// However large the toolstack's number is.
 const MAX_LIMIT: Duration = Duration::from_millis(10);
-/// Every so many sleeps one is measured; short ones in a row start polling.
-const SAMPLE_EVERY: u32 = 16;
-const SAMPLES_TO_START: u32 = 3;
+/// One sleep in so many is preceded by a trial. A trial that finds nothing costs no more than this part of the limit.
+const TRIAL_EVERY: u32 = 64;
+/// Trials in a row that find work start polling.
+const HITS_TO_START: u32 = 3;
 /// Polls that found nothing in a row after which polling stops.
 const MISSES_TO_STOP: u32 = 3;
 /// How often the load of the host is looked at while polling.
@@ -27,9 +28,7 @@ const LOAD_INTERVAL: Duration = Duration::from_secs(1);
 pub enum Advice {
     /// Sleep.
     Sleep,
-    /// Sleep, and tell [`Poller::slept`] how long.
-    Measure,
-    /// Look for work for so long.
+    /// Look for work for so long, and tell [`Poller::polled`] whether there was some.
     Poll(Duration),
 }
 
@@ -39,9 +38,9 @@ pub struct Poller {
     limit: Duration,
     idle_threshold: u8,
     polling: bool,
-    /// Sleeps since the last one measured.
+    /// Sleeps until the next trial.
     sleeps: u32,
-    short: u32,
+    hits: u32,
     misses: u32,
     load: Load,
 }
@@ -52,8 +51,8 @@ impl Default for Poller {
             limit: DEFAULT_LIMIT,
             idle_threshold: 0,
             polling: false,
-            sleeps: 0,
-            short: 0,
+            sleeps: TRIAL_EVERY,
+            hits: 0,
             misses: 0,
             load: Load::default(),
         }
@@ -76,40 +75,31 @@ impl Poller {
         if self.limit.is_zero() {
             return Advice::Sleep;
         }
-        if self.polling {
-            if self.idle_threshold > 0 && !self.load.leaves_idle(self.idle_threshold) {
-                return Advice::Sleep;
-            }
-            return Advice::Poll(self.limit);
-        }
-        self.sleeps += 1;
-        if self.sleeps < SAMPLE_EVERY {
+        if !self.polling && self.sleeps > 0 {
+            self.sleeps -= 1;
             return Advice::Sleep;
         }
-        self.sleeps = 0;
-        Advice::Measure
-    }
-
-    /// A sleep that was to be measured is over.
-    pub fn slept(&mut self, how_long: Duration) {
-        self.short = if how_long < self.limit { self.short + 1 } else { 0 };
-        if self.short > 0 {
-            // The next one too, so that a busy time is not over before it is noticed.
-            self.sleeps = SAMPLE_EVERY - 1;
+        if self.idle_threshold > 0 && !self.load.leaves_idle(self.idle_threshold) {
+            return Advice::Sleep;
         }
-        if self.short >= SAMPLES_TO_START {
-            self.polling = true;
-            self.short = 0;
-            self.misses = 0;
-        }
+        Advice::Poll(self.limit)
     }
 
     /// Polling is over.
     pub fn polled(&mut self, found: bool) {
-        self.misses = if found { 0 } else { self.misses + 1 };
-        if self.misses >= MISSES_TO_STOP {
-            self.polling = false;
-            self.sleeps = 0;
+        if self.polling {
+            self.misses = if found { 0 } else { self.misses + 1 };
+            self.polling = self.misses < MISSES_TO_STOP;
+        } else {
+            self.hits = if found { self.hits + 1 } else { 0 };
+            self.polling = self.hits >= HITS_TO_START;
+        }
+        if !self.polling {
+            // After a hit the next one too, so that a busy time is not over before it is noticed.
+            self.sleeps = if self.hits > 0 && found { 0 } else { TRIAL_EVERY };
+        } else if self.hits > 0 {
+            self.hits = 0;
+            self.misses = 0;
         }
     }
 }
@@ -174,23 +164,20 @@ fn ticks(stat: &str) -> Option<Ticks> {
 mod tests {
     use super::*;
 
-    /// Sleeps of this length until polling begins; how many it took.
-    fn sleep_until_polling(poller: &mut Poller, sleep: Duration, most: u32) -> Option<u32> {
-        (0..most).find(|_| match poller.advise() {
-            Advice::Poll(_) => true,
-            Advice::Measure => {
-                poller.slept(sleep);
-                false
+    /// Sleeps until polling is on, if trials end like this; `None` if it never is.
+    fn sleeps_until_polling(poller: &mut Poller, found: bool) -> Option<u32> {
+        (0..10_000).find(|_| {
+            if let Advice::Poll(_) = poller.advise() {
+                poller.polled(found);
             }
-            Advice::Sleep => false,
+            poller.polling
         })
     }
 
     #[test]
-    fn short_sleeps_start_polling_and_fruitless_polls_end_it() {
+    fn trials_that_find_work_start_polling_and_fruitless_polls_end_it() {
         let mut poller = Poller::default();
-        let took = sleep_until_polling(&mut poller, Duration::from_micros(5), 100).unwrap();
-        assert!(took > 10, "not at the first sign: {took}");
+        assert_eq!(sleeps_until_polling(&mut poller, true), Some(TRIAL_EVERY + HITS_TO_START - 1));
         for _ in 0..100 {
             assert_eq!(poller.advise(), Advice::Poll(DEFAULT_LIMIT));
             poller.polled(true);
@@ -200,23 +187,32 @@ mod tests {
             poller.polled(false);
         }
         assert_eq!(poller.advise(), Advice::Sleep);
+        assert_eq!(sleeps_until_polling(&mut poller, true), Some(TRIAL_EVERY + HITS_TO_START - 2));
     }
 
     #[test]
-    fn long_sleeps_never_start_polling() {
+    fn where_trials_find_nothing_nearly_all_sleeps_come_at_once() {
         let mut poller = Poller::default();
-        assert_eq!(sleep_until_polling(&mut poller, Duration::from_micros(51), 1000), None);
+        let polls = (0..6500).filter(|_| match poller.advise() {
+            Advice::Poll(_) => {
+                poller.polled(false);
+                true
+            }
+            Advice::Sleep => false,
+        });
+        assert_eq!(polls.count(), 100);
     }
 
     #[test]
     fn the_toolstack_can_forbid_and_extend_polling() {
         let mut poller = Poller::default();
         poller.configure(Polling { duration_us: Some(0), idle_threshold: 0 });
-        assert_eq!(sleep_until_polling(&mut poller, Duration::ZERO, 1000), None);
+        assert_eq!(sleeps_until_polling(&mut poller, true), None);
         poller.configure(Polling { duration_us: Some(1000), idle_threshold: 0 });
-        sleep_until_polling(&mut poller, Duration::from_micros(900), 100).unwrap();
+        sleeps_until_polling(&mut poller, true).unwrap();
+        assert_eq!(poller.advise(), Advice::Poll(Duration::from_millis(1)));
         poller.configure(Polling { duration_us: Some(u32::MAX), idle_threshold: 0 });
-        sleep_until_polling(&mut poller, Duration::from_micros(900), 100).unwrap();
+        sleeps_until_polling(&mut poller, true).unwrap();
         assert_eq!(poller.advise(), Advice::Poll(MAX_LIMIT));
     }
 

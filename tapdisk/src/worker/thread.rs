@@ -186,11 +186,7 @@ impl<X: Xen> State<X> {
         if !self.arm()? {
             return Ok(());
         }
-        let measured = (advice == Advice::Measure).then(Instant::now);
         let readable = self.io.reactor.turn(true)?;
-        if let Some(start) = measured {
-            self.poller.slept(start.elapsed());
-        }
         self.heed(readable)
     }
 

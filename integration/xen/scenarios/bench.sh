@@ -4,7 +4,7 @@
 # machine: counted
 # limit: 1200
 . /testbed/dom0/bench.sh
-: "${ROWS:=blkback blkback-copy qdisk xenio-raw xenio-copy xenio-raw-ram xenio-vhd xenio-raw-file qdisk-raw-file xenio-vhd-file qdisk-vhd-file}"
+: "${ROWS:=blkback blkback-copy qdisk xenio-raw xenio-copy xenio-raw-ram xenio-vhd xenio-raw-file qdisk-raw-file xenio-vhd-file}"
 JOBS="rr4k_qd1 rr4k_qd32 rw4k_qd32 sr1m_qd4 sw1m_qd4"
 
 # How many requests: fio computes from milliseconds, so every job takes a few hundred of them.

@@ -77,7 +77,7 @@ impl Io {
         whole.then(|| self.start(direction, file, offset, piece))
     }
 
-    /// Moves all of `piece`, in as many operations as the store wants.
+    /// Moves all of `piece`, which the file must take as it is, in as many operations as the store wants.
     async fn whole(
         &self,
         direction: Direction,
@@ -85,8 +85,8 @@ impl Io {
         offset: u64,
         piece: Piece,
     ) -> Result<(), Errno> {
-        if let Some(transfer) = self.start_whole(direction, file, offset, piece) {
-            return transfer.finish().await;
+        if piece.len <= file.store().most {
+            return self.start(direction, file, offset, piece).finish().await;
         }
         self.in_parts(direction, file, offset, piece).await
     }
@@ -188,6 +188,11 @@ impl<'a> Flying<'a> {
         }
         Ok(())
     }
+}
+
+/// The errno of a failed call; EIO for an error that has none.
+pub fn errno_of(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 /// How far an operation got that may be repeated for the rest.

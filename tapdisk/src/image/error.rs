@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 
 use super::file::Mode;
+use crate::io::errno_of;
 
 /// An image that cannot be opened: a sentence for people that names the file, and an errno for programs.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +29,7 @@ impl OpenError {
 
     /// An I/O error.
     pub fn io(path: &Path, what: &str, error: &std::io::Error) -> OpenError {
-        OpenError::file(path, what, Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))
+        OpenError::file(path, what, errno_of(error))
     }
 
     /// Somebody else holds the lock.

@@ -23,6 +23,7 @@ use super::locks::BlockLocks;
 use super::store::Store;
 use crate::buf::Piece;
 use crate::executor::Scheduler;
+use crate::io::errno_of;
 use crate::reactor::{FixedFile, Reactor, Target};
 
 const QEMU_UNSHARE_WRITE: i64 = 201;
@@ -131,7 +132,7 @@ impl ImageFile {
         // O_NONBLOCK: a FIFO must not hang us before its type is known.
         let plain = |flags: i32| {
             open_quietly(OpenOptions::new().read(true).write(mode == Mode::Exclusive), flags, path)
-                .map_err(|e| errno(&e))
+                .map_err(|e| errno_of(&e))
         };
         let probe = plain(0).map_err(error)?;
         let metadata = probe.metadata().map_err(|e| OpenError::io(path, "cannot stat", &e))?;
@@ -212,7 +213,7 @@ impl ImageFile {
         if let Some(file) = &*buffered {
             return Ok(Some(file.clone()));
         }
-        let file = self.reopen(OpenOptions::new().read(true).write(true), 0).map_err(|e| errno(&e))?;
+        let file = self.reopen(OpenOptions::new().read(true).write(true), 0).map_err(|e| errno_of(&e))?;
         Ok(Some(buffered.insert(Rc::new(file)).clone()))
     }
 
@@ -250,7 +251,7 @@ impl ImageFile {
             true => file.metadata().map(|metadata| metadata.len()),
             false => file.seek(SeekFrom::End(0)),
         };
-        len.map_err(|e| errno(&e))
+        len.map_err(|e| errno_of(&e))
     }
 
     /// The file, for transfers.
@@ -289,7 +290,7 @@ impl ImageFile {
 
     /// Changes the length of a regular file.
     pub fn set_len(&self, len: u64) -> Result<(), Errno> {
-        self.file.borrow().file().set_len(len).map_err(|e| errno(&e))
+        self.file.borrow().file().set_len(len).map_err(|e| errno_of(&e))
     }
 
     /// The same file through another descriptor, for reading metadata while the image is being opened: blocking, and
@@ -340,10 +341,6 @@ fn open_quietly(options: &mut OpenOptions, flags: i32, path: &Path) -> std::io::
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => options.custom_flags(flags).open(path),
         result => result,
     }
-}
-
-fn errno(error: &std::io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 fn set_lock(file: &File, kind: i32, start: i64, len: i64) -> Result<(), Errno> {

@@ -25,6 +25,7 @@ use super::serve::{self, Failures, Way};
 use super::thread::{Devices, Served, State, failure, info, notify};
 use super::{Answer, Command, Inbox, Notice, Source, Worker};
 use crate::copier::Copier;
+use crate::io::errno_of;
 use crate::xen::Xen;
 
 /// What went wrong: for programs, and for people.
@@ -37,10 +38,6 @@ pub(super) struct Sibling {
     entry: RingEntry,
     worker: Worker,
     ending: bool,
-}
-
-fn errno_of(error: &io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 impl<X: Xen> State<X> {
@@ -98,10 +95,11 @@ impl<X: Xen> State<X> {
     fn devices(&mut self) -> Result<&Devices<X>, Failure> {
         if self.devices.is_none() {
             let open = || -> io::Result<Devices<X>> {
-                let events = self.xen.open_events()?;
+                // Both first: a device that is missing now may be there when the next ring is connected.
+                let (events, grants) = (self.xen.open_events()?, self.xen.open_grants()?);
                 self.io.reactor.watch_events(events.as_fd())?;
                 self.io.pool.register_with(self.io.reactor.clone());
-                let copier = Copier::new(self.xen.open_grants()?, self.io.scheduler.clone());
+                let copier = Copier::new(grants, self.io.scheduler.clone());
                 Ok(Devices { copier: Rc::new(copier), events: Rc::new(RefCell::new(events)) })
             };
             self.devices =

@@ -27,7 +27,7 @@ use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
 use crate::executor::{Executor, Scheduler};
 use crate::image::{self, Disk};
-use crate::io::Io;
+use crate::io::{Io, errno_of};
 use crate::reactor::{EngineChoice, Reactor, Readable, Timer};
 use crate::xen::Xen;
 
@@ -126,12 +126,8 @@ fn set_up<X: Xen>(
     inbox: impl FnOnce(Rc<Scheduler>) -> Inbox,
     tell: Arc<dyn Fn(Notice) + Send + Sync>,
 ) -> Result<State<X>, Reply> {
-    let system = |what: &str, error: &io::Error| {
-        failure(
-            Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)),
-            format!("cannot set up {what}: {error}"),
-        )
-    };
+    let system =
+        |what: &str, error: &io::Error| failure(errno_of(error), format!("cannot set up {what}: {error}"));
     let scheduler = Rc::new(Scheduler::default());
     let inbox = inbox(scheduler.clone());
     let reactor = Reactor::new(scheduler.clone(), engine).map_err(|e| system("the I/O engine", &e))?;

@@ -1,0 +1,1 @@
+//! qcow version 1.

@@ -1,0 +1,1 @@
+//! qcow2: versions 2 and 3.

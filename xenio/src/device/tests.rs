@@ -188,7 +188,6 @@ fn info(sectors: u64) -> DiskInfo {
         physical_sector_size: 512,
         readonly: false,
         discard: None,
-        queues: 1,
     }
 }
 

@@ -48,7 +48,7 @@ fn run_on<F: Future<Output = ()> + 'static>(engine: EngineChoice, task: impl FnO
 
 fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {
     let path = path.to_str().unwrap().to_owned();
-    OpenParams { image: ImageSpec { kind, path }, readonly, buffered: false }
+    OpenParams { readonly, ..OpenParams::new(ImageSpec { kind, path }) }
 }
 
 async fn write(disk: &Disk, io: &Io, sector: u64, bytes: &[u8]) -> Result<(), Errno> {

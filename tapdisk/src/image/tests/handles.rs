@@ -13,11 +13,7 @@ fn image(bytes: u64) -> tempfile::NamedTempFile {
 #[test]
 fn a_null_image_reads_zeros_forgets_writes_and_grows() {
     run(|io| async move {
-        let spec = |size: &str| OpenParams {
-            image: ImageSpec { kind: ImageType::Null, path: size.into() },
-            readonly: false,
-            buffered: false,
-        };
+        let spec = |size: &str| OpenParams::new(ImageSpec { kind: ImageType::Null, path: size.into() });
         let disk = open(&spec("1M"), &io).unwrap();
         assert_eq!((disk.sectors(), disk.discard_limits()), (2048, None));
         write(&disk, &io, 7, &[1; 1024]).await.unwrap();

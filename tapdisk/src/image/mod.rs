@@ -9,6 +9,7 @@ pub mod file;
 pub mod locks;
 mod null;
 mod open;
+mod ram;
 mod raw;
 mod resize;
 mod share;

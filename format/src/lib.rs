@@ -3,7 +3,7 @@
 //! A format's core implements [`Format`]. It never touches a file: it says where sectors lie ([`Format::map`]), what must
 //! be done to write some ([`Format::plan_write`]), and what must go to disk before a write counts as done
 //! ([`Format::begin_commit`]). Three drivers carry that out: tapdisk's asynchronous one, the blocking one of the
-//! command-line tools ([`Blocking`](blocking::Blocking)), and the one of the tests, which crashes wherever it likes.
+//! command-line tools, and the one of the tests, which crashes wherever it likes.
 //!
 //! # Units
 //! Positions and counts on the virtual disk are in sectors of 512 bytes; offsets and lengths in a file are in bytes. All

@@ -8,7 +8,7 @@ use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::bitmap;
-use crate::write::MetaWrite;
+use format::MetaWrite;
 
 /// Length of the batmap header in bytes; the map is in sectors of its own.
 pub const LEN: usize = 512;

@@ -7,8 +7,8 @@ use crate::batmap::{self, RawBatmapHeader};
 use crate::footer::{self, DiskType, RawFooter};
 use crate::header::{self, RawHeader, RawLocator};
 use crate::locator::{self, Platform};
-use crate::write::MetaWrite;
 use crate::{Error, MAX_DISK_SIZE, SECTOR_SIZE, Uuid, bat};
+use format::MetaWrite;
 
 /// Offset of the dynamic header in bytes.
 const HEADER_OFFSET: u64 = footer::LEN as u64;
@@ -172,7 +172,9 @@ fn name_parent(header: &mut RawHeader, parent: &NewParent, offset: u64) -> Resul
 mod tests {
     use super::*;
     use crate::header::DEFAULT_BLOCK_SIZE;
-    use crate::{OpenOptions, Source, Vhd};
+    use format::Source;
+
+    use crate::{OpenOptions, Vhd};
 
     fn dynamic(size: u64) -> NewImage {
         NewImage {

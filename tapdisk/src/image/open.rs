@@ -19,7 +19,7 @@ use super::formatted::Formatted;
 use super::layer::Layer;
 use super::null::Null;
 use super::raw::Raw;
-use super::{Disk, OpenError, policy};
+use super::{Disk, OpenError, policy, ram};
 use crate::io::Io;
 
 /// What a child says of its parent.
@@ -54,14 +54,22 @@ pub(super) struct Opener<'a> {
 /// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails.
 pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
     let path = Path::new(&params.image.path);
+    let mode = if params.readonly { Mode::Shared } else { Mode::Exclusive };
     if params.image.kind == ImageType::Null {
         let bytes = null_size(&params.image.path)
             .ok_or_else(|| OpenError::new(path, Errno::EINVAL, "is no size of a null image in bytes"))?;
         let (layer, sectors) = (Layer::Null(Null), bytes / SECTOR_SIZE);
         return Ok(Disk::new(layer, Vec::new(), io.clone(), params.readonly, sectors));
     }
-    let mode = if params.readonly { Mode::Shared } else { Mode::Exclusive };
-    let file = ImageFile::open(path, mode, !params.buffered)?;
+    let file = match params.image.kind {
+        ImageType::Ram => {
+            let raw = Raw::new(ram::open(&params.image.path)?)?;
+            let sectors = raw.sectors();
+            return Ok(Disk::new(Layer::Raw(raw), Vec::new(), io.clone(), params.readonly, sectors));
+        }
+        ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
+        _ => ImageFile::open(path, mode, !params.buffered)?,
+    };
     open_over(file, params, io)
 }
 
@@ -80,7 +88,9 @@ impl Opener<'_> {
     /// Opens one image in its format.
     fn open(&mut self, kind: ImageType, file: ImageFile, writable: bool) -> Result<Opened, OpenError> {
         match kind {
-            ImageType::Aio => Ok(Opened { layer: Layer::Raw(Raw::new(file)?), backing: None }),
+            ImageType::Aio | ImageType::Sync => {
+                Ok(Opened { layer: Layer::Raw(Raw::new(file)?), backing: None })
+            }
             ImageType::Vhd => self.open_vhd(file, writable),
             other => {
                 let text = format!("images of type {} are not built in", other.name());

@@ -13,6 +13,7 @@ mod policy;
 mod raw;
 mod resize;
 mod share;
+pub mod snapshot;
 pub mod store;
 
 use std::cell::Cell;

@@ -107,11 +107,7 @@ fn vhd_child(kind: ImageType, parent: &Path, folder: &Path, sectors: u64) -> Res
             name: name.to_owned(),
             path: path.to_owned(),
         }),
-        key: core
-            .as_ref()
-            .and_then(Vhd::batmap)
-            .filter(|(header, _)| header.encrypted())
-            .map(|(header, _)| (header.key_nonce, header.key_hash)),
+        key: core.as_ref().and_then(Vhd::key_hash),
     };
     let bytes = image.build(None).map_err(|error| vhd_error(&error))?;
     let writes = bytes.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();

@@ -10,6 +10,7 @@ pub mod locks;
 mod null;
 mod open;
 mod policy;
+mod ram;
 mod raw;
 mod resize;
 mod share;

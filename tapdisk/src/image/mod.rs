@@ -14,6 +14,7 @@ mod ram;
 mod raw;
 mod resize;
 mod share;
+pub mod snapshot;
 pub mod store;
 
 use std::cell::Cell;

@@ -36,7 +36,9 @@
     )
 )]
 
+pub mod cache;
 pub mod cipher;
+pub mod inflate;
 mod source;
 
 use std::fmt::{Debug, Display};

@@ -38,6 +38,11 @@ impl<T> Tables<T> {
         Some(&slot.table)
     }
 
+    /// A table, without counting as use.
+    pub fn peek(&self, key: u64) -> Option<&T> {
+        self.slots.get(*self.index.get(&key)?).map(|slot| &slot.table)
+    }
+
     /// A table that is going to be changed.
     pub fn get_mut(&mut self, key: u64) -> Option<&mut T> {
         self.slots.get_mut(*self.index.get(&key)?).map(|slot| &mut slot.table)

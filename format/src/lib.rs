@@ -36,10 +36,13 @@
     )
 )]
 
+pub mod blocking;
 pub mod cache;
 pub mod cipher;
 pub mod inflate;
 mod source;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 use std::fmt::{Debug, Display};
 use std::ops::Range;
@@ -135,7 +138,7 @@ pub struct Write {
     /// holds there now, by [`Format::map`] and the parents. The writer of a unit owns the whole of it until it has
     /// told `written`: nobody else is given a plan for it.
     pub copy_before: u32,
-    /// The same behind the data.
+    /// The same behind the data; what is behind the end of the disk is zeros.
     pub copy_after: u32,
     /// True if the data become part of the image only by a commit; false if the data are all there is to write.
     pub publish: bool,

@@ -4,7 +4,7 @@ use format::{MetaWrite, Step};
 use zerocopy::IntoBytes;
 
 use crate::image::EndFooter;
-use crate::{Error, SECTOR_SIZE, Vhd};
+use crate::{Error, KeyHash, SECTOR_SIZE, Vhd};
 
 impl Vhd {
     /// The steps of a clean close. All writes must have ended, with everything committed.
@@ -70,6 +70,30 @@ impl Vhd {
         self.footer.hidden = hidden;
         let mut steps = Vec::new();
         self.footer_steps(&mut steps);
+        Ok(steps)
+    }
+
+    /// Makes the image an encrypted one, and returns the steps that put that on disk. For use without key while there are no
+    /// data.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], and [`Error::Invalid`] if the image has data or no batmap, in which the hash of the key lies.
+    pub fn set_key_hash(&mut self, key: KeyHash) -> Result<Vec<Step>, Error> {
+        if !self.writable {
+            return Err(Error::ReadOnly);
+        }
+        if self.allocated_blocks() > 0 {
+            return Err(Error::invalid(
+                "image",
+                "it has data already, which a key cannot be set for any more",
+            ));
+        }
+        let batmap = self.dynamic.as_mut().and_then(|dynamic| dynamic.batmap.as_mut());
+        batmap
+            .ok_or_else(|| Error::invalid("image", "it has no batmap to hold a key's hash"))?
+            .set_key_hash(key);
+        let mut steps = Vec::new();
+        self.close_batmap(&mut steps);
         Ok(steps)
     }
 

@@ -5,6 +5,7 @@ use std::cmp::min;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
+use format::cipher::Cipher;
 use format::{Load, Lookup, Source};
 
 use crate::bat::{self, Bat, Extent, Layout};
@@ -15,7 +16,7 @@ use crate::header::RawHeader;
 use crate::locator::ParentName;
 use crate::resize::Growth;
 use crate::write::Writes;
-use crate::{BlockIndex, Error, OpenOptions, SECTOR_SIZE, Sector, Uuid, bitmap, open};
+use crate::{BlockIndex, Error, KeyHash, OpenOptions, SECTOR_SIZE, Sector, Uuid, bitmap, open};
 
 /// Bitmaps kept in memory: 2 MiB of them, which cover 8 GiB of partly written blocks. Full blocks need none.
 const CACHED_BITMAPS: usize = 4096;
@@ -77,6 +78,8 @@ pub(crate) struct Dynamic {
     /// First byte that the blocks of the table must not reach.
     limit: u64,
     pub(crate) writes: Writes,
+    /// What the data of an encrypted image are encrypted with; `None` also if it was opened without its key.
+    pub(crate) cipher: Option<Cipher>,
     /// The growth under way.
     pub(crate) growth: Option<Growth>,
 }
@@ -145,6 +148,11 @@ impl Vhd {
     pub fn batmap(&self) -> Option<(&RawBatmapHeader, &[u8])> {
         let batmap = self.dynamic.as_ref()?.batmap.as_ref()?;
         Some((&batmap.header, batmap.map()))
+    }
+
+    /// What an encrypted image says of its key.
+    pub fn key_hash(&self) -> Option<KeyHash> {
+        self.batmap()?.0.key_hash()
     }
 
     /// The parent of a differencing image.
@@ -313,6 +321,7 @@ impl Dynamic {
             end_of_data,
             limit,
             writes,
+            cipher: None,
             growth: None,
         }
     }

@@ -1,5 +1,6 @@
 //! The VHD core as a [`Format`].
 
+use format::cipher::Cipher;
 use format::{DiscardPlan, Format, FormatError, Load, Lookup, Packed, Plan, Sector, Step};
 
 use crate::{BlockIndex, Error, Vhd};
@@ -70,6 +71,10 @@ impl Format for Vhd {
         if self.is_poisoned() {
             return Err(Error::Poisoned);
         }
+        // The zeros of a hole are no ciphertext of zeros.
+        if self.key_hash().is_some() {
+            return Ok(DiscardPlan::Skip { count });
+        }
         Ok(match Vhd::map(self, sector, count)? {
             Lookup::Data { offset, count } => DiscardPlan::Punch { offset, count },
             Lookup::Zero { count } | Lookup::Parent { count } | Lookup::Packed { count, .. } => {
@@ -107,6 +112,10 @@ impl Format for Vhd {
 
     fn is_poisoned(&self) -> bool {
         Vhd::is_poisoned(self)
+    }
+
+    fn cipher(&self) -> Option<&Cipher> {
+        self.dynamic.as_ref()?.cipher.as_ref()
     }
 }
 

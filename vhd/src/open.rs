@@ -15,6 +15,7 @@ use crate::batmap::{self, Batmap, RawBatmapHeader};
 use crate::footer::{self, DiskType, FooterFault, RawFooter};
 use crate::header::{self, RawHeader};
 use crate::image::{Dynamic, EndFooter, Vhd};
+use crate::key::{self, Key};
 use crate::locator::{self, ParentName, Platform};
 use crate::{Error, SECTOR_SIZE};
 
@@ -45,8 +46,10 @@ pub struct OpenOptions {
     /// Use the footer at the end of a dynamic image whose copy at offset 0 is damaged. Only for tools that look at an
     /// image for its administrator: a guest may have forged it.
     pub trust_end: bool,
-    /// Open an encrypted image. Only for tools that do not read its data.
+    /// Open an encrypted image without its key. Only for tools that do not read its data.
     pub allow_encrypted: bool,
+    /// The key of an encrypted image; others are refused with one. A fixed image has no place to say that it is encrypted.
+    pub key: Option<Key>,
 }
 
 /// A footer found in an image with the place where it was found.
@@ -177,6 +180,7 @@ pub(crate) fn open(source: &mut Source<'_>, options: &OpenOptions) -> Result<Vhd
     let kind = DiskType::from_raw(footer.disk_type.get())
         .ok_or_else(|| Error::invalid("footer", "unknown disk type"))?;
     if kind == DiskType::Fixed {
+        key::unlock(None, options.key.as_ref(), options.allow_encrypted)?;
         let offset = end.map_or(0, |end| end.offset);
         return Ok(Vhd::new(footer, kind, options.writable, EndFooter::Alike, offset, None));
     }
@@ -215,9 +219,8 @@ fn open_dynamic(
     let bat = Bat::new(table, most);
     let blocks_start = bat.iter().map(|(_, entry)| layout.extent(entry).bitmap).min();
     let batmap = read_batmap(source, &copy, &header, table_end, blocks_start)?;
-    if batmap.as_ref().is_some_and(|map| map.header.encrypted()) && !options.allow_encrypted {
-        return Err(Error::Encrypted);
-    }
+    let stored = batmap.as_ref().and_then(|map| map.header.key_hash());
+    let cipher = key::unlock(stored.as_ref(), options.key.as_ref(), options.allow_encrypted)?;
     let locators_end = header.locators.iter().filter_map(|raw| locator_end(raw, source.size)).max();
     layout.end_of_headers = layout
         .end_of_headers
@@ -253,7 +256,8 @@ fn open_dynamic(
         }
         batmap
     });
-    let dynamic = Dynamic::new(header, names, layout, bat, batmap, end_of_data, limit, source);
+    let mut dynamic = Dynamic::new(header, names, layout, bat, batmap, end_of_data, limit, source);
+    dynamic.cipher = cipher;
     Ok((footer, state, dynamic))
 }
 

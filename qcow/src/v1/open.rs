@@ -179,8 +179,9 @@ impl Qcow {
     /// Nothing new is placed before the end of any cluster. Reads all tables.
     fn avoid_tables(&mut self, source: &mut Source<'_>) -> Result<(), Error> {
         let len = self.header.geometry.table_bytes();
-        let places: Vec<u64> = self.directory.iter().filter(|&place| place != 0).collect();
-        for place in places.into_iter().filter(|&place| self.misplaced(place, len).is_none()) {
+        let there = |&place: &u64| place != 0 && self.misplaced(place, len).is_none();
+        let places: Vec<u64> = self.directory.iter().filter(there).collect();
+        for place in places {
             let table = decode_table(&bytes(source, "L2 table", place, len)?);
             self.avoid_all(&table);
         }

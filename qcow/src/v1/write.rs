@@ -29,8 +29,6 @@ pub(super) struct Writes {
     /// The place of a new directory, if it must move.
     directory: Option<u64>,
     commit: Option<Commit>,
-    /// Somebody waits for the next commit, who has written what the last one has made part of the image.
-    owed: bool,
     /// The directory was changed, so Xen's checksum is not right any more.
     stale_checksum: bool,
 }
@@ -76,7 +74,6 @@ impl Writes {
             tables: BTreeMap::new(),
             directory: None,
             commit: None,
-            owed: false,
             stale_checksum: false,
         }
     }
@@ -214,8 +211,8 @@ impl Qcow {
                         self.writes.alloc.give_back(place, bytes);
                     }
                 }
-                Some(fresh) if fresh.state == State::Filled => {}
-                _ => self.writes.owed |= done,
+                // Written beside others, or part of the image by now.
+                _ => {}
             }
         }
     }
@@ -239,10 +236,8 @@ impl Qcow {
             return None;
         }
         let clusters = self.writes.take_filled();
-        let owed = std::mem::take(&mut self.writes.owed);
         if clusters.is_empty() {
-            self.writes.commit = owed.then(Commit::default);
-            return owed.then(Vec::new);
+            return None;
         }
         let Some((commit, steps)) = self.build(clusters) else {
             log::error!("a table of a planned write is not in memory; the image takes no more writes");

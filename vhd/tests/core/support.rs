@@ -166,7 +166,7 @@ pub struct Layer {
 }
 
 const WRITABLE: OpenOptions =
-    OpenOptions { writable: true, ignore_poison: false, trust_end: false, allow_encrypted: false };
+    OpenOptions { writable: true, ignore_poison: false, trust_end: false, allow_encrypted: false, key: None };
 
 /// A writer of some sectors with what it does next.
 struct Writer {

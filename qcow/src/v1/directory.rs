@@ -166,8 +166,8 @@ mod tests {
             [(0, 512), (512, 512)]
         );
         let written: Vec<u8> = writes.iter().flat_map(|w| w.bytes.clone()).collect();
-        assert_eq!(written[..54], bytes[..54]);
-        assert_eq!(written[54..56], [0x11, 0x22]);
+        assert_eq!(written[..48], bytes[..48]);
+        assert_eq!(written[48..56], [0, 0, 0, 0, 0, 0, 0x11, 0x22]);
         assert_eq!(written[511..520], [0x33, 0, 0, 0, 0, 0, 0, 0, 0x44]);
         assert_eq!(written[520..840], bytes[520..840]);
         assert_eq!(written[848..], bytes[848..]);

@@ -61,7 +61,7 @@ pub fn open(mut source: Source<'_>, options: &OpenOptions<'_>) -> Result<Qcow, E
         header.end()
     };
     let limit = if source.regular { LIMIT } else { source.size };
-    let alloc = Allocator::new(header.geometry.cluster_bytes(), end, limit);
+    let alloc = Allocator::new(header.geometry.cluster_bytes(), end, limit, header.size);
     let l2_bits = header.geometry.l2_bits;
     let mut image = Qcow {
         sectors: header.size >> 9,

@@ -16,6 +16,7 @@ mod resize;
 mod share;
 pub mod snapshot;
 pub mod store;
+mod survey;
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use self::layer::Layer;
 pub use self::open::open;
 use self::share::Common;
 pub use self::share::DiskShare;
+pub use self::survey::{Holds, Run};
 use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
 use crate::sync::Group;

@@ -139,12 +139,16 @@ fn set_up<X: Xen>(
         }
         Source::Share(share) => share.open(io.clone()),
     };
+    let (executor, disk) = (Executor::new(scheduler), Rc::new(disk));
+    if let Some(work) = disk.background() {
+        executor.spawn(work);
+    }
     Ok(State {
         xen,
         engine,
         io,
-        executor: Executor::new(scheduler),
-        disk: Rc::new(disk),
+        executor,
+        disk,
         devices: None,
         rings: Rc::default(),
         siblings: Rc::default(),

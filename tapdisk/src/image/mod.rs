@@ -15,6 +15,7 @@ mod ram;
 mod raw;
 mod resize;
 mod share;
+pub mod snapshot;
 pub mod store;
 
 use std::cell::Cell;
@@ -218,9 +219,10 @@ impl Disk {
         Ok(())
     }
 
-    /// What goes on beside the guests' requests, for the executor of the thread; once. It ends when the disk is closed.
+    /// What goes on beside the guests' requests, for the executor of the thread, which must run it. It ends when
+    /// the disk is closed, and can be begun again then.
     pub fn background(self: &Rc<Disk>) -> Option<impl Future<Output = ()> + use<>> {
-        self.filters.as_ref().filter(|filters| filters.has_work())?;
+        self.filters.as_ref().filter(|filters| filters.begin_work())?;
         let disk = self.clone();
         Some(async move {
             if let Some(filters) = &disk.filters {

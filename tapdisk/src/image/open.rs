@@ -52,6 +52,8 @@ pub(super) struct Opener<'a> {
     pub(super) params: &'a OpenParams,
     pub(super) io: &'a Io,
     visited: Visited,
+    /// The leaf is open.
+    below: bool,
 }
 
 /// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails; but a log of
@@ -99,7 +101,7 @@ pub(super) fn open_images(params: &OpenParams, io: &Io) -> Result<Images, OpenEr
 
 /// The same over an open file, which is the leaf.
 pub(super) fn open_over(file: ImageFile, params: &OpenParams, io: &Io) -> Result<Images, OpenError> {
-    let mut opener = Opener { params, io, visited: Visited::default() };
+    let mut opener = Opener { params, io, visited: Visited::default(), below: false };
     let path = canonical(file.path())?;
     opener.enter(&file)?;
     let Opened { layer, backing } = opener.open(params.image.kind, file, !params.readonly)?;
@@ -124,6 +126,7 @@ impl Opener<'_> {
     }
 
     fn open_parents(&mut self, leaf: PathBuf, backing: Option<Backing>) -> Result<Vec<Layer>, OpenError> {
+        self.below = true;
         let policy = policy::for_leaf(&leaf);
         let (mut child, mut wanted) = (leaf, backing);
         let mut parents = Vec::new();
@@ -147,9 +150,18 @@ impl Opener<'_> {
     fn open_vhd(&mut self, file: ImageFile, writable: bool) -> Result<Opened, OpenError> {
         let reader = file.reader()?;
         let mut read = |offset: u64, bytes: &mut [u8]| reader.read_exact_at(bytes, offset);
-        let source = format::Source { size: file.len(), regular: file.is_regular(), read: &mut read };
-        let options = vhd::OpenOptions { writable, ..vhd::OpenOptions::default() };
-        let core = Vhd::open(source, &options).map_err(|error| refuse(file.path(), &error))?;
+        let (size, regular) = (file.len(), file.is_regular());
+        let mut open = |key| {
+            let options = vhd::OpenOptions { writable, key, ..vhd::OpenOptions::default() };
+            Vhd::open(format::Source { size, regular, read: &mut read }, &options)
+        };
+        let key = self.params.key.as_ref().map(|key| vhd::key::Key::new(key.bytes().to_vec()));
+        let core = key.transpose().and_then(|key| match open(key) {
+            // An encrypted disk may have grown from a plain one.
+            Err(vhd::Error::NotEncrypted) if self.below => open(None),
+            result => result,
+        });
+        let core = core.map_err(|error| refuse(file.path(), &error))?;
         self.visited.identify(core.uuid()).map_err(|error| refuse(file.path(), &error))?;
         if core.was_unclean() {
             log::warn!(

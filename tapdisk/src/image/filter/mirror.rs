@@ -137,6 +137,16 @@ impl Mirror {
         self.alone.get().then_some(&self.secondary)
     }
 
+    /// Whether [`Mirror::work`] is to be begun; from now on [`Mirror::stop`] waits for it.
+    pub fn begin_work(&self) -> bool {
+        let needed = self.is_active() && !self.working.get();
+        if needed {
+            self.stopping.set(false);
+            self.working.set(true);
+        }
+        needed
+    }
+
     /// Whether writes go to both images.
     pub fn is_active(&self) -> bool {
         self.failed.get().is_none() && !self.alone.get()
@@ -253,7 +263,6 @@ impl Mirror {
 
     /// Copies what the secondary lacks, until [`Mirror::stop`].
     pub async fn work(&self, first: &Chain) {
-        self.working.set(true);
         while !self.stopping.get() && self.is_active() {
             let parts = self.next_parts();
             if parts.is_empty() {

@@ -127,9 +127,9 @@ impl Filters {
         }
     }
 
-    /// Whether there is something for [`Filters::work`].
-    pub fn has_work(&self) -> bool {
-        self.is_mirroring()
+    /// Whether there is something for [`Filters::work`], which is to be begun then.
+    pub fn begin_work(&self) -> bool {
+        self.mirror.as_ref().is_some_and(Mirror::begin_work)
     }
 
     /// What goes on beside the guests' requests, until [`Filters::stop`].

@@ -11,6 +11,7 @@ pub mod locks;
 mod null;
 mod open;
 mod policy;
+mod qcow;
 mod ram;
 mod raw;
 mod resize;

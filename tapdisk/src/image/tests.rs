@@ -2,6 +2,7 @@
 
 mod blocks;
 mod handles;
+mod qcow;
 mod sealed;
 
 use std::future::Future;

@@ -14,11 +14,14 @@ use tap_ctl::proto::{ImageType, OpenParams, null_size};
 use vhd::chain::{Policy, Visited, candidates, check_identity, is_plain};
 use vhd::{ParentRef, Vhd};
 
+use super::chain::Chain;
 use super::file::{ImageFile, Mode};
+use super::filter::Filters;
 use super::formatted::Formatted;
 use super::layer::Layer;
 use super::null::Null;
 use super::raw::Raw;
+use super::share::Common;
 use super::{Disk, OpenError, policy, ram};
 use crate::io::Io;
 
@@ -53,21 +56,42 @@ pub(super) struct Opener<'a> {
     below: bool,
 }
 
-/// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails.
+/// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails; but a log of
+/// written blocks says from then on that it is being written.
 pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
+    let Images { chain, sectors } = open_images(params, io)?;
+    let filters = Filters::open(params, sectors, io)?;
+    Ok(Disk::new(chain, filters, params.readonly, Common::new(sectors)))
+}
+
+/// The images of a disk.
+#[derive(Debug)]
+pub(super) struct Images {
+    pub(super) chain: Chain,
+    /// Capacity of the disk.
+    pub(super) sectors: u64,
+}
+
+impl Images {
+    fn new(leaf: Layer, parents: Vec<Layer>, sectors: u64, io: &Io) -> Images {
+        Images { chain: Chain::new(leaf, parents, io.clone()), sectors }
+    }
+}
+
+/// Opens the image that `params` names, with what is below it.
+pub(super) fn open_images(params: &OpenParams, io: &Io) -> Result<Images, OpenError> {
     let path = Path::new(&params.image.path);
     let mode = if params.readonly { Mode::Shared } else { Mode::Exclusive };
-    if params.image.kind == ImageType::Null {
-        let bytes = null_size(&params.image.path)
-            .ok_or_else(|| OpenError::new(path, Errno::EINVAL, "is no size of a null image in bytes"))?;
-        let (layer, sectors) = (Layer::Null(Null), bytes / SECTOR_SIZE);
-        return Ok(Disk::new(layer, Vec::new(), io.clone(), params.readonly, sectors));
-    }
     let file = match params.image.kind {
+        ImageType::Null => {
+            let bytes = null_size(&params.image.path)
+                .ok_or_else(|| OpenError::new(path, Errno::EINVAL, "is no size of a null image in bytes"))?;
+            return Ok(Images::new(Layer::Null(Null), Vec::new(), bytes / SECTOR_SIZE, io));
+        }
         ImageType::Ram => {
             let raw = Raw::new(ram::open(&params.image.path)?)?;
             let sectors = raw.sectors();
-            return Ok(Disk::new(Layer::Raw(raw), Vec::new(), io.clone(), params.readonly, sectors));
+            return Ok(Images::new(Layer::Raw(raw), Vec::new(), sectors, io));
         }
         ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
         _ => ImageFile::open(path, mode, !params.buffered)?,
@@ -76,14 +100,14 @@ pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
 }
 
 /// The same over an open file, which is the leaf.
-pub(super) fn open_over(file: ImageFile, params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
+pub(super) fn open_over(file: ImageFile, params: &OpenParams, io: &Io) -> Result<Images, OpenError> {
     let mut opener = Opener { params, io, visited: Visited::default(), below: false };
     let path = canonical(file.path())?;
     opener.enter(&file)?;
     let Opened { layer, backing } = opener.open(params.image.kind, file, !params.readonly)?;
     let parents = opener.open_parents(path, backing)?;
     let sectors = layer.sectors();
-    Ok(Disk::new(layer, parents, io.clone(), params.readonly, sectors))
+    Ok(Images::new(layer, parents, sectors, io))
 }
 
 impl Opener<'_> {

@@ -140,12 +140,15 @@ fn set_up<X: Xen>(
         }
         Source::Share(share, throttle) => (share.open(io.clone()), None, throttle),
     };
-    let seat = Rc::new(Seat::new(disk, params, scheduler.clone()));
+    let (executor, seat) = (Executor::new(scheduler.clone()), Rc::new(Seat::new(disk, params, scheduler)));
+    if let Some(work) = seat.disk().and_then(|disk| disk.background()) {
+        executor.spawn(work);
+    }
     Ok(State {
         xen,
         engine,
         io,
-        executor: Executor::new(scheduler),
+        executor,
         seat,
         devices: None,
         rings: Rc::default(),

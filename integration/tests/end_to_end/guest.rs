@@ -1,6 +1,5 @@
 //! Well-behaved guests, and the turns of a disk's life.
 
-use std::path::Path;
 use std::process::Command;
 
 use blkif::{Abi, DomId, RingOrder, Sector, Status};
@@ -10,13 +9,6 @@ use proptest::prelude::*;
 use super::support::*;
 
 const XVDB: u32 = 51728;
-
-/// Waits until a dead tapdisk's last I/O has ended: the kernel keeps its lock so long.
-fn wait_for_lock(path: &Path) {
-    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-    let lock = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
-    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLKW(&lock)).unwrap();
-}
 
 #[test]
 fn every_abi_and_ring_size_moves_the_same_bytes() {
@@ -241,15 +233,7 @@ fn two_frontends_share_one_disk() {
     let rig = rig();
     let (_, params) = raw(&rig, "a.img", MIB);
     let (device, mut one) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
-    rig.create_domain(2);
-    let mut second = rig.write_device(2, XVDA, &params, "w");
-    rig.wait_value(&format!("{}/state", second.backend), "2");
-    (second.pid, second.minor) = (device.pid, device.minor);
-    let path = rig.host.control().vbd_path(device.pid, device.minor);
-    rig.store.write(&format!("{}/physical-device-path", second.backend), path.to_str().unwrap());
-    rig.store.write(&format!("{}/hotplug-status", second.backend), "connected");
-    let mut two = Frontend::create(&rig.host.xen(), Shape::simple(DomId(2))).unwrap();
-    rig.connect(&second, &two);
+    let (second, mut two) = also(&rig, &device, 2);
     one.write(Sector(0), &pattern(1, 4096)).unwrap();
     assert!(two.read(Sector(0), 4096).unwrap() == pattern(1, 4096));
     two.write(Sector(0), &pattern(2, 4096)).unwrap();

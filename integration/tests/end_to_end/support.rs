@@ -1,7 +1,7 @@
 //! What the tests of this binary share: images, guests, and a storm of requests that is compared with a model.
 
 use std::collections::{HashMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use blkif::{DomId, Sector, keys};
 use integration::programs;
@@ -26,6 +26,13 @@ pub fn raw(rig: &Rig, name: &str, bytes: usize) -> (PathBuf, String) {
     std::fs::File::create(&path).unwrap().set_len(bytes as u64).unwrap();
     let params = format!("aio:{}", path.display());
     (path, params)
+}
+
+/// Waits until a dead tapdisk's last I/O has ended: the kernel keeps its lock so long.
+pub fn wait_for_lock(path: &Path) {
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let lock = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLKW(&lock)).unwrap();
 }
 
 /// Runs vhd-util.
@@ -53,6 +60,20 @@ pub fn guest(rig: &Rig, domid: u16, params: &str, shape: Shape) -> (Device, Fron
     rig.create_domain(domid);
     let device = rig.plug(domid, XVDA, params, "w").unwrap();
     let frontend = Frontend::create(&rig.host.xen(), Shape { guest: DomId(domid), ..shape }).unwrap();
+    rig.connect(&device, &frontend);
+    (device, frontend)
+}
+
+/// Another guest on the same disk, connected.
+pub fn also(rig: &Rig, first: &Device, domid: u16) -> (Device, Frontend) {
+    rig.create_domain(domid);
+    let mut device = rig.write_device(domid, XVDA, "aio:/the/same", "w");
+    rig.wait_value(&format!("{}/state", device.backend), "2");
+    (device.pid, device.minor) = (first.pid, first.minor);
+    let path = rig.host.control().vbd_path(device.pid, device.minor);
+    rig.store.write(&format!("{}/physical-device-path", device.backend), path.to_str().unwrap());
+    rig.store.write(&format!("{}/hotplug-status", device.backend), "connected");
+    let frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(domid))).unwrap();
     rig.connect(&device, &frontend);
     (device, frontend)
 }

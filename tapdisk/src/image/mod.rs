@@ -17,6 +17,7 @@ mod raw;
 mod resize;
 mod share;
 pub mod snapshot;
+mod stack;
 pub mod store;
 
 use std::cell::Cell;

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod handles;
+mod qcow;
 mod sealed;
 
 use std::future::Future;
@@ -27,19 +28,19 @@ fn run_on<F: Future<Output = ()> + 'static>(engine: EngineChoice, task: impl FnO
     crate::alone::run(engine, 1 << 20, task).unwrap();
 }
 
-fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {
+pub(in crate::image) fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {
     let path = path.to_str().unwrap().to_owned();
     OpenParams { readonly, ..OpenParams::new(ImageSpec { kind, path }) }
 }
 
-async fn write(disk: &Disk, io: &Io, sector: u64, bytes: &[u8]) -> Result<(), Errno> {
-    let mut buf = io.pool.data(bytes.len()).unwrap();
+pub(in crate::image) async fn write(disk: &Disk, io: &Io, sector: u64, bytes: &[u8]) -> Result<(), Errno> {
+    let mut buf = io.pool.data_soon(bytes.len()).await.unwrap();
     buf.bytes_mut().copy_from_slice(bytes);
     disk.write(Sector(sector), &buf).await
 }
 
-async fn read(disk: &Disk, io: &Io, sector: u64, sectors: usize) -> Vec<u8> {
-    let mut buf = io.pool.data(sectors * 512).unwrap();
+pub(in crate::image) async fn read(disk: &Disk, io: &Io, sector: u64, sectors: usize) -> Vec<u8> {
+    let mut buf = io.pool.data_soon(sectors * 512).await.unwrap();
     buf.bytes_mut().fill(0xee);
     disk.read(Sector(sector), &buf).await.unwrap();
     buf.bytes().to_vec()
@@ -159,11 +160,11 @@ fn a_parent_in_use_by_a_reader_can_be_shared_but_not_written() {
 }
 
 /// Creates a dynamic VHD of `mib` MiB.
-fn make(path: &Path, mib: u64) {
+pub(in crate::image) fn make(path: &Path, mib: u64) {
     create(path, DiskType::Dynamic, mib << 20, 0, None);
 }
 
-fn snapshot(child: &Path, parent: &Path) {
+pub(in crate::image) fn snapshot(child: &Path, parent: &Path) {
     snapshot_with(child, parent, None);
 }
 
@@ -329,7 +330,7 @@ proptest! {
 }
 
 /// Polls several futures of one task until all are done.
-async fn join(futures: impl Iterator<Item = impl Future<Output = ()>>) {
+pub(in crate::image) async fn join(futures: impl Iterator<Item = impl Future<Output = ()>>) {
     let mut futures: Vec<_> = futures.map(|future| Some(Box::pin(future))).collect();
     std::future::poll_fn(|context| {
         for place in &mut futures {

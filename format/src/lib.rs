@@ -3,7 +3,7 @@
 //! A format's core implements [`Format`]. It never touches a file: it says where sectors lie ([`Format::map`]), what must
 //! be done to write some ([`Format::plan_write`]), and what must go to disk before a write counts as done
 //! ([`Format::begin_commit`]). Three drivers carry that out: tapdisk's asynchronous one, the blocking one of the
-//! command-line tools ([`Blocking`](blocking::Blocking)), and the one of the tests, which crashes wherever it likes.
+//! command-line tools, and the one of the tests, which crashes wherever it likes.
 //!
 //! # Units
 //! Positions and counts on the virtual disk are in sectors of 512 bytes; offsets and lengths in a file are in bytes. All
@@ -36,8 +36,16 @@
     )
 )]
 
+pub mod blocking;
+pub mod cipher;
+mod source;
+#[cfg(feature = "testing")]
+pub mod testing;
+
 use std::fmt::{Debug, Display};
 use std::ops::Range;
+
+pub use source::{ReadAt, Source};
 
 /// Position on the virtual disk in sectors of 512 bytes.
 pub type Sector = u64;
@@ -128,7 +136,7 @@ pub struct Write {
     /// holds there now, by [`Format::map`] and the parents. The writer of a unit owns the whole of it until it has
     /// told `written`: nobody else is given a plan for it.
     pub copy_before: u32,
-    /// The same behind the data.
+    /// The same behind the data; what is behind the end of the disk is zeros.
     pub copy_after: u32,
     /// True if the data become part of the image only by a commit; false if the data are all there is to write.
     pub publish: bool,
@@ -289,5 +297,3 @@ pub trait Format: Debug {
         None
     }
 }
-
-pub mod cipher;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use blkif::{DomId, RingOrder, Sector};
 use integration::sim::frontend::{Frontend, Io, Shape};
 use integration::sim::host::SimHost;
-use tap_ctl::cli::{Config, run};
+use tap_ctl::cli::{Config, Streams, run};
 use tap_ctl::client::Client;
 use tap_ctl::proto::{Minor, Polling, QueueParams, Request, RingParams};
 use tapdisk::reactor::EngineChoice;
@@ -76,7 +76,8 @@ fn tap_ctl(host: &SimHost, args: &[&str]) {
     let config = Config { dir: host.control(), tapdisk: "/nowhere".into(), terminal: false };
     let args: Vec<_> = args.iter().map(Into::into).collect();
     let (mut out, mut err) = (Vec::new(), Vec::new());
-    let code = run(&args, &config, &mut out, &mut err);
+    let streams = Streams { stdin: &mut std::io::empty(), stdout: &mut out, stderr: &mut err };
+    let code = run(&args, &config, streams);
     assert_eq!(code, 0, "{args:?}: {}", String::from_utf8_lossy(&err));
 }
 

@@ -1,19 +1,23 @@
 //! `tap-ctl` as a library call, so that tests and simulations can use another runtime folder and another tapdisk.
 
+mod key;
+
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::Child;
 use std::time::Duration;
 
-use crate::args::{self, Command, Target};
-use crate::client::{self, Client};
+use self::key::with_key;
+use crate::args::{self, Command, Opening, Target};
+use crate::client::{self, Client, QUICK};
 use crate::dir::ControlDir;
 use crate::error::Error;
 use crate::list::{self, Filter};
 use crate::minors;
-use crate::proto::{Minor, OpenParams, Reply, Request};
+use crate::proto::{LimitChange, Minor, OpenParams, Reopen, Reply, Request};
 use crate::spawn::spawn;
+use crate::stats;
 
 /// The folder of the tapdisk program; set `XENIO_LIBEXECDIR` at build time to move it.
 const LIBEXECDIR: &str = match option_env!("XENIO_LIBEXECDIR") {
@@ -43,6 +47,17 @@ impl Config {
     }
 }
 
+/// The standard streams.
+#[expect(missing_debug_implementations, reason = "streams have nothing to show")]
+pub struct Streams<'a> {
+    /// Keys are read from it.
+    pub stdin: &'a mut dyn Read,
+    /// For output.
+    pub stdout: &'a mut dyn Write,
+    /// For failures.
+    pub stderr: &'a mut dyn Write,
+}
+
 /// A command that failed: what was tried, and why it failed.
 #[derive(Debug)]
 struct Failure {
@@ -52,7 +67,8 @@ struct Failure {
 
 /// Runs one command line (without the program's name) and returns its exit code: 0, or the errno of the failure.
 /// A failure is told in one line on `stderr`, which hotplug scripts forward to their log.
-pub fn run(args: &[OsString], config: &Config, stdout: &mut dyn Write, stderr: &mut dyn Write) -> u8 {
+pub fn run(args: &[OsString], config: &Config, streams: Streams<'_>) -> u8 {
+    let Streams { stdin, stdout, stderr } = streams;
     // `--debug` belongs to the program and may stand anywhere; main has acted on it.
     let args: Vec<OsString> = args.iter().filter(|arg| *arg != "--debug").cloned().collect();
     let command = match args::parse(&args) {
@@ -66,7 +82,7 @@ pub fn run(args: &[OsString], config: &Config, stdout: &mut dyn Write, stderr: &
     };
     let mut output = String::new();
     let mut notes = Vec::new();
-    let result = perform(&command, config, &mut output, &mut notes);
+    let result = perform(&command, config, stdin, &mut output, &mut notes);
     for note in &notes {
         let _ = writeln!(stderr, "tap-ctl: {}", one_line(&note.to_string()));
     }
@@ -87,6 +103,7 @@ pub fn run(args: &[OsString], config: &Config, stdout: &mut dyn Write, stderr: &
 fn perform(
     command: &Command,
     config: &Config,
+    stdin: &mut dyn Read,
     output: &mut String,
     notes: &mut Vec<Error>,
 ) -> Result<(), Failure> {
@@ -114,14 +131,32 @@ fn perform(
             let request = Request::Detach { minor: target.minor };
             order(dir, *target, &request, None).map_err(because(with_target("detach", *target)))?;
         }
-        Command::Open(target, params) => {
-            open(dir, *target, params).map_err(because(format!("open {}", params.image)))?;
+        Command::Open(target, opening) => {
+            let opened = with_key(opening, stdin).and_then(|params| open(dir, *target, &params));
+            opened.map_err(because(format!("open {}", opening.params.image)))?;
         }
         Command::Close(target, limit) => {
             let request = Request::Close { minor: target.minor };
             order(dir, *target, &request, *limit).map_err(because(with_target("close", *target)))?;
         }
-        Command::Create(params, engine) => *output = create(config, params, *engine)?,
+        Command::Create(opening, engine) => *output = create(config, opening, *engine, stdin)?,
+        Command::Pause(target, limit) => {
+            let request = Request::Pause { minor: target.minor };
+            order(dir, *target, &request, *limit).map_err(because(with_target("pause", *target)))?;
+        }
+        Command::Unpause(target, change) => {
+            unpause(dir, *target, change).map_err(because(with_target("unpause", *target)))?;
+        }
+        Command::Snapshot(target, image) => {
+            let request = Request::Snapshot { minor: target.minor, image: image.clone() };
+            order(dir, *target, &request, None).map_err(because(with_target("snapshot", *target)))?;
+        }
+        Command::Limit(target, change) => {
+            *output = limit(dir, *target, *change).map_err(because(with_target("limit", *target)))?;
+        }
+        Command::Stats(target, full) => {
+            *output = statistics(dir, *target, *full).map_err(because(with_target("stats", *target)))?;
+        }
         Command::Resize(target, size) => {
             resize(dir, *target, *size).map_err(because(with_target("resize", *target)))?;
         }
@@ -153,6 +188,32 @@ fn open(dir: &ControlDir, target: Target, params: &OpenParams) -> Result<(), Err
     }
 }
 
+fn unpause(dir: &ControlDir, target: Target, change: &Reopen) -> Result<(), Error> {
+    let request = Request::Unpause { minor: target.minor, change: change.clone() };
+    match client::call(dir, target.pid, &request, None)? {
+        Reply::DiskInfo(_) => Ok(()),
+        _ => Err(Error::Unexpected { pid: target.pid }),
+    }
+}
+
+fn limit(dir: &ControlDir, target: Target, change: LimitChange) -> Result<String, Error> {
+    let request = Request::Limit { minor: target.minor, change };
+    match client::call(dir, target.pid, &request, Some(QUICK))? {
+        Reply::Limits(limits) => Ok(format!("{limits}\n")),
+        _ => Err(Error::Unexpected { pid: target.pid }),
+    }
+}
+
+/// The empty line at the end is XenServer's.
+fn statistics(dir: &ControlDir, target: Target, full: bool) -> Result<String, Error> {
+    let request = Request::Stats { minor: target.minor };
+    match client::call(dir, target.pid, &request, Some(QUICK))? {
+        Reply::Stats(stats) if full => Ok(format!("{}\n", stats::full(&stats))),
+        Reply::Stats(stats) => Ok(format!("{}\n\n", stats::xenserver(&stats))),
+        _ => Err(Error::Unexpected { pid: target.pid }),
+    }
+}
+
 fn resize(dir: &ControlDir, target: Target, size: Option<u64>) -> Result<(), Error> {
     let request = Request::Resize { minor: target.minor, size };
     match client::call(dir, target.pid, &request, None)? {
@@ -162,10 +223,16 @@ fn resize(dir: &ControlDir, target: Target, size: Option<u64>) -> Result<(), Err
 }
 
 /// allocate, spawn, attach, open; whatever was made is undone when a later step fails.
-fn create(config: &Config, params: &OpenParams, engine: Option<&str>) -> Result<String, Failure> {
-    let what = || format!("create {}", params.image);
+fn create(
+    config: &Config,
+    opening: &Opening,
+    engine: Option<&str>,
+    stdin: &mut dyn Read,
+) -> Result<String, Failure> {
+    let what = || format!("create {}", opening.params.image);
+    let params = with_key(opening, stdin).map_err(because(what()))?;
     let minor = minors::allocate(&config.dir).map_err(because(what()))?;
-    match serve_new(config, minor, params, engine) {
+    match serve_new(config, minor, &params, engine) {
         Ok(()) => Ok(format!("{}\n", config.dir.marker(minor).display())),
         Err(error) => {
             // The first failure is the one to tell.
@@ -242,7 +309,8 @@ pub fn main() -> u8 {
         let _ = crate::logging::init("tap-ctl", crate::logging::Mode::Foreground, true);
     }
     let config = Config::installed(io::IsTerminal::is_terminal(&io::stdout()));
-    run(&args, &config, &mut io::stdout().lock(), &mut io::stderr().lock())
+    let (mut stdin, mut stdout, mut stderr) = (io::stdin().lock(), io::stdout().lock(), io::stderr().lock());
+    run(&args, &config, Streams { stdin: &mut stdin, stdout: &mut stdout, stderr: &mut stderr })
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@
 //! | [`client`] | a blocking client, for tools and tests |
 //! | [`spawn`] | starting a tapdisk |
 //! | [`list`] | what is there |
+//! | [`stats`] | statistics as text |
 //! | [`args`], [`cli`] | the command line: read, carried out |
 //! | [`logging`] | where xenio and tapdisk log to |
 
@@ -25,6 +26,7 @@ pub mod logging;
 pub mod minors;
 pub mod proto;
 pub mod spawn;
+pub mod stats;
 #[cfg(test)]
 mod testing;
 

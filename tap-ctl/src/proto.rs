@@ -8,124 +8,23 @@
 //! A tapdisk lives as long as its disk, so the xenio or tap-ctl that speaks to it may be of another release: what a
 //! release adds to a message has a default, and what it does not know is skipped.
 
+mod disk;
 mod image;
+mod limits;
+mod minor;
+mod open;
+mod ring;
+mod stats;
 
-use std::fmt;
-use std::str::FromStr;
-
-use blkif::{DomId, GrantRef, Port, VdevId};
 use serde::{Deserialize, Serialize};
 
+pub use disk::{Discard, DiskInfo, VbdEntry};
 pub use image::{ImageSpec, ImageSpecError, ImageType, null_size};
-
-/// Names one VBD on this host: the number N of the marker file `tapdisk-N`. 0 to 16383.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Minor(pub u16);
-
-impl Minor {
-    /// The highest minor.
-    pub const MAX: Minor = Minor(16383);
-}
-
-/// A string that is no decimal number from 0 to 16383.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no minor: minors are numbers from 0 to {max}", max = Minor::MAX)]
-pub struct MinorError(String);
-
-impl FromStr for Minor {
-    type Err = MinorError;
-
-    fn from_str(text: &str) -> Result<Minor, MinorError> {
-        // The standard parser also takes a leading plus sign.
-        let digits = text.bytes().all(|byte| byte.is_ascii_digit());
-        let number = text.parse().ok().filter(|&number| digits && number <= Minor::MAX.0);
-        number.map(Minor).ok_or_else(|| MinorError(text.to_owned()))
-    }
-}
-
-impl fmt::Display for Minor {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// How to open an image.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OpenParams {
-    /// What to open.
-    pub image: ImageSpec,
-    /// `-R`: no writes, whoever asks.
-    pub readonly: bool,
-    /// `-D`: through the page cache instead of O_DIRECT.
-    pub buffered: bool,
-}
-
-/// A frontend's ring: everything tapdisk needs to serve it, read from XenStore by xenio.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RingParams {
-    /// The frontend's domain.
-    pub domid: u16,
-    /// The frontend's virtual device.
-    pub vdev: u32,
-    /// Value of the `protocol` key after its default rule: `x86_64-abi`, `x86_32-abi` or `arm-abi`.
-    pub protocol: String,
-    /// One entry a queue, at least one.
-    pub queues: Vec<QueueParams>,
-    /// The toolstack's mode is not `w`: every request that would change the disk is refused.
-    pub readonly: bool,
-    /// Both ends offered `feature-persistent`: the frontend uses the same grants again, so they may stay mapped.
-    #[serde(default)]
-    pub persistent: bool,
-    /// `feature-discard` was published as 1.
-    #[serde(default)]
-    pub discard: bool,
-    /// When to look for requests before sleeping.
-    #[serde(default)]
-    pub polling: Polling,
-}
-
-/// When to look for requests before sleeping until the frontend notifies the next one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Polling {
-    /// How long at most, in microseconds; 0: not at all; `None`: as long as tapdisk finds best.
-    pub duration_us: Option<u32>,
-    /// Not while the host's processors are idle for less than this share, in percent, 0 to 100.
-    pub idle_threshold: u8,
-}
-
-/// One queue of a frontend.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct QueueParams {
-    /// Grant references of the ring's pages, in order: 1, 2, 4, 8 or 16.
-    pub ring_refs: Vec<u32>,
-    /// The frontend's unbound event channel.
-    pub port: u32,
-}
-
-impl RingParams {
-    /// The frontend's domain.
-    pub fn dom(&self) -> DomId {
-        DomId(self.domid)
-    }
-
-    /// The frontend's virtual device.
-    pub fn device(&self) -> VdevId {
-        VdevId(self.vdev)
-    }
-}
-
-impl QueueParams {
-    /// The ring's pages.
-    pub fn refs(&self) -> Vec<GrantRef> {
-        self.ring_refs.iter().copied().map(GrantRef).collect()
-    }
-
-    /// The frontend's event channel.
-    pub fn remote_port(&self) -> Port {
-        Port(self.port)
-    }
-}
+pub use limits::{LimitChange, LimitError, Limits};
+pub use minor::{Minor, MinorError};
+pub use open::{Key, OpenParams, Reopen, Secondary};
+pub use ring::{Polling, QueueParams, RingEntry, RingParams};
+pub use stats::{CacheStats, DiskStats, ImageStats, MirrorStats, ReadWrite, RingStats, Stats};
 
 /// What a client asks of a tapdisk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,6 +69,42 @@ pub enum Request {
         minor: Minor,
         /// The new size in bytes; `None`: whatever the file or the block device has become.
         size: Option<u64>,
+    },
+    /// Let everything in flight end, take no more requests, and close the image, so that others may work on it. Frontends
+    /// stay connected and wait. Nothing to do if it is paused.
+    Pause {
+        /// The minor.
+        minor: Minor,
+    },
+    /// Open the image of a paused disk again, or another one, and go on. Answered as [`Request::Open`]. EINVAL if it is not
+    /// paused. EMEDIUMTYPE if the disk would be smaller than before. After any failure it is still paused.
+    Unpause {
+        /// The minor.
+        minor: Minor,
+        /// What is other than before.
+        #[serde(flatten)]
+        change: Reopen,
+    },
+    /// Make a new image that takes all writes from now on, with the present one, which is written no more, as its parent.
+    /// After a failure the disk is as it was.
+    Snapshot {
+        /// The minor.
+        minor: Minor,
+        /// Where to make the new image. There must be no such file.
+        image: ImageSpec,
+    },
+    /// Change what the disk may do in a second; nothing named: only tell. Answered with [`Reply::Limits`].
+    Limit {
+        /// The minor.
+        minor: Minor,
+        /// The change.
+        #[serde(flatten)]
+        change: LimitChange,
+    },
+    /// What the disk has done.
+    Stats {
+        /// The minor.
+        minor: Minor,
     },
     /// Answers with a stream of [`Reply::Changed`], until the client closes the connection: at once one for each open
     /// image, later one for each change. A client that does not read is disconnected. Nothing else may be asked on the
@@ -217,8 +152,12 @@ pub enum Reply {
         /// The VBDs.
         vbds: Vec<VbdEntry>,
     },
-    /// Size of a disk; answer to Open, DiskInfo and Resize.
+    /// Size of a disk; answer to Open, DiskInfo, Resize and Unpause.
     DiskInfo(DiskInfo),
+    /// Answer to Limit: what holds now.
+    Limits(Limits),
+    /// Answer to Stats.
+    Stats(Box<Stats>),
     /// The state of an open image, unasked; see [`Request::Follow`].
     Changed {
         /// Its minor.
@@ -230,74 +169,9 @@ pub enum Reply {
     },
 }
 
-/// A VBD in [`Reply::List`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VbdEntry {
-    /// Its minor.
-    pub minor: Minor,
-    /// State bits as XenServer's tapdisk shows them: 0 running or only attached, 2 closed.
-    pub state: u32,
-    /// The open image.
-    pub image: Option<ImageSpec>,
-    /// The frontends being served.
-    pub rings: Vec<RingEntry>,
-}
-
-/// A served frontend in [`VbdEntry`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RingEntry {
-    /// The frontend's domain.
-    pub domid: u16,
-    /// The frontend's virtual device.
-    pub vdev: u32,
-}
-
-/// What xenio publishes about a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DiskInfo {
-    /// Capacity in units of 512 bytes.
-    pub sectors: u64,
-    /// Logical block size in bytes.
-    pub sector_size: u32,
-    /// Physical block size in bytes.
-    pub physical_sector_size: u32,
-    /// The image was opened read-only.
-    pub readonly: bool,
-    /// What a discard may be; `None`: the image cannot discard.
-    #[serde(default)]
-    pub discard: Option<Discard>,
-    /// The most rings this disk serves with a thread each; further ones share. 1 for formats with metadata.
-    #[serde(default = "one")]
-    pub queues: u32,
-}
-
-fn one() -> u32 {
-    1
-}
-
-/// What a disk can discard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Discard {
-    /// Smallest unit, in bytes; a power of two from 512 on.
-    pub granularity: u32,
-    /// Offset of the first unit, in bytes.
-    pub alignment: u32,
-    /// Whether the old content can be made unreadable.
-    pub secure: bool,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn minors_are_0_to_16383_and_nothing_else() {
-        assert_eq!("0".parse(), Ok(Minor(0)));
-        assert_eq!("16383".parse(), Ok(Minor::MAX));
-        for text in ["", "16384", "-1", "+1", "1 ", "0x1", "70000"] {
-            assert!(text.parse::<Minor>().is_err(), "{text:?}");
-        }
-    }
 
     #[test]
     fn requests_survive_the_wire() {
@@ -328,6 +202,6 @@ mod tests {
         );
         let info = r#"{"reply":"disk-info","sectors":8,"sector_size":512,"physical_sector_size":512,"readonly":true}"#;
         let Reply::DiskInfo(info) = serde_json::from_str(info).unwrap() else { panic!("{info}") };
-        assert_eq!((info.discard, info.queues), (None, 1));
+        assert_eq!(info.discard, None);
     }
 }

@@ -14,7 +14,8 @@
 //!    the kernel.
 //!
 //! Data buffers are limited by a budget: a request that finds none waits. Metadata buffers, one page each, come from a
-//! part of their own, because a request that already holds a data buffer may need them to finish.
+//! part of their own, because a request that already holds a data buffer may need them to finish. What passes through
+//! memory of ours in between ([`Pool::bounce`]) never waits.
 //!
 //! The region is registered with the kernel in **chunks**, each when it is first used, and given back when the disk is
 //! idle: a disk that does nothing holds next to no memory.
@@ -28,6 +29,7 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 
 use blkif::ids::PAGE_SIZE;
+use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::executor::Scheduler;
@@ -39,6 +41,9 @@ const META_PAGES: usize = 32;
 
 /// Pages of a chunk. A buffer lies in one chunk, so this is also the longest buffer: 1 MiB, the most that one request moves.
 const CHUNK_PAGES: usize = 256;
+
+/// The longest buffer outside of the budget in bytes.
+const MOST_OWN: usize = 64 << 10;
 
 /// The longest data buffer in bytes.
 pub const MAX_DATA: usize = CHUNK_PAGES * PAGE_SIZE;
@@ -62,6 +67,15 @@ struct Region {
 }
 
 impl Region {
+    /// Fresh memory, all zeros.
+    fn new(len: NonZeroUsize) -> Result<Region, Errno> {
+        // SAFETY: a fresh private mapping at an address of the kernel's choice touches no memory of ours.
+        let base = unsafe {
+            mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
+        }?;
+        Ok(Region { base: base.cast(), len })
+    }
+
     /// The address of a page.
     fn page(&self, index: usize) -> NonNull<u8> {
         assert!(index * PAGE_SIZE < self.len.get());
@@ -99,15 +113,11 @@ impl Pool {
         let data_pages = data_bytes.div_ceil(PAGE_SIZE);
         let len = NonZeroUsize::new((data_pages + META_PAGES) * PAGE_SIZE)
             .ok_or(std::io::ErrorKind::InvalidInput)?;
-        // SAFETY: a fresh private mapping at an address of the kernel's choice touches no memory of ours.
-        let base = unsafe {
-            mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)
-        }
-        .map_err(std::io::Error::from)?;
+        let region = Region::new(len)?;
         let chunk =
             |first| Chunk { runs: Runs::new(CHUNK_PAGES.min(data_pages - first)), fixed: None, used: false };
         Ok(Rc::new(Pool {
-            region: Rc::new(Region { base: base.cast(), len }),
+            region: Rc::new(region),
             chunks: RefCell::new((0..data_pages).step_by(CHUNK_PAGES).map(chunk).collect()),
             data_freed: WaitSet::new(scheduler.clone()),
             meta: RefCell::new(Runs::new(META_PAGES)),
@@ -174,6 +184,19 @@ impl Pool {
         }
     }
 
+    /// Memory of `len` bytes or less, at once and whatever the budget says: for the few requests whose data must pass through
+    /// memory of our own although they have a buffer already. They could otherwise wait for each other.
+    ///
+    /// # Errors
+    ///
+    /// ENOMEM.
+    pub fn bounce(self: &Rc<Self>, len: usize) -> Result<Buf, Errno> {
+        match self.data(len.min(MAX_DATA)) {
+            Some(buf) => Ok(buf),
+            None => Buf::own(len.min(MOST_OWN)),
+        }
+    }
+
     /// Whether [`Pool::trim`] could give memory back.
     pub fn holds_memory(&self) -> bool {
         self.chunks.borrow().iter().any(|chunk| chunk.used)
@@ -218,6 +241,7 @@ enum Home {
     Data { pool: Rc<Pool>, index: usize, page: usize, pages: usize },
     Meta { pool: Rc<Pool>, page: usize },
     Guest { _kept: Rc<dyn GuestMemory> },
+    Own { _region: Region },
 }
 
 impl fmt::Debug for Buf {
@@ -237,7 +261,7 @@ impl Drop for Buf {
                 pool.meta.borrow_mut().give(*page, 1);
                 pool.meta_freed.wake_all();
             }
-            Home::Guest { .. } => {}
+            Home::Guest { .. } | Home::Own { .. } => {}
         }
     }
 }
@@ -278,6 +302,12 @@ impl Buf {
             fixed: memory.fixed(),
             home: Home::Guest { _kept: memory },
         })
+    }
+
+    /// Memory of its own, outside of every pool.
+    fn own(len: usize) -> Result<Buf, Errno> {
+        let region = Region::new(NonZeroUsize::new(len).ok_or(Errno::EINVAL)?)?;
+        Ok(Buf { base: region.base, len, fixed: None, home: Home::Own { _region: region } })
     }
 
     /// Length in bytes.
@@ -339,6 +369,18 @@ impl Buf {
         // (invariant 4). A guest that writes to its page at the same time is outside of this program; the bytes are plain
         // data to us, and nothing is decided from them twice.
         unsafe { from.ptr.copy_to_nonoverlapping(to.ptr, len) };
+        true
+    }
+
+    /// Copies `bytes` to byte `at` and on; false, with nothing done, if they do not fit. Only while no operation on the part
+    /// concerned is in flight.
+    #[must_use]
+    pub fn copy_from(&self, at: usize, bytes: &[u8]) -> bool {
+        let Some(to) = self.piece(at..at.saturating_add(bytes.len())) else { return false };
+        let from = NonNull::from(bytes).cast::<u8>();
+        // SAFETY: `to` lies inside this buffer and is as long as `bytes`, which nobody can refer to mutably: so they do not
+        // overlap. No Rust reference to the buffer exists (invariant 4).
+        unsafe { from.copy_to_nonoverlapping(to.ptr, bytes.len()) };
         true
     }
 

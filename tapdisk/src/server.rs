@@ -4,6 +4,7 @@
 //! answers, and meanwhile everybody else is served. Nor does it wait for a client.
 
 mod client;
+mod offered;
 
 use std::collections::HashMap;
 use std::io;
@@ -262,6 +263,13 @@ impl<X: Xen> Server<X> {
             Request::Resize { minor, size } => {
                 self.command(token, minor, |answer| Command::Resize(size, answer))
             }
+            Request::Pause { .. }
+            | Request::Unpause { .. }
+            | Request::Snapshot { .. }
+            | Request::Limit { .. }
+            | Request::Stats { .. } => {
+                Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that to a running disk".into()))
+            }
             Request::Follow => {
                 self.follow(token);
                 None
@@ -325,6 +333,12 @@ impl<X: Xen> Server<X> {
                 ));
             }
             Ok(_) => {}
+        }
+        if let Some(what) = offered::refusal(&params) {
+            return Some(refuse(
+                Errno::EOPNOTSUPP,
+                format!("{}: {what} is not supported by this tapdisk", params.image),
+            ));
         }
         log::info!(
             "minor {minor}: opening {}{}",

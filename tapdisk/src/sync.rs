@@ -127,6 +127,25 @@ impl Group {
     }
 }
 
+/// Lets several futures go on together; the first error when all have ended.
+pub async fn all(
+    futures: impl Iterator<Item = impl Future<Output = Result<(), Errno>>>,
+) -> Result<(), Errno> {
+    let mut running: Vec<_> = futures.map(Box::pin).collect();
+    let mut result = Ok(());
+    std::future::poll_fn(|context| {
+        running.retain_mut(|future| match future.as_mut().poll(context) {
+            Poll::Ready(ended) => {
+                result = result.and(ended);
+                false
+            }
+            Poll::Pending => true,
+        });
+        if running.is_empty() { Poll::Ready(result) } else { Poll::Pending }
+    })
+    .await
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,9 +1,13 @@
 //! Room for new blocks: where they go and what the file needs before anything is put there.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+use format::{MetaWrite, Step};
+use zerocopy::IntoBytes;
 
 use crate::bat::Layout;
-use crate::write::{MetaWrite, Prepare};
+use crate::footer::RawFooter;
 use crate::{BlockIndex, Error, SECTOR_SIZE};
 
 /// First byte that no block may reach, so that all sector numbers in a file fit into the table's 32 bits.
@@ -44,12 +48,43 @@ enum Preparation {
 /// What a writer of a block that is not in the table has to do.
 #[derive(Debug)]
 pub(crate) enum Admission {
-    /// Wait until the preparation of this block has ended.
-    Wait(BlockIndex),
-    /// Prepare, then write at the block of this entry.
-    Prepare(u32, Prepare),
+    /// Wait until a preparation has ended.
+    Wait,
+    /// Make the room ready, then write at the block of this entry.
+    Prepare(u32, Room),
     /// Write at the block of this entry.
     Ready(u32),
+}
+
+/// The room of a new block, not ready yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Byte range to be filled with zeros: the gap before the bitmap, where an old footer may be, and the bitmap.
+    zero: Range<u64>,
+    /// Byte range of the data. It must read as zeros: on a block device it has to be zeroed, in a file it is new.
+    body: Range<u64>,
+    /// In a file: the unclean end to cut off first.
+    trim: Option<u64>,
+    /// In a file: where to put a footer.
+    footer: Option<u64>,
+}
+
+impl Room {
+    /// How it is made ready.
+    ///
+    /// In a file the footer goes to the new end. Writing it grows the file in one step, far enough for every block; the end is
+    /// never a guest's data, which could pass for a footer, and other programs find the image in order after a crash.
+    pub(crate) fn steps(self, footer: &RawFooter) -> Vec<Step> {
+        let mut steps = Vec::with_capacity(3);
+        steps.extend(self.trim.map(Step::Truncate));
+        steps.push(match self.footer {
+            Some(offset) => Step::Write(MetaWrite { offset, bytes: footer.sealed().as_bytes().to_vec() }),
+            // Whatever was on the device before must not show through.
+            None => Step::Zero(self.body),
+        });
+        steps.push(Step::Zero(self.zero));
+        steps
+    }
 }
 
 impl Allocator {
@@ -96,16 +131,14 @@ impl Allocator {
     pub(crate) fn admit(&mut self, block: BlockIndex, layout: &Layout) -> Result<Admission, Error> {
         match self.reserved.get(&block).map(|reservation| (reservation.state, reservation.entry)) {
             Some((Preparation::Done, entry)) => return Ok(Admission::Ready(entry)),
-            Some((Preparation::Running, _)) => return Ok(Admission::Wait(block)),
+            Some((Preparation::Running, _)) => return Ok(Admission::Wait),
             Some((Preparation::Needed, _)) | None => {}
         }
         if self.held {
-            return Ok(Admission::Wait(block));
+            return Ok(Admission::Wait);
         }
-        if self.regular
-            && let Some((&running, _)) = self.reserved.iter().find(|(_, r)| r.state == Preparation::Running)
-        {
-            return Ok(Admission::Wait(running));
+        if self.regular && self.reserved.values().any(|other| other.state == Preparation::Running) {
+            return Ok(Admission::Wait);
         }
         let (entry, start) = match self.reserved.get_mut(&block) {
             Some(reservation) => {
@@ -117,15 +150,11 @@ impl Allocator {
         let extent = layout.extent(entry);
         Ok(Admission::Prepare(
             entry,
-            Prepare {
-                block,
+            Room {
                 zero: start..extent.data,
                 body: extent.data..extent.end,
                 trim: self.stale_from,
-                footer: self.regular.then(|| {
-                    let offset = self.grown_to(extent.end).saturating_sub(SECTOR_SIZE);
-                    MetaWrite { offset, bytes: Vec::new() }
-                }),
+                footer: self.regular.then(|| self.grown_to(extent.end).saturating_sub(SECTOR_SIZE)),
             },
         ))
     }
@@ -204,15 +233,15 @@ mod tests {
     const LAYOUT: Layout =
         Layout { block_sectors: 8, bitmap_sectors: 1, table_offset: 1536, end_of_headers: 3072 };
 
-    fn prepare(admission: Admission) -> Prepare {
+    fn prepare(admission: Admission) -> Room {
         match admission {
-            Admission::Prepare(_, prepare) => prepare,
+            Admission::Prepare(_, room) => room,
             other => panic!("{other:?}"),
         }
     }
 
-    fn footer_at(prepare: &Prepare) -> u64 {
-        prepare.footer.as_ref().unwrap().offset
+    fn footer_at(room: &Room) -> u64 {
+        room.footer.unwrap()
     }
 
     #[test]
@@ -235,8 +264,8 @@ mod tests {
         for (regular, other_waits) in [(true, true), (false, false)] {
             let mut alloc = Allocator::new(regular, 1 << 20, 3072, 1 << 20);
             prepare(alloc.admit(0, &LAYOUT).unwrap());
-            assert!(matches!(alloc.admit(0, &LAYOUT).unwrap(), Admission::Wait(0)));
-            assert_eq!(matches!(alloc.admit(1, &LAYOUT).unwrap(), Admission::Wait(0)), other_waits);
+            assert!(matches!(alloc.admit(0, &LAYOUT).unwrap(), Admission::Wait));
+            assert_eq!(matches!(alloc.admit(1, &LAYOUT).unwrap(), Admission::Wait), other_waits);
             alloc.prepared(0, &LAYOUT);
             assert!(matches!(alloc.admit(0, &LAYOUT).unwrap(), Admission::Ready(7)));
         }
@@ -263,7 +292,7 @@ mod tests {
         alloc.prepared(0, &LAYOUT);
         assert!(alloc.hold());
         assert!(matches!(alloc.admit(0, &LAYOUT).unwrap(), Admission::Ready(7)));
-        assert!(matches!(alloc.admit(1, &LAYOUT).unwrap(), Admission::Wait(1)));
+        assert!(matches!(alloc.admit(1, &LAYOUT).unwrap(), Admission::Wait));
         alloc.release_hold(0);
         prepare(alloc.admit(1, &LAYOUT).unwrap());
     }

@@ -7,8 +7,8 @@
 use zerocopy::byteorder::big_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use crate::bitmap;
-use crate::write::MetaWrite;
+use crate::{KeyHash, bitmap};
+use format::MetaWrite;
 
 /// Length of the batmap header in bytes; the map is in sectors of its own.
 pub const LEN: usize = 512;
@@ -76,9 +76,17 @@ impl RawBatmapHeader {
         !sum
     }
 
-    /// True if the image is encrypted.
-    pub fn encrypted(&self) -> bool {
-        self.cookie == COOKIE && self.key_cookie == 1
+    /// What is said of the key if the image is encrypted.
+    pub fn key_hash(&self) -> Option<KeyHash> {
+        let encrypted = self.cookie == COOKIE && self.key_cookie == 1;
+        encrypted.then_some(KeyHash { nonce: self.key_nonce, hash: self.key_hash })
+    }
+
+    /// Says this of the key.
+    pub fn set_key_hash(&mut self, key: KeyHash) {
+        self.key_cookie = 1;
+        self.key_nonce = key.nonce;
+        self.key_hash = key.hash;
     }
 }
 
@@ -126,6 +134,12 @@ impl Batmap {
 
     pub(crate) fn map(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Makes the image an encrypted one.
+    pub(crate) fn set_key_hash(&mut self, key: KeyHash) {
+        self.header.set_key_hash(key);
+        self.changed = true;
     }
 
     /// Sets the marker, to be written even if it was the same.

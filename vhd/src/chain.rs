@@ -28,7 +28,7 @@ pub fn candidates(folder: &Path, parent: &ParentRef) -> Result<Vec<PathBuf>, Err
 }
 
 /// False for names that some programs take for something else than a path, like `json:{...}` or `nbd:host:port`.
-fn is_plain(path: &Path) -> bool {
+pub fn is_plain(path: &Path) -> bool {
     let text = path.as_os_str().as_encoded_bytes();
     let scheme = text.split(|&byte| byte == b'/').next().unwrap_or(text);
     !text.is_empty() && !scheme.contains(&b':')

@@ -5,7 +5,9 @@
 use crate::batmap::{self, RawBatmapHeader};
 use crate::footer::{self, DiskType, FooterFault, RawFooter};
 use crate::header::{self, RawHeader};
-use crate::{Error, OpenOptions, SECTOR_SIZE, Source, Vhd, bitmap, geometry, open};
+use format::Source;
+
+use crate::{Error, OpenOptions, SECTOR_SIZE, Vhd, bitmap, geometry, open};
 
 /// What to leave out and what to add.
 #[derive(Debug, Clone, Copy, Default)]
@@ -78,7 +80,7 @@ fn find_fault(source: &mut Source<'_>, options: &CheckOptions) -> Result<Verdict
     if primary_fault.is_none() && primary.footer.disk_type.get() == DiskType::Fixed.raw() {
         return Ok(Verdict::Fixed);
     }
-    let backup = RawFooter::from_slice(&source.bytes("footer copy", 0, footer::LEN as u64)?);
+    let backup = RawFooter::from_slice(&open::bytes(source, "footer copy", 0, footer::LEN as u64)?);
     if let Some(fault) = footer_fault(&backup, options) {
         return Err(Fault::Reason(format!("backup footer invalid: {fault}")));
     }
@@ -86,7 +88,7 @@ fn find_fault(source: &mut Source<'_>, options: &CheckOptions) -> Result<Verdict
         return Err(Fault::Reason("primary and backup footers do not match".into()));
     }
     let header =
-        RawHeader::from_slice(&source.bytes("header", backup.data_offset.get(), header::LEN as u64)?);
+        RawHeader::from_slice(&open::bytes(source, "header", backup.data_offset.get(), header::LEN as u64)?);
     if let Some(fault) = header_fault(&header, &backup, source.size, options) {
         return Err(Fault::Reason(format!("header is invalid: {fault}")));
     }
@@ -223,7 +225,7 @@ fn table_fault(vhd: &Vhd, end: u64) -> Result<(), Fault> {
 
 fn read_batmap(source: &mut Source<'_>, header: &RawHeader) -> Result<RawBatmapHeader, Fault> {
     let offset = batmap_offset(header);
-    Ok(RawBatmapHeader::from_slice(&source.bytes("batmap header", offset, batmap::LEN as u64)?))
+    Ok(RawBatmapHeader::from_slice(&open::bytes(source, "batmap header", offset, batmap::LEN as u64)?))
 }
 
 /// Byte offset of the batmap header: behind the table.
@@ -255,7 +257,7 @@ fn batmap_fault(
     if raw.offset.get() < batmap_offset(header).saturating_add(batmap::LEN as u64) {
         return fault("invalid batmap offset");
     }
-    let Ok(map) = source.bytes("batmap", raw.offset.get(), sectors.saturating_mul(SECTOR_SIZE)) else {
+    let Ok(map) = open::bytes(source, "batmap", raw.offset.get(), sectors.saturating_mul(SECTOR_SIZE)) else {
         return fault("invalid batmap size");
     };
     if raw.checksum.get() != raw.expected_checksum(&map, footer.current_size.get()) {
@@ -300,7 +302,7 @@ fn for_bitmaps<E: From<Error>>(
     let Some(dynamic) = &vhd.dynamic else { return Ok(()) };
     for (block, entry) in dynamic.bat.iter() {
         let bitmap = dynamic.layout.extent(entry).bitmap;
-        let bits = source.bytes("bitmap", bitmap, dynamic.layout.bitmap_bytes().into())?;
+        let bits = open::bytes(source, "bitmap", bitmap, dynamic.layout.bitmap_bytes().into())?;
         visit(block, &bits)?;
     }
     Ok(())

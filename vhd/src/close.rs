@@ -1,28 +1,10 @@
 //! Closing an image after writes, so that other programs find it as they expect.
 
+use format::{MetaWrite, Step};
 use zerocopy::IntoBytes;
 
 use crate::image::EndFooter;
-use crate::write::MetaWrite;
-use crate::{Error, SECTOR_SIZE, Vhd};
-
-/// What remains to be done when a writable image is closed, in order.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CloseWrites {
-    /// The steps; a step begins when the one before it has ended, and a failed step ends the closing.
-    pub steps: Vec<CloseStep>,
-}
-
-/// One step of closing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum CloseStep {
-    /// Write these bytes.
-    Write(MetaWrite),
-    /// Set the length of the file.
-    Truncate(u64),
-    /// Make everything so far durable.
-    Flush,
-}
+use crate::{Error, KeyHash, SECTOR_SIZE, Vhd};
 
 impl Vhd {
     /// The steps of a clean close. All writes must have ended, with everything committed.
@@ -30,18 +12,18 @@ impl Vhd {
     /// The footer at offset 0 goes first, because it decides when the two differ. The batmap goes last, behind a flush: it
     /// may call only such blocks full whose bitmaps are durable. After a failed commit the image is left alone, for nobody
     /// knows which blocks its table names.
-    pub fn close_writes(&self) -> CloseWrites {
+    pub fn close_steps(&self) -> Vec<Step> {
         let mut steps = Vec::new();
         let intact = self.writable && !self.is_poisoned();
         if intact {
-            steps.push(CloseStep::Flush);
+            steps.push(Step::Flush);
             self.close_footers(&mut steps);
             self.close_batmap(&mut steps);
         }
-        CloseWrites { steps }
+        steps
     }
 
-    fn close_footers(&self, steps: &mut Vec<CloseStep>) {
+    fn close_footers(&self, steps: &mut Vec<Step>) {
         let Some(dynamic) = &self.dynamic else { return };
         if self.end != EndFooter::Alike || dynamic.writes.moved_end() {
             self.footer_steps(steps);
@@ -49,32 +31,31 @@ impl Vhd {
     }
 
     /// Writes the footer to all its places, the deciding one first.
-    fn footer_steps(&self, steps: &mut Vec<CloseStep>) {
+    fn footer_steps(&self, steps: &mut Vec<Step>) {
         let bytes = self.footer.sealed().as_bytes().to_vec();
-        let write = |offset| CloseStep::Write(MetaWrite { offset, bytes: bytes.clone() });
+        let write = |offset| Step::Write(MetaWrite { offset, bytes: bytes.clone() });
         match &self.dynamic {
             None => steps.push(write(self.fixed_footer)),
             Some(dynamic) => {
-                steps.extend([write(0), CloseStep::Flush]);
+                steps.extend([write(0), Step::Flush]);
                 match dynamic.writes.alloc.device_footer() {
                     Some(offset) => steps.push(write(offset)),
                     None => {
                         let offset = dynamic.end_of_data;
-                        steps
-                            .extend([write(offset), CloseStep::Truncate(offset.saturating_add(SECTOR_SIZE))]);
+                        steps.extend([write(offset), Step::Truncate(offset.saturating_add(SECTOR_SIZE))]);
                     }
                 }
             }
         }
-        steps.push(CloseStep::Flush);
+        steps.push(Step::Flush);
     }
 
-    fn close_batmap(&self, steps: &mut Vec<CloseStep>) {
+    fn close_batmap(&self, steps: &mut Vec<Step>) {
         let Some(batmap) = self.dynamic.as_ref().and_then(|dynamic| dynamic.batmap.as_ref()) else { return };
         let writes = batmap.writes(self.footer.current_size.get());
         if !writes.is_empty() {
-            steps.extend(writes.into_iter().map(CloseStep::Write));
-            steps.push(CloseStep::Flush);
+            steps.extend(writes.into_iter().map(Step::Write));
+            steps.push(Step::Flush);
         }
     }
 
@@ -82,21 +63,45 @@ impl Vhd {
     ///
     /// # Errors
     /// [`Error::ReadOnly`].
-    pub fn set_hidden(&mut self, hidden: u8) -> Result<CloseWrites, Error> {
+    pub fn set_hidden(&mut self, hidden: u8) -> Result<Vec<Step>, Error> {
         if !self.writable {
             return Err(Error::ReadOnly);
         }
         self.footer.hidden = hidden;
         let mut steps = Vec::new();
         self.footer_steps(&mut steps);
-        Ok(CloseWrites { steps })
+        Ok(steps)
+    }
+
+    /// Makes the image an encrypted one, and returns the steps that put that on disk. For use without key while there are no
+    /// data.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], and [`Error::Invalid`] if the image has data or no batmap, in which the hash of the key lies.
+    pub fn set_key_hash(&mut self, key: KeyHash) -> Result<Vec<Step>, Error> {
+        if !self.writable {
+            return Err(Error::ReadOnly);
+        }
+        if self.allocated_blocks() > 0 {
+            return Err(Error::invalid(
+                "image",
+                "it has data already, which a key cannot be set for any more",
+            ));
+        }
+        let batmap = self.dynamic.as_mut().and_then(|dynamic| dynamic.batmap.as_mut());
+        batmap
+            .ok_or_else(|| Error::invalid("image", "it has no batmap to hold a key's hash"))?
+            .set_key_hash(key);
+        let mut steps = Vec::new();
+        self.close_batmap(&mut steps);
+        Ok(steps)
     }
 
     /// Sets the storage managers' marker, and returns the steps that put it on disk.
     ///
     /// # Errors
     /// [`Error::ReadOnly`], and [`Error::Invalid`] if the image has no batmap, in which the marker lies.
-    pub fn set_marker(&mut self, marker: u8) -> Result<CloseWrites, Error> {
+    pub fn set_marker(&mut self, marker: u8) -> Result<Vec<Step>, Error> {
         if !self.writable {
             return Err(Error::ReadOnly);
         }
@@ -105,6 +110,6 @@ impl Vhd {
         batmap.set_marker(marker);
         let mut steps = Vec::new();
         self.close_batmap(&mut steps);
-        Ok(CloseWrites { steps })
+        Ok(steps)
     }
 }

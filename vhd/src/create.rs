@@ -7,8 +7,8 @@ use crate::batmap::{self, RawBatmapHeader};
 use crate::footer::{self, DiskType, RawFooter};
 use crate::header::{self, RawHeader, RawLocator};
 use crate::locator::{self, Platform};
-use crate::write::MetaWrite;
-use crate::{Error, MAX_DISK_SIZE, SECTOR_SIZE, Uuid, bat};
+use crate::{Error, KeyHash, MAX_DISK_SIZE, SECTOR_SIZE, Uuid, bat};
+use format::MetaWrite;
 
 /// Offset of the dynamic header in bytes.
 const HEADER_OFFSET: u64 = footer::LEN as u64;
@@ -34,8 +34,8 @@ pub struct NewImage {
     pub timestamp: u32,
     /// The parent of a differencing image.
     pub parent: Option<NewParent>,
-    /// Nonce and hash of the key of an encrypted parent.
-    pub key: Option<([u8; 32], [u8; 32])>,
+    /// What an encrypted image says of its key.
+    pub key: Option<KeyHash>,
 }
 
 /// How a new differencing image names its parent.
@@ -121,10 +121,8 @@ impl NewImage {
         let map_offset = batmap_offset.saturating_add(batmap::LEN as u64);
         let map_sectors = batmap::sectors_for(entries);
         let mut batmap = RawBatmapHeader::new(map_offset, map_sectors);
-        if let Some((nonce, hash)) = self.key {
-            batmap.key_cookie = 1;
-            batmap.key_nonce = nonce;
-            batmap.key_hash = hash;
+        if let Some(key) = self.key {
+            batmap.set_key_hash(key);
         }
         let map_len = u64::from(map_sectors).saturating_mul(SECTOR_SIZE);
         let locators = match &self.parent {
@@ -172,7 +170,9 @@ fn name_parent(header: &mut RawHeader, parent: &NewParent, offset: u64) -> Resul
 mod tests {
     use super::*;
     use crate::header::DEFAULT_BLOCK_SIZE;
-    use crate::{OpenOptions, Source, Vhd};
+    use format::Source;
+
+    use crate::{OpenOptions, Vhd};
 
     fn dynamic(size: u64) -> NewImage {
         NewImage {

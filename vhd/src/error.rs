@@ -50,6 +50,12 @@ pub enum Error {
     /// The image is encrypted and no key can be given.
     #[error("the image is encrypted; without its key only ciphertext could be read")]
     Encrypted,
+    /// A key was given to an image that is not encrypted.
+    #[error("the image is not encrypted, but a key was given")]
+    NotEncrypted,
+    /// The image is encrypted with another key.
+    #[error("the key is not the one that the image was encrypted with")]
+    WrongKey,
     /// A block allocation table entry points somewhere it must not.
     #[error("block {block} is corrupt: {reason}; run 'vhd-util check'")]
     Corrupt {
@@ -119,9 +125,11 @@ impl Error {
             Self::TooShort { .. } | Self::Corrupt { .. } | Self::Poisoned => libc::EIO,
             Self::Invalid { .. }
             | Self::Encrypted
+            | Self::NotEncrypted
             | Self::OutOfRange { .. }
             | Self::NoParentName
             | Self::ParentChanged { .. } => libc::EINVAL,
+            Self::WrongKey => libc::ENOKEY,
             Self::TooBig { .. } => libc::EFBIG,
             Self::JournalPending => libc::EBUSY,
             Self::NoSpace { .. } => libc::ENOSPC,

@@ -5,14 +5,18 @@ use std::cmp::min;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
+use format::cipher::Cipher;
+use format::{Load, Lookup, Source};
+
 use crate::bat::{self, Bat, Extent, Layout};
 use crate::batmap::{Batmap, RawBatmapHeader};
 use crate::cache::BitmapCache;
 use crate::footer::{DiskType, RawFooter};
 use crate::header::RawHeader;
 use crate::locator::ParentName;
+use crate::resize::Growth;
 use crate::write::Writes;
-use crate::{BlockIndex, Error, OpenOptions, SECTOR_SIZE, Sector, Source, Uuid, bitmap, open};
+use crate::{BlockIndex, Error, KeyHash, OpenOptions, SECTOR_SIZE, Sector, Uuid, bitmap, open};
 
 /// Bitmaps kept in memory: 2 MiB of them, which cover 8 GiB of partly written blocks. Full blocks need none.
 const CACHED_BITMAPS: usize = 4096;
@@ -54,37 +58,6 @@ pub struct ParentRef {
     pub names: Vec<ParentName>,
 }
 
-/// Where a run of sectors is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lookup {
-    /// In this file, one after another.
-    Data {
-        /// Byte offset of the first one.
-        offset: u64,
-        /// Number of sectors.
-        count: u32,
-    },
-    /// Nowhere: they read as zeros.
-    Zero {
-        /// Number of sectors.
-        count: u32,
-    },
-    /// In the parent, at the same position; behind the parent's end they read as zeros.
-    Parent {
-        /// Number of sectors.
-        count: u32,
-    },
-    /// Not known before the block's bitmap is read and given to [`Vhd::insert_bitmap`].
-    NeedBitmap {
-        /// The block.
-        block: BlockIndex,
-        /// Byte offset of its bitmap.
-        offset: u64,
-        /// Length of its bitmap in bytes.
-        len: u32,
-    },
-}
-
 /// What fixed images have not: blocks.
 #[derive(Debug)]
 pub(crate) struct Dynamic {
@@ -105,6 +78,10 @@ pub(crate) struct Dynamic {
     /// First byte that the blocks of the table must not reach.
     limit: u64,
     pub(crate) writes: Writes,
+    /// What the data of an encrypted image are encrypted with; `None` also if it was opened without its key.
+    pub(crate) cipher: Option<Cipher>,
+    /// The growth under way.
+    pub(crate) growth: Option<Growth>,
 }
 
 /// What is known of a block.
@@ -173,6 +150,11 @@ impl Vhd {
         Some((&batmap.header, batmap.map()))
     }
 
+    /// What an encrypted image says of its key.
+    pub fn key_hash(&self) -> Option<KeyHash> {
+        self.batmap()?.0.key_hash()
+    }
+
     /// The parent of a differencing image.
     pub fn parent(&self) -> Option<ParentRef> {
         let dynamic = self.dynamic.as_ref().filter(|_| self.kind == DiskType::Differencing)?;
@@ -233,8 +215,8 @@ impl Vhd {
             match answer {
                 None => absent = absent.saturating_add(run),
                 Some(answer) if absent == 0 => {
-                    if let Lookup::NeedBitmap { block, .. } = answer {
-                        dynamic.load_began(block);
+                    if let Lookup::Load(_) = answer {
+                        dynamic.load_began(piece.block);
                     }
                     return Ok(answer);
                 }
@@ -264,14 +246,14 @@ impl Vhd {
         (piece.count == count).then(|| data_offset(extent, &piece))
     }
 
-    /// Takes the bitmap that [`Lookup::NeedBitmap`] or [`crate::WritePlan::NeedBitmap`] asked for.
+    /// Takes the bitmap that a [`Load`] asked for.
     ///
     /// Several reads of one bitmap may be under way at a time. The first to arrive counts: while others are missing the
     /// bitmap stays in memory, so that they, who may have read before a commit, cannot bring back old bits.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the bytes are not as many as were asked for or the block is not allocated.
-    pub fn insert_bitmap(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<(), Error> {
+    pub(crate) fn insert_bitmap(&mut self, block: BlockIndex, bytes: &[u8]) -> Result<(), Error> {
         let Some(dynamic) = &mut self.dynamic else {
             return Err(Error::invalid("bitmap", "a fixed image has none"));
         };
@@ -339,6 +321,8 @@ impl Dynamic {
             end_of_data,
             limit,
             writes,
+            cipher: None,
+            growth: None,
         }
     }
 
@@ -383,10 +367,14 @@ impl Dynamic {
                 (false, count) => (None, count),
             },
             BlockState::Unread(extent) => {
-                let len = self.layout.bitmap_bytes();
-                (Some(Lookup::NeedBitmap { block: piece.block, offset: extent.bitmap, len }), piece.count)
+                (Some(Lookup::Load(self.bitmap_load(piece.block, extent))), piece.count)
             }
         }
+    }
+
+    /// What to read to know the bitmap of a block.
+    pub(crate) fn bitmap_load(&self, block: BlockIndex, extent: Extent) -> Load {
+        Load { key: block.into(), offset: extent.bitmap, len: self.layout.bitmap_bytes() }
     }
 
     pub(crate) fn is_full(&self, block: BlockIndex) -> bool {
@@ -413,7 +401,7 @@ impl Dynamic {
         *count = count.saturating_add(1);
     }
 
-    fn load_ended(&mut self, block: BlockIndex) {
+    pub(crate) fn load_ended(&mut self, block: BlockIndex) {
         if let Entry::Occupied(mut load) = self.loads.get_mut().entry(block) {
             *load.get_mut() = load.get().saturating_sub(1);
             if *load.get() == 0 {

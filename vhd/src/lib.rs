@@ -1,11 +1,6 @@
 //! The VHD image format, without I/O.
 //!
-//! [`Vhd`] is the state of an open image. It never touches a file: opening reads through a [`Source`], and from then on
-//! it answers where sectors lie ([`Vhd::map`]), what must be done to write some ([`Vhd::plan_write`]) and what must go
-//! to disk before a write counts as done ([`Vhd::begin_commit`]). The same code therefore serves an asynchronous data
-//! plane, command-line tools and tests in memory.
-//!
-//! Offsets and lengths in a file are in bytes; positions and lengths on the virtual disk are in sectors of 512 bytes.
+//! [`Vhd`] is the state of an open image, and a [`format::Format`]: it never touches a file.
 //!
 //! Sources of the format: Microsoft "Virtual Hard Disk Image Format Specification" 1.0, and XenServer's libvhd
 //! (xapi-project/blktap, `include/vhd.h`) for its extensions: batmap, hidden flag, raw parents, poison cookie.
@@ -37,6 +32,8 @@ pub mod footer;
 pub mod geometry;
 pub mod header;
 mod image;
+mod implement;
+pub mod key;
 pub mod locator;
 mod open;
 pub mod print;
@@ -46,24 +43,18 @@ pub mod util;
 mod uuid;
 mod write;
 
-pub use close::{CloseStep, CloseWrites};
 pub use create::{NewBytes, NewImage, NewParent};
 pub use error::Error;
 pub use footer::DiskType;
-pub use image::{Lookup, ParentRef, Vhd};
+pub use image::{ParentRef, Vhd};
+pub use key::{Key, KeyHash};
 pub use locator::ParentName;
-pub use open::{MAX_DISK_SIZE, OpenOptions, ReadAt, Source};
-pub use resize::Resize;
+pub use open::{MAX_DISK_SIZE, OpenOptions};
 pub use uuid::Uuid;
-pub use write::{Commit, MetaWrite, Prepare, WritePlan};
 
-/// Position on the virtual disk in sectors of 512 bytes.
-pub type Sector = u64;
+use format::{SECTOR_SIZE, Sector};
 /// Number of a block of the virtual disk, from 0.
 pub type BlockIndex = u32;
-
-/// Bytes of a sector.
-pub const SECTOR_SIZE: u64 = 512;
 
 /// A structure of the first of `bytes`; missing ones become zeros.
 fn from_prefix<T: FromZeros + FromBytes + IntoBytes>(bytes: &[u8]) -> T {

@@ -6,8 +6,7 @@
 //! In a fixed image it is the other way round: the guest owns offset 0. If both places hold a good footer of the kind
 //! that belongs there, nothing can tell which of them the guest forged, and the image is refused.
 
-use std::io;
-
+use format::Source;
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
@@ -16,50 +15,25 @@ use crate::batmap::{self, Batmap, RawBatmapHeader};
 use crate::footer::{self, DiskType, FooterFault, RawFooter};
 use crate::header::{self, RawHeader};
 use crate::image::{Dynamic, EndFooter, Vhd};
+use crate::key::{self, Key};
 use crate::locator::{self, ParentName, Platform};
 use crate::{Error, SECTOR_SIZE};
 
 /// The largest disk, in bytes: more cannot be addressed by 32-bit sector numbers of the table.
 pub const MAX_DISK_SIZE: u64 = 2 << 40;
 
-/// Exact read of the range that begins at a byte offset and is as long as the buffer. Less is an error of kind
-/// [`io::ErrorKind::UnexpectedEof`].
-pub type ReadAt<'a> = dyn FnMut(u64, &mut [u8]) -> io::Result<()> + 'a;
-
-/// The bytes of an image while it is opened.
-pub struct Source<'a> {
-    /// Length of the file or device in bytes.
-    pub size: u64,
-    /// True for a regular file, false for a block device.
-    pub regular: bool,
-    /// Reads the image.
-    pub read: &'a mut ReadAt<'a>,
-}
-
-impl std::fmt::Debug for Source<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Source")
-            .field("size", &self.size)
-            .field("regular", &self.regular)
-            .finish_non_exhaustive()
+/// Reads `len` bytes of the structure `what`.
+pub(crate) fn bytes(
+    source: &mut Source<'_>,
+    what: &'static str,
+    offset: u64,
+    len: u64,
+) -> Result<Vec<u8>, Error> {
+    if offset.checked_add(len).is_none_or(|end| end > source.size) {
+        let reason = format!("it lies beyond the end of the file at byte {}", source.size);
+        return Err(Error::invalid(what, reason));
     }
-}
-
-impl Source<'_> {
-    /// Reads `len` bytes of the structure `what`. The range is checked first, so a length from the image allocates no
-    /// more than the image is long.
-    pub(crate) fn bytes(&mut self, what: &'static str, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
-        if offset.checked_add(len).is_none_or(|end| end > self.size) {
-            return Err(Error::invalid(
-                what,
-                format!("it lies beyond the end of the file at byte {}", self.size),
-            ));
-        }
-        let len = usize::try_from(len).map_err(|_| Error::invalid(what, "it does not fit into memory"))?;
-        let mut bytes = vec![0; len];
-        (self.read)(offset, &mut bytes).map_err(|source| Error::Io { what, offset, source })?;
-        Ok(bytes)
-    }
+    source.bytes(offset, len).map_err(|source| Error::Io { what, offset, source })
 }
 
 /// How to open an image.
@@ -72,8 +46,10 @@ pub struct OpenOptions {
     /// Use the footer at the end of a dynamic image whose copy at offset 0 is damaged. Only for tools that look at an
     /// image for its administrator: a guest may have forged it.
     pub trust_end: bool,
-    /// Open an encrypted image. Only for tools that do not read its data.
+    /// Open an encrypted image without its key. Only for tools that do not read its data.
     pub allow_encrypted: bool,
+    /// The key of an encrypted image; others are refused with one. A fixed image has no place to say that it is encrypted.
+    pub key: Option<Key>,
 }
 
 /// A footer found in an image with the place where it was found.
@@ -89,7 +65,7 @@ pub(crate) fn read_end(source: &mut Source<'_>) -> Result<Found, Error> {
     let short = source.regular && source.size % SECTOR_SIZE == footer::SHORT_LEN as u64;
     let len = if short { footer::SHORT_LEN } else { footer::LEN } as u64;
     let offset = source.size.checked_sub(len).ok_or(Error::TooShort { size: source.size })?;
-    let footer = RawFooter::from_slice(&source.bytes("footer", offset, len)?);
+    let footer = RawFooter::from_slice(&bytes(source, "footer", offset, len)?);
     Ok(Found { state: footer.verify(), footer, offset })
 }
 
@@ -98,7 +74,7 @@ pub(crate) fn read_copy(source: &mut Source<'_>) -> Result<Option<Found>, Error>
     if source.size < footer::LEN as u64 {
         return Ok(None);
     }
-    let footer = RawFooter::from_slice(&source.bytes("footer copy", 0, footer::LEN as u64)?);
+    let footer = RawFooter::from_slice(&bytes(source, "footer copy", 0, footer::LEN as u64)?);
     Ok(Some(Found { state: footer.verify(), footer, offset: 0 }))
 }
 
@@ -204,6 +180,7 @@ pub(crate) fn open(source: &mut Source<'_>, options: &OpenOptions) -> Result<Vhd
     let kind = DiskType::from_raw(footer.disk_type.get())
         .ok_or_else(|| Error::invalid("footer", "unknown disk type"))?;
     if kind == DiskType::Fixed {
+        key::unlock(None, options.key.as_ref(), options.allow_encrypted)?;
         let offset = end.map_or(0, |end| end.offset);
         return Ok(Vhd::new(footer, kind, options.writable, EndFooter::Alike, offset, None));
     }
@@ -242,9 +219,8 @@ fn open_dynamic(
     let bat = Bat::new(table, most);
     let blocks_start = bat.iter().map(|(_, entry)| layout.extent(entry).bitmap).min();
     let batmap = read_batmap(source, &copy, &header, table_end, blocks_start)?;
-    if batmap.as_ref().is_some_and(|map| map.header.encrypted()) && !options.allow_encrypted {
-        return Err(Error::Encrypted);
-    }
+    let stored = batmap.as_ref().and_then(|map| map.header.key_hash());
+    let cipher = key::unlock(stored.as_ref(), options.key.as_ref(), options.allow_encrypted)?;
     let locators_end = header.locators.iter().filter_map(|raw| locator_end(raw, source.size)).max();
     layout.end_of_headers = layout
         .end_of_headers
@@ -280,7 +256,8 @@ fn open_dynamic(
         }
         batmap
     });
-    let dynamic = Dynamic::new(header, names, layout, bat, batmap, end_of_data, limit, source);
+    let mut dynamic = Dynamic::new(header, names, layout, bat, batmap, end_of_data, limit, source);
+    dynamic.cipher = cipher;
     Ok((footer, state, dynamic))
 }
 
@@ -297,7 +274,7 @@ fn read_header(source: &mut Source<'_>, offset: u64) -> Result<RawHeader, Error>
             format!("header offset {offset} is not a sector behind the footer"),
         ));
     }
-    let header = RawHeader::from_slice(&source.bytes("header", offset, header::LEN as u64)?);
+    let header = RawHeader::from_slice(&bytes(source, "header", offset, header::LEN as u64)?);
     header.verify()?;
     Ok(header)
 }
@@ -337,7 +314,7 @@ fn read_table(source: &mut Source<'_>, layout: &Layout, entries: u32) -> Result<
         return Err(Error::TooBig { what: "number of blocks", value, limit });
     }
     let len = u64::from(entries).saturating_mul(4).next_multiple_of(SECTOR_SIZE);
-    let bytes = source.bytes("block allocation table", layout.table_offset, len)?;
+    let bytes = bytes(source, "block allocation table", layout.table_offset, len)?;
     let table = <[U32]>::ref_from_bytes(&bytes)
         .map_err(|_| Error::invalid("block allocation table", "its length is not a multiple of 4"))?;
     Ok(table.to_vec())
@@ -355,7 +332,7 @@ fn read_names(source: &mut Source<'_>, header: &RawHeader) -> Vec<ParentName> {
     for raw in &header.locators {
         let name = Platform::from_code(raw.code.get()).and_then(|platform| {
             locator_end(raw, source.size)?;
-            let bytes = source.bytes("parent locator", raw.offset.get(), raw.length.get().into()).ok()?;
+            let bytes = bytes(source, "parent locator", raw.offset.get(), raw.length.get().into()).ok()?;
             let path = locator::decode(platform, &bytes)?.into();
             Some(ParentName { platform, path })
         });
@@ -379,7 +356,7 @@ fn read_batmap(
     if map_offset > source.size {
         return Ok(None);
     }
-    let raw = RawBatmapHeader::from_slice(&source.bytes("batmap header", table_end, batmap::LEN as u64)?);
+    let raw = RawBatmapHeader::from_slice(&bytes(source, "batmap header", table_end, batmap::LEN as u64)?);
     let size = footer.current_size.get();
     if raw.cookie == batmap::COOKIE
         && let Some(map) = read_map(source, &raw, map_offset)
@@ -418,5 +395,5 @@ fn read_map(source: &mut Source<'_>, raw: &RawBatmapHeader, min: u64) -> Option<
     if raw.sectors.get() == 0 || offset < min || !offset.is_multiple_of(SECTOR_SIZE) {
         return None;
     }
-    source.bytes("batmap", offset, end.checked_sub(offset)?).ok()
+    bytes(source, "batmap", offset, end.checked_sub(offset)?).ok()
 }

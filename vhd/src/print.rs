@@ -105,9 +105,9 @@ pub fn batmap(header: &RawBatmapHeader, expected_checksum: u32) -> String {
     line(&mut text, "Batmap offset", header.offset);
     line(&mut text, "Batmap size (secs)", header.sectors);
     line(&mut text, "Batmap version", format!("{:#010x}", header.version.get()));
-    if header.encrypted() {
-        line(&mut text, "Batmap keyhash nonce", hex(&header.key_nonce));
-        line(&mut text, "Batmap keyhash hash", hex(&header.key_hash));
+    if let Some(key) = header.key_hash() {
+        line(&mut text, "Batmap keyhash nonce", hex(&key.nonce));
+        line(&mut text, "Batmap keyhash hash", hex(&key.hash));
     }
     line(&mut text, "Checksum", checksum(header.checksum.get(), expected_checksum));
     text.push('\n');

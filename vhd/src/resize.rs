@@ -10,20 +10,17 @@
 //!
 //! No block is prepared meanwhile, because that moves the end of a file.
 
+use format::{MetaWrite, Step};
 use zerocopy::IntoBytes;
 
 use crate::bat::PER_SECTOR;
-use crate::close::CloseStep;
 use crate::footer::RawFooter;
 use crate::image::Dynamic;
-use crate::write::MetaWrite;
 use crate::{Error, MAX_DISK_SIZE, SECTOR_SIZE, Vhd, geometry};
 
 /// A growth under way.
 #[derive(Debug)]
-pub struct Resize {
-    /// The steps; a step begins when the one before it has ended.
-    pub steps: Vec<CloseStep>,
+pub(crate) struct Growth {
     footer: RawFooter,
     blocks: u32,
     footer_end: u64,
@@ -41,13 +38,10 @@ impl Vhd {
     /// Begins to make the disk `sectors` sectors large. `None`: a commit or the preparation of a block is under way; wait for
     /// its end and call again, which must not be left out, for no further block is prepared from now on.
     ///
-    /// The steps are to be carried out in order; then, or when one has failed, [`Vhd::resize_done`] or [`Vhd::resize_failed`]
-    /// is called.
-    ///
     /// # Errors
     /// [`Error::ReadOnly`], [`Error::Poisoned`], and [`Error::Invalid`] for a size that is smaller or beyond
     /// [`Vhd::max_sectors`]. Nothing has begun then.
-    pub fn begin_resize(&mut self, sectors: u64) -> Result<Option<Resize>, Error> {
+    pub fn begin_resize(&mut self, sectors: u64) -> Result<Option<Vec<Step>>, Error> {
         self.check_growth(sectors)?;
         let mut footer = self.footer.clone();
         footer.current_size = sectors.saturating_mul(SECTOR_SIZE).into();
@@ -63,13 +57,14 @@ impl Vhd {
         let in_block = u64::from(dynamic.layout.block_sectors.max(1));
         let blocks = u32::try_from(sectors.div_ceil(in_block)).unwrap_or(u32::MAX);
         // Everything that the batmap will say is durable before it.
-        let mut steps = vec![CloseStep::Flush];
-        steps.extend(dynamic.grow_table(blocks).map(CloseStep::Write));
-        steps.extend(dynamic.grow_batmap(footer.current_size.get()).into_iter().map(CloseStep::Write));
-        let footer_at = |offset| CloseStep::Write(MetaWrite { offset, bytes: footer.as_bytes().to_vec() });
+        let mut steps = vec![Step::Flush];
+        steps.extend(dynamic.grow_table(blocks).map(Step::Write));
+        steps.extend(dynamic.grow_batmap(footer.current_size.get()).into_iter().map(Step::Write));
+        let footer_at = |offset| Step::Write(MetaWrite { offset, bytes: footer.as_bytes().to_vec() });
         let end = dynamic.writes.alloc.end_footer();
-        steps.extend([CloseStep::Flush, footer_at(0), CloseStep::Flush, footer_at(end), CloseStep::Flush]);
-        Ok(Some(Resize { steps, footer, blocks, footer_end: end.saturating_add(SECTOR_SIZE) }))
+        steps.extend([Step::Flush, footer_at(0), Step::Flush, footer_at(end), Step::Flush]);
+        dynamic.growth = Some(Growth { footer, blocks, footer_end: end.saturating_add(SECTOR_SIZE) });
+        Ok(Some(steps))
     }
 
     fn check_growth(&self, sectors: u64) -> Result<(), Error> {
@@ -97,8 +92,9 @@ impl Vhd {
     }
 
     /// All steps have been carried out: the disk has its new size.
-    pub fn resize_done(&mut self, resize: Resize) {
+    pub(crate) fn resize_done(&mut self) {
         let Some(dynamic) = &mut self.dynamic else { return };
+        let Some(resize) = dynamic.growth.take() else { return };
         self.sectors = resize.footer.current_size.get() / SECTOR_SIZE;
         self.footer = resize.footer;
         dynamic.bat.set_entries(resize.blocks);
@@ -108,8 +104,10 @@ impl Vhd {
     }
 
     /// A step has failed. Nobody knows what is on disk now, so the image takes no more writes.
-    pub fn resize_failed(&mut self, resize: Resize) {
-        if let Some(dynamic) = &mut self.dynamic {
+    pub(crate) fn resize_failed(&mut self) {
+        if let Some(dynamic) = &mut self.dynamic
+            && let Some(resize) = dynamic.growth.take()
+        {
             dynamic.writes.alloc.release_hold(resize.footer_end);
             dynamic.writes.end_alone(true);
         }
@@ -141,7 +139,8 @@ impl Dynamic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DiskType, Lookup, NewImage, OpenOptions, Source, Uuid, WritePlan};
+    use crate::{DiskType, NewImage, OpenOptions, Uuid};
+    use format::{Lookup, Plan, Source, Write};
 
     /// An image of 8 blocks of 16 sectors with room for 200, more than one sector of the table.
     fn bytes(kind: DiskType) -> Vec<u8> {
@@ -192,17 +191,17 @@ mod tests {
         }
         let resize = vhd.begin_resize(3190).unwrap().unwrap();
         assert_eq!(vhd.sectors(), 128, "not before it is done");
-        for step in &resize.steps {
-            if let CloseStep::Write(write) = step {
+        for step in &resize {
+            if let Step::Write(write) = step {
                 apply(&mut file, write);
             }
         }
-        vhd.resize_done(resize);
+        vhd.resize_done();
         for mut vhd in [vhd, open(&file)] {
             assert!(!vhd.was_unclean());
             assert_eq!((vhd.sectors(), vhd.blocks(), vhd.allocated_blocks()), (3190, 200, 0));
             assert_eq!(vhd.map(128, 3062).unwrap(), Lookup::Zero { count: 3062 });
-            assert!(matches!(vhd.plan_write(3189, 1).unwrap(), WritePlan::Write { .. }));
+            assert!(matches!(vhd.plan_write(3189, 1).unwrap(), Plan::Write(_)));
             assert_eq!(vhd.footer().current_size.get(), 3190 * 512);
         }
     }
@@ -211,28 +210,28 @@ mod tests {
     fn it_waits_for_commits_and_preparations_and_nothing_is_prepared_meanwhile() {
         let mut vhd = open(&bytes(DiskType::Dynamic));
         let plan = vhd.plan_write(0, 1).unwrap();
-        assert!(matches!(plan, WritePlan::Write { prepare: Some(_), .. }));
+        assert!(matches!(plan, Plan::Write(Write { prepare: Some(_), .. })));
         assert!(vhd.begin_resize(256).unwrap().is_none(), "a block is being prepared");
-        vhd.prepared(0);
-        vhd.written(0, 1);
-        let commit = vhd.begin_commit().unwrap();
+        vhd.block_prepared(0);
+        vhd.sectors_written(0, 1);
+        vhd.begin_commit().unwrap();
         assert!(vhd.begin_resize(256).unwrap().is_none(), "a commit is under way");
-        vhd.commit_done(commit);
-        let resize = vhd.begin_resize(256).unwrap().unwrap();
-        assert!(matches!(vhd.plan_write(32, 1).unwrap(), WritePlan::Wait { .. }));
-        assert!(matches!(vhd.plan_write(0, 2).unwrap(), WritePlan::Write { prepare: None, .. }));
-        vhd.written(0, 2);
+        vhd.commit_done();
+        vhd.begin_resize(256).unwrap().unwrap();
+        assert!(matches!(vhd.plan_write(32, 1).unwrap(), Plan::Wait));
+        assert!(matches!(vhd.plan_write(0, 2).unwrap(), Plan::Write(Write { prepare: None, .. })));
+        vhd.sectors_written(0, 2);
         assert!(vhd.begin_commit().is_none());
-        vhd.resize_done(resize);
+        vhd.resize_done();
         assert!(vhd.begin_commit().is_some());
-        assert!(matches!(vhd.plan_write(32, 1).unwrap(), WritePlan::Write { prepare: Some(_), .. }));
+        assert!(matches!(vhd.plan_write(32, 1).unwrap(), Plan::Write(Write { prepare: Some(_), .. })));
     }
 
     #[test]
     fn a_failed_step_stops_all_writing() {
         let mut vhd = open(&bytes(DiskType::Dynamic));
-        let resize = vhd.begin_resize(256).unwrap().unwrap();
-        vhd.resize_failed(resize);
+        vhd.begin_resize(256).unwrap().unwrap();
+        vhd.resize_failed();
         assert_eq!(vhd.sectors(), 128);
         assert!(matches!(vhd.plan_write(0, 1), Err(Error::Poisoned)));
         assert!(matches!(vhd.begin_resize(256), Err(Error::Poisoned)));

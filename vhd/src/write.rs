@@ -6,86 +6,18 @@
 //! 3. blocks do not overlap and lie behind the headers.
 //!
 //! So zeroed bitmaps and data must be durable before the commit that refers to them is written, and that is the
-//! contract of [`Vhd::begin_commit`]. The writes of one commit need no order: a table entry without its new bits shows an
+//! first step of every commit. The writes of one commit need no order: a table entry without its new bits shows an
 //! empty block, and bits without their table entry show nothing.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 
-use zerocopy::IntoBytes;
+use format::{MetaWrite, Plan, Prepare, Step, Write};
 
 use crate::alloc::{Admission, Allocator};
 use crate::bat::PER_SECTOR;
+use crate::footer::RawFooter;
 use crate::image::{BlockState, Dynamic, Piece, data_offset};
 use crate::{BlockIndex, Error, SECTOR_SIZE, Sector, Vhd, bitmap};
-
-/// What to do to write the first of some sectors.
-///
-/// Every `Write` with `publish` set must be answered by [`Vhd::written`] or [`Vhd::write_failed`] with the sectors of the
-/// plan, and every `prepare` by [`Vhd::prepared`] or [`Vhd::prepare_failed`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum WritePlan {
-    /// Read a bitmap, give it to [`Vhd::insert_bitmap`], and plan again.
-    NeedBitmap {
-        /// The block.
-        block: BlockIndex,
-        /// Byte offset of its bitmap.
-        offset: u64,
-        /// Length of its bitmap in bytes.
-        len: u32,
-    },
-    /// Another writer prepares a block (this one, or in a file any other): wait for the end of that, and plan again.
-    Wait {
-        /// The block in preparation.
-        block: BlockIndex,
-    },
-    /// Write.
-    Write {
-        /// Byte offset for the data.
-        offset: u64,
-        /// Number of sectors.
-        count: u32,
-        /// What must be carried out before any of the data is written.
-        prepare: Option<Prepare>,
-        /// True if the data become part of the image only by a commit; false if the data are all there is to write.
-        publish: bool,
-    },
-}
-
-/// Makes a place ready for a new block, in this order: trim, footer, zero.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Prepare {
-    /// The block.
-    pub block: BlockIndex,
-    /// Byte range to be filled with zeros: the gap before the bitmap, where an old footer may be, and the bitmap.
-    pub zero: Range<u64>,
-    /// Byte range of the data. It must read as zeros afterwards: on a block device it has to be zeroed, in a file it
-    /// is new.
-    pub body: Range<u64>,
-    /// In a file: truncate to this length first. Drops what an unclean end has left.
-    pub trim: Option<u64>,
-    /// In a file, always: then write this footer. It lies at the file's new end, so writing it grows the file in one step,
-    /// far enough for every block; the end is never a guest's data, which could pass for a footer, and other programs
-    /// find the image in order after a crash.
-    pub footer: Option<MetaWrite>,
-}
-
-/// Metadata to be written together.
-#[derive(Debug)]
-pub struct Commit {
-    /// The writes, in any order.
-    pub writes: Vec<MetaWrite>,
-    blocks: Vec<Publication>,
-}
-
-/// One write of metadata, of whole sectors.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MetaWrite {
-    /// Byte offset in the file.
-    pub offset: u64,
-    /// The bytes.
-    pub bytes: Vec<u8>,
-}
 
 /// What a commit makes of one block.
 #[derive(Debug)]
@@ -101,7 +33,10 @@ struct Publication {
 pub(crate) struct Writes {
     pub(crate) alloc: Allocator,
     activity: BTreeMap<BlockIndex, Activity>,
-    committing: bool,
+    /// A commit or something else that changes metadata is under way.
+    alone: bool,
+    /// What the commit under way makes of the image.
+    committing: Vec<Publication>,
     poisoned: bool,
     end_of_data_at_open: u64,
 }
@@ -128,7 +63,8 @@ impl Writes {
         Self {
             alloc: Allocator::new(regular, size, end_of_data, limit),
             activity: BTreeMap::new(),
-            committing: false,
+            alone: false,
+            committing: Vec::new(),
             poisoned: false,
             end_of_data_at_open: end_of_data,
         }
@@ -146,12 +82,12 @@ impl Writes {
 
     /// Begins a change of metadata that no commit may go on beside. False if a commit is under way.
     pub(crate) fn begin_alone(&mut self) -> bool {
-        !std::mem::replace(&mut self.committing, true)
+        !std::mem::replace(&mut self.alone, true)
     }
 
     /// Ends what [`Writes::begin_alone`] has begun; `failed` if nobody knows what is on disk.
     pub(crate) fn end_alone(&mut self, failed: bool) {
-        self.committing = false;
+        self.alone = false;
         self.poisoned |= failed;
     }
 
@@ -175,24 +111,20 @@ impl Vhd {
     ///
     /// # Errors
     /// [`Error::ReadOnly`], [`Error::Poisoned`], [`Error::OutOfRange`], [`Error::NoSpace`].
-    pub fn plan_write(&mut self, sector: Sector, count: u32) -> Result<WritePlan, Error> {
+    pub fn plan_write(&mut self, sector: Sector, count: u32) -> Result<Plan, Error> {
         if !self.writable {
             return Err(Error::ReadOnly);
         }
         self.check_range(sector, count)?;
         let Some(dynamic) = &mut self.dynamic else {
             let offset = sector.saturating_mul(SECTOR_SIZE);
-            return Ok(WritePlan::Write { offset, count, prepare: None, publish: false });
+            return Ok(Plan::Write(in_place(offset, count, false)));
         };
         if dynamic.writes.poisoned {
             return Err(Error::Poisoned);
         }
         let piece = dynamic.piece(sector, count);
-        let mut plan = dynamic.plan(&piece)?;
-        if let WritePlan::Write { prepare: Some(Prepare { footer: Some(footer), .. }), .. } = &mut plan {
-            footer.bytes = self.footer.sealed().as_bytes().to_vec();
-        }
-        Ok(plan)
+        dynamic.plan(&piece, &self.footer)
     }
 
     /// Byte offset to write `count` sectors to, if that is all there is to do: the sectors have their place, and their bits
@@ -206,21 +138,21 @@ impl Vhd {
     }
 
     /// The preparation of `block` has been carried out.
-    pub fn prepared(&mut self, block: BlockIndex) {
+    pub(crate) fn block_prepared(&mut self, block: BlockIndex) {
         if let Some(dynamic) = &mut self.dynamic {
             dynamic.writes.alloc.prepared(block, &dynamic.layout);
         }
     }
 
     /// The preparation of `block` has failed. The block keeps its place, and its next writer prepares it again.
-    pub fn prepare_failed(&mut self, block: BlockIndex) {
+    pub(crate) fn prepare_failed(&mut self, block: BlockIndex) {
         if let Some(dynamic) = &mut self.dynamic {
             dynamic.writes.alloc.prepare_failed(block);
         }
     }
 
     /// The data of a planned write are in place, durable or not: the next commit publishes them.
-    pub fn written(&mut self, sector: Sector, count: u32) {
+    pub(crate) fn sectors_written(&mut self, sector: Sector, count: u32) {
         if let Some(dynamic) = &mut self.dynamic {
             let piece = dynamic.piece(sector, count);
             dynamic.note(&piece);
@@ -229,7 +161,7 @@ impl Vhd {
     }
 
     /// The data of a planned write could not be written; nothing of them will be published.
-    pub fn write_failed(&mut self, sector: Sector, count: u32) {
+    pub(crate) fn write_failed(&mut self, sector: Sector, count: u32) {
         if let Some(dynamic) = &mut self.dynamic {
             let piece = dynamic.piece(sector, count);
             dynamic.writes.writer_left(piece.block);
@@ -248,28 +180,27 @@ impl Vhd {
 
     /// Takes everything that is pending as one commit; `None` if there is nothing or a commit is under way.
     ///
-    /// The caller first makes all data and preparations of the image durable (fdatasync *after* this call), then carries
-    /// out all [`Commit::writes`], and then calls [`Vhd::commit_done`] or, if any of that failed,
-    /// [`Vhd::commit_failed`]. The guest's writes that came before this call count as done only after `commit_done`.
-    /// A guest's flush needs another fdatasync behind that.
-    pub fn begin_commit(&mut self) -> Option<Commit> {
+    /// The first step makes all data and preparations of the image durable; the writes behind it need no order.
+    pub fn begin_commit(&mut self) -> Option<Vec<Step>> {
         let dynamic = self.dynamic.as_mut()?;
-        if dynamic.writes.committing || dynamic.writes.poisoned {
+        if dynamic.writes.alone || dynamic.writes.poisoned {
             return None;
         }
         let blocks = dynamic.take_pending();
         if blocks.is_empty() {
             return None;
         }
-        dynamic.writes.committing = true;
-        Some(Commit { writes: dynamic.meta_writes(&blocks), blocks })
+        dynamic.writes.alone = true;
+        let writes = dynamic.meta_writes(&blocks);
+        dynamic.writes.committing = blocks;
+        Some(std::iter::once(Step::Flush).chain(writes.into_iter().map(Step::Write)).collect())
     }
 
     /// All writes of the commit have been carried out: its sectors are part of the image now.
-    pub fn commit_done(&mut self, commit: Commit) {
+    pub(crate) fn commit_done(&mut self) {
         let Some(dynamic) = &mut self.dynamic else { return };
-        dynamic.writes.committing = false;
-        for Publication { block, entry, bits } in commit.blocks {
+        dynamic.writes.alone = false;
+        for Publication { block, entry, bits } in std::mem::take(&mut dynamic.writes.committing) {
             if let Some(entry) = entry {
                 dynamic.publish(block, entry);
                 dynamic.writes.alloc.release(block);
@@ -286,15 +217,14 @@ impl Vhd {
 
     /// A part of the commit has failed. Nobody knows what is on disk now, so the image takes no more writes; what could
     /// be read before still can.
-    pub fn commit_failed(&mut self, commit: Commit) {
-        drop(commit);
+    pub(crate) fn commit_failed(&mut self) {
         if let Some(dynamic) = &mut self.dynamic {
-            dynamic.writes.committing = false;
-            dynamic.writes.poisoned = true;
+            dynamic.writes.committing = Vec::new();
+            dynamic.writes.end_alone(true);
         }
     }
 
-    /// True after [`Vhd::commit_failed`].
+    /// True after a commit or a growth has failed.
     pub fn is_poisoned(&self) -> bool {
         self.dynamic.as_ref().is_some_and(|dynamic| dynamic.writes.poisoned)
     }
@@ -302,14 +232,13 @@ impl Vhd {
 
 impl Dynamic {
     /// Plans a write within one block.
-    fn plan(&mut self, piece: &Piece) -> Result<WritePlan, Error> {
+    fn plan(&mut self, piece: &Piece, footer: &RawFooter) -> Result<Plan, Error> {
         let (block, count) = (piece.block, piece.count);
         let (extent, publish) = match self.state(block)? {
-            BlockState::Absent => return self.plan_new(piece),
+            BlockState::Absent => return self.plan_new(piece, footer),
             BlockState::Unread(extent) => {
-                let len = self.layout.bitmap_bytes();
                 self.load_began(block);
-                return Ok(WritePlan::NeedBitmap { block, offset: extent.bitmap, len });
+                return Ok(Plan::Load(self.bitmap_load(block, extent)));
             }
             BlockState::Full(extent) => (extent, false),
             BlockState::Partial(extent, bits) => (extent, bitmap::run(bits, piece.bits()) != (true, count)),
@@ -317,19 +246,21 @@ impl Dynamic {
         if publish {
             self.writes.writer_came(block);
         }
-        Ok(WritePlan::Write { offset: data_offset(extent, piece), count, prepare: None, publish })
+        Ok(Plan::Write(in_place(data_offset(extent, piece), count, publish)))
     }
 
     /// Plans a write to a block that is not in the table.
-    fn plan_new(&mut self, piece: &Piece) -> Result<WritePlan, Error> {
+    fn plan_new(&mut self, piece: &Piece, footer: &RawFooter) -> Result<Plan, Error> {
         let (entry, prepare) = match self.writes.alloc.admit(piece.block, &self.layout)? {
-            Admission::Wait(block) => return Ok(WritePlan::Wait { block }),
+            Admission::Wait => return Ok(Plan::Wait),
             Admission::Ready(entry) => (entry, None),
-            Admission::Prepare(entry, prepare) => (entry, Some(prepare)),
+            Admission::Prepare(entry, room) => {
+                (entry, Some(Prepare { key: piece.block.into(), steps: room.steps(footer) }))
+            }
         };
         self.writes.writer_came(piece.block);
         let offset = data_offset(self.layout.extent(entry), piece);
-        Ok(WritePlan::Write { offset, count: piece.count, prepare, publish: true })
+        Ok(Plan::Write(Write { prepare, ..in_place(offset, piece.count, true) }))
     }
 
     /// Notes that the sectors of a piece are written. Also if a commit has just set their bits on disk: the writer was
@@ -389,11 +320,17 @@ impl Dynamic {
     }
 }
 
+/// A write that needs nothing before the data.
+fn in_place(offset: u64, count: u32, publish: bool) -> Write {
+    Write { offset, count, prepare: None, copy_before: 0, copy_after: 0, publish }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cache::BitmapCache;
-    use crate::{DiskType, Lookup, NewImage, OpenOptions, Source, Uuid};
+    use crate::{DiskType, NewImage, OpenOptions, Uuid};
+    use format::{Load, Lookup, Source};
 
     /// An image of 8 blocks of 16 sectors, opened for writing, that has room for one bitmap in memory.
     fn image() -> Vhd {
@@ -427,10 +364,10 @@ mod tests {
     /// Plans a write, carries out its preparation, and says whether it must be published.
     fn plan(vhd: &mut Vhd, sector: Sector, count: u32) -> bool {
         match vhd.plan_write(sector, count).unwrap() {
-            WritePlan::Write { prepare, publish, count: planned, .. } => {
+            Plan::Write(Write { prepare, publish, count: planned, .. }) => {
                 assert_eq!(planned, count);
                 if let Some(prepare) = prepare {
-                    vhd.prepared(prepare.block);
+                    vhd.block_prepared(prepare.key.try_into().unwrap());
                 }
                 publish
             }
@@ -439,15 +376,24 @@ mod tests {
     }
 
     fn commit(vhd: &mut Vhd) -> Vec<MetaWrite> {
-        let commit = vhd.begin_commit().unwrap();
-        let writes = commit.writes.clone();
-        vhd.commit_done(commit);
+        let writes = writes(&vhd.begin_commit().unwrap());
+        vhd.commit_done();
         writes
+    }
+
+    /// The writes of a commit, which begins with a flush.
+    fn writes(commit: &[Step]) -> Vec<MetaWrite> {
+        assert_eq!(commit[0], Step::Flush);
+        let write = |step: &Step| match step {
+            Step::Write(write) => write.clone(),
+            other => panic!("{other:?}"),
+        };
+        commit[1..].iter().map(write).collect()
     }
 
     fn write(vhd: &mut Vhd, sector: Sector, count: u32) {
         assert!(plan(vhd, sector, count));
-        vhd.written(sector, count);
+        vhd.sectors_written(sector, count);
         commit(vhd);
     }
 
@@ -462,20 +408,20 @@ mod tests {
         let mut vhd = image();
         assert!(plan(&mut vhd, 0, 4));
         assert!(!vhd.has_pending());
-        vhd.written(0, 4);
+        vhd.sectors_written(0, 4);
         assert!(vhd.has_pending());
-        let commit = vhd.begin_commit().unwrap();
+        vhd.begin_commit().unwrap();
         assert_eq!(vhd.map(0, 16).unwrap(), Lookup::Zero { count: 16 });
         assert_eq!(vhd.end_of_data(), 3072);
         // What comes during a commit goes into the next one.
         assert!(plan(&mut vhd, 4, 2));
-        vhd.written(4, 2);
+        vhd.sectors_written(4, 2);
         assert!(vhd.begin_commit().is_none());
-        vhd.commit_done(commit);
+        vhd.commit_done();
         assert_eq!(vhd.map(0, 16).unwrap(), Lookup::Data { offset: 4096, count: 4 });
         let second = vhd.begin_commit().unwrap();
-        assert_eq!(second.writes, [MetaWrite { offset: 3584, bytes: bits(0xfc, 0) }]);
-        vhd.commit_done(second);
+        assert_eq!(writes(&second), [MetaWrite { offset: 3584, bytes: bits(0xfc, 0) }]);
+        vhd.commit_done();
         assert!(!plan(&mut vhd, 1, 5) && plan(&mut vhd, 1, 6));
     }
 
@@ -483,7 +429,7 @@ mod tests {
     fn the_first_commit_of_a_block_has_its_table_entry() {
         let mut vhd = image();
         assert!(plan(&mut vhd, 16, 16));
-        vhd.written(16, 16);
+        vhd.sectors_written(16, 16);
         let writes = commit(&mut vhd);
         assert_eq!(writes[0], MetaWrite { offset: 3584, bytes: bits(0xff, 0xff) });
         assert_eq!(writes[1].offset, 1536);
@@ -496,14 +442,16 @@ mod tests {
     #[test]
     fn unprepared_blocks_enter_no_commit() {
         let mut vhd = image();
-        let WritePlan::Write { prepare: Some(prepare), .. } = vhd.plan_write(0, 1).unwrap() else { panic!() };
-        assert_eq!(vhd.plan_write(1, 1).unwrap(), WritePlan::Wait { block: 0 });
-        vhd.prepare_failed(prepare.block);
+        let Plan::Write(Write { prepare: Some(prepare), .. }) = vhd.plan_write(0, 1).unwrap() else {
+            panic!()
+        };
+        assert_eq!(vhd.plan_write(1, 1).unwrap(), Plan::Wait);
+        vhd.prepare_failed(0);
         vhd.write_failed(0, 1);
-        vhd.written(0, 1);
+        vhd.sectors_written(0, 1);
         assert!(!vhd.has_pending() && vhd.begin_commit().is_none());
         // The next writer gets the same place, and prepares it.
-        let WritePlan::Write { offset: 4096, prepare: Some(again), .. } = vhd.plan_write(0, 1).unwrap()
+        let Plan::Write(Write { offset: 4096, prepare: Some(again), .. }) = vhd.plan_write(0, 1).unwrap()
         else {
             panic!()
         };
@@ -518,7 +466,7 @@ mod tests {
         // Bitmaps of other blocks come in meanwhile.
         write(&mut vhd, 16, 1);
         write(&mut vhd, 32, 1);
-        vhd.written(1, 1);
+        vhd.sectors_written(1, 1);
         assert_eq!(commit(&mut vhd), [MetaWrite { offset: 3584, bytes: bits(0xc0, 0) }]);
         assert!(!vhd.is_poisoned());
     }
@@ -530,7 +478,7 @@ mod tests {
         write(&mut vhd, 16, 1);
         // The bitmap of block 0 is evicted: two readers fetch it.
         for _ in 0..2 {
-            assert!(matches!(vhd.map(0, 1).unwrap(), Lookup::NeedBitmap { block: 0, .. }));
+            assert!(matches!(vhd.map(0, 1).unwrap(), Lookup::Load(Load { key: 0, .. })));
         }
         let old = bits(0x80, 0);
         vhd.insert_bitmap(0, &old).unwrap();
@@ -542,7 +490,7 @@ mod tests {
         // With no reader left it may go.
         write(&mut vhd, 64, 1);
         write(&mut vhd, 80, 1);
-        assert!(matches!(vhd.map(0, 1).unwrap(), Lookup::NeedBitmap { block: 0, .. }));
+        assert!(matches!(vhd.map(0, 1).unwrap(), Lookup::Load(Load { key: 0, .. })));
     }
 
     #[test]
@@ -550,14 +498,14 @@ mod tests {
         let mut vhd = image();
         write(&mut vhd, 0, 1);
         assert!(plan(&mut vhd, 16, 1));
-        vhd.written(16, 1);
-        let commit = vhd.begin_commit().unwrap();
-        vhd.commit_failed(commit);
+        vhd.sectors_written(16, 1);
+        vhd.begin_commit().unwrap();
+        vhd.commit_failed();
         assert!(vhd.is_poisoned() && !vhd.has_pending());
         assert!(matches!(vhd.plan_write(0, 1), Err(Error::Poisoned)));
         assert_eq!(vhd.map(0, 1).unwrap(), Lookup::Data { offset: 4096, count: 1 });
         assert_eq!(vhd.map(16, 1).unwrap(), Lookup::Zero { count: 1 });
-        assert!(vhd.close_writes().steps.is_empty());
+        assert!(vhd.close_steps().is_empty());
     }
 
     #[test]

@@ -110,7 +110,6 @@ mod tests {
         physical_sector_size: 4096,
         readonly: false,
         discard: Some(Discard { granularity: 4096, alignment: 512, secure: true }),
-        queues: 1,
     };
 
     fn value_of(key: &str, info: &DiskInfo, role: Role) -> Option<String> {

@@ -57,14 +57,7 @@ pub struct FakeTapdisk {
 }
 
 pub fn disk() -> DiskInfo {
-    DiskInfo {
-        sectors: 2048,
-        sector_size: 512,
-        physical_sector_size: 4096,
-        readonly: false,
-        discard: None,
-        queues: 1,
-    }
+    DiskInfo { sectors: 2048, sector_size: 512, physical_sector_size: 4096, readonly: false, discard: None }
 }
 
 impl FakeTapdisk {

@@ -7,7 +7,8 @@ fn tap_ctl(dir: &ControlDir, terminal: bool, line: &str) -> (u8, String, String)
     let config = Config { dir: dir.clone(), tapdisk: PathBuf::from("/nonexistent/tapdisk"), terminal };
     let args: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
     let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    let code = run(&args, &config, &mut stdout, &mut stderr);
+    let streams = Streams { stdin: &mut io::empty(), stdout: &mut stdout, stderr: &mut stderr };
+    let code = run(&args, &config, streams);
     (code, String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
 }
 
@@ -22,7 +23,6 @@ fn disk_info() -> Reply {
         physical_sector_size: 512,
         readonly: false,
         discard: None,
-        queues: 1,
     })
 }
 
@@ -48,7 +48,7 @@ fn success_is_silent_and_sends_what_was_asked() {
     }
     let minor = Minor(3);
     let image: ImageSpec = "aio:/x".parse().unwrap();
-    let params = OpenParams { image, readonly: true, buffered: false };
+    let params = OpenParams { readonly: true, ..OpenParams::new(image) };
     let expected = [
         Request::Attach { minor },
         Request::Open { minor, params },
@@ -105,7 +105,7 @@ fn list_differs_between_terminal_and_script() {
 fn help_is_success_and_nonsense_is_22() {
     let folder = tempfile::tempdir().unwrap();
     let dir = ControlDir::at(folder.path());
-    for line in ["", "unpause -p 1", "-h", "--debug", "spawn -h"] {
+    for line in ["", "reboot -p 1", "-h", "--debug", "spawn -h"] {
         let (code, stdout, stderr) = tap_ctl(&dir, false, line);
         assert_eq!((code, stderr.as_str()), (0, ""), "{line}");
         assert!(stdout.starts_with("usage: tap-ctl"), "{stdout}");
@@ -182,5 +182,6 @@ fn output_that_cannot_be_written_is_a_failure() {
     }
     let folder = tempfile::tempdir().unwrap();
     let config = Config { dir: ControlDir::at(folder.path()), tapdisk: PathBuf::new(), terminal: false };
-    assert_eq!(run(&[OsString::from("allocate")], &config, &mut Full, &mut Vec::new()), 28);
+    let streams = Streams { stdin: &mut io::empty(), stdout: &mut Full, stderr: &mut Vec::new() };
+    assert_eq!(run(&[OsString::from("allocate")], &config, streams), 28);
 }

@@ -11,8 +11,23 @@ use serde::{Deserialize, Serialize};
 pub enum ImageType {
     /// A raw file or block device.
     Aio,
+    /// The same through the page cache, each write on the disk before it is answered: for stores that refuse O_DIRECT.
+    Sync,
     /// A VHD with its chain of parents.
     Vhd,
+    /// A qcow image, version 1.
+    Qcow,
+    /// A qcow2 image, version 2 or 3.
+    Qcow2,
+    /// A VMDK: its descriptor, or the file of a monolithic one.
+    Vmdk,
+    /// A disk that an NBD server has. What stands for the path is its address.
+    Nbd,
+    /// A disk in memory. What stands for the path is its size, or a file with what it holds at first.
+    Ram,
+    /// A text file that names the images of a chain, the leaf first, one `type:path` a line.
+    #[serde(rename = "x-chain")]
+    XChain,
     /// No file at all: reads give zeros, writes are forgotten. It costs nothing but the way to the image, for measuring
     /// just that. What stands for the path is its size in bytes, see [`null_size`].
     Null,
@@ -23,10 +38,35 @@ impl ImageType {
     pub fn name(self) -> &'static str {
         match self {
             ImageType::Aio => "aio",
+            ImageType::Sync => "sync",
             ImageType::Vhd => "vhd",
+            ImageType::Qcow => "qcow",
+            ImageType::Qcow2 => "qcow2",
+            ImageType::Vmdk => "vmdk",
+            ImageType::Nbd => "nbd",
+            ImageType::Ram => "ram",
+            ImageType::XChain => "x-chain",
             ImageType::Null => "null",
         }
     }
+
+    /// The type of this name.
+    pub fn from_name(name: &str) -> Option<ImageType> {
+        ImageType::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
+    const ALL: [ImageType; 10] = [
+        ImageType::Aio,
+        ImageType::Sync,
+        ImageType::Vhd,
+        ImageType::Qcow,
+        ImageType::Qcow2,
+        ImageType::Vmdk,
+        ImageType::Nbd,
+        ImageType::Ram,
+        ImageType::XChain,
+        ImageType::Null,
+    ];
 }
 
 /// An image as users name it: `type:path`.
@@ -51,7 +91,9 @@ pub enum ImageSpecError {
     #[error("{0:?} is no image: write type:path, for example vhd:/srv/debian.vhd")]
     NoType(String),
     /// The type is not known.
-    #[error("unknown image type {0:?}: known are aio (raw), vhd and null")]
+    #[error(
+        "unknown image type {0:?}: known are aio (raw), sync, vhd, qcow, qcow2, vmdk, nbd, ram, x-chain and null"
+    )]
     UnknownType(String),
     /// Nothing follows the colon.
     #[error("the image {0:?} has an empty path")]
@@ -68,12 +110,7 @@ impl FromStr for ImageSpec {
 
     fn from_str(text: &str) -> Result<ImageSpec, ImageSpecError> {
         let (kind, path) = text.split_once(':').ok_or_else(|| ImageSpecError::NoType(text.to_owned()))?;
-        let kind = match kind {
-            "aio" => ImageType::Aio,
-            "vhd" => ImageType::Vhd,
-            "null" => ImageType::Null,
-            _ => return Err(ImageSpecError::UnknownType(kind.to_owned())),
-        };
+        let kind = ImageType::from_name(kind).ok_or_else(|| ImageSpecError::UnknownType(kind.to_owned()))?;
         if path.is_empty() {
             return Err(ImageSpecError::EmptyPath(text.to_owned()));
         }

@@ -8,7 +8,8 @@ use nix::errno::Errno;
 use tap_ctl::proto::Discard;
 
 use super::file::ImageFile;
-use super::{Disk, Layer, store};
+use super::layer::Layer;
+use super::{Disk, store};
 use crate::io::Io;
 
 /// Bytes given to the kernel at a time: it can be long over one call, and the thread that waits serves others too. A power
@@ -40,9 +41,12 @@ fn parts(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 impl Disk {
     /// What can be discarded; `None` if nothing: the store or the format cannot, or the disk is read-only.
     pub fn discard_limits(&self) -> Option<Discard> {
-        match &self.leaf {
-            Layer::Raw(raw) if !self.readonly.get() => raw.file.store().discard,
-            _ => None,
+        match &self.chain.leaf {
+            _ if self.readonly.get() => None,
+            Layer::Raw(raw) => raw.file.store().discard,
+            // In units of the store's, which the format keeps the guest's sectors aligned with.
+            Layer::Vhd(vhd) => vhd.file.store().discard.map(|limits| Discard { secure: false, ..limits }),
+            Layer::Null(_) => None,
         }
     }
 
@@ -52,13 +56,14 @@ impl Disk {
     /// With `secure` all of it is made unreadable, or nothing is done: EINVAL if it is not whole blocks of the store.
     pub async fn discard(&self, sector: Sector, count: u64, secure: bool) -> Result<(), Errno> {
         self.check_writable()?;
-        let (Layer::Raw(raw), Some(limits)) = (&self.leaf, self.discard_limits()) else {
-            return Err(Errno::EOPNOTSUPP);
-        };
-        if secure && !limits.secure {
-            return Err(Errno::EOPNOTSUPP);
-        }
+        let limits =
+            self.discard_limits().filter(|limits| limits.secure || !secure).ok_or(Errno::EOPNOTSUPP)?;
         let end = sector.0.checked_add(count).filter(|&end| end <= self.sectors()).ok_or(Errno::EINVAL)?;
+        let raw = match &self.chain.leaf {
+            Layer::Raw(raw) => raw,
+            Layer::Vhd(vhd) => return vhd.discard(&self.io, sector, count).await,
+            Layer::Null(_) => return Err(Errno::EOPNOTSUPP),
+        };
         let range = sector.0 * SECTOR_SIZE..end * SECTOR_SIZE;
         let block = u64::from(raw.file.store().block_size);
         let range = match secure {

@@ -3,8 +3,9 @@
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 
+use super::Disk;
 use super::file::ImageFile;
-use super::{Disk, Layer};
+use super::layer::Layer;
 
 /// What a size that was asked for comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,10 +57,10 @@ impl Disk {
     }
 
     async fn change_size(&self, size: Option<u64>) -> Result<(), Errno> {
-        match &self.leaf {
+        match &self.chain.leaf {
             Layer::Raw(raw) => self.resize_raw(&raw.file, size).await,
             // The size of these is their own.
-            Layer::Null(_) | Layer::Vhd(_) if size.is_none() => Ok(()),
+            _ if size.is_none() => Ok(()),
             Layer::Null(_) => self.own_size(size).map(|sectors| self.common.grow(sectors)),
             Layer::Vhd(vhd) => {
                 let sectors = self.own_size(size)?;

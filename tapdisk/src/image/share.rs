@@ -6,10 +6,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use super::Disk;
 use super::file::FileShare;
+use super::layer::Layer;
 use super::null::Null;
 use super::raw::Raw;
-use super::{Disk, Layer};
 use crate::io::Io;
 
 /// What all handles of a disk have in common.
@@ -74,10 +75,10 @@ impl Disk {
     /// The image is closed, and its lock given up, when the last handle is gone. Handles flush for each other; a failed
     /// flush stops them all. Growth that one finds, all have. [`Disk::make_readonly`] concerns its own handle only.
     pub fn share(&self) -> Option<DiskShare> {
-        let leaf = match &self.leaf {
+        let leaf = match &self.chain.leaf {
             Layer::Raw(raw) if raw.file.granule() == 512 => Leaf::Raw(raw.file.share()),
             Layer::Null(Null) => Leaf::Null,
-            Layer::Raw(_) | Layer::Vhd(_) => return None,
+            _ => return None,
         };
         Some(DiskShare { leaf, common: self.common.clone(), readonly: self.readonly.get() })
     }

@@ -48,7 +48,7 @@ fn run_on<F: Future<Output = ()> + 'static>(engine: EngineChoice, task: impl FnO
 
 fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {
     let path = path.to_str().unwrap().to_owned();
-    OpenParams { image: ImageSpec { kind, path }, readonly, buffered: false }
+    OpenParams { readonly, ..OpenParams::new(ImageSpec { kind, path }) }
 }
 
 async fn write(disk: &Disk, io: &Io, sector: u64, bytes: &[u8]) -> Result<(), Errno> {
@@ -104,7 +104,8 @@ fn readonly_refuses_writes_at_the_disk_and_at_the_descriptor() {
         disk.make_readonly().unwrap();
         assert_eq!(write(&disk, &io, 0, &[1; 512]).await, Err(Errno::EROFS));
         let buf = io.pool.data(512).unwrap();
-        let transfer = io.start(Direction::Write, disk.leaf.file().unwrap(), 0, buf.piece(0..512).unwrap());
+        let transfer =
+            io.start(Direction::Write, disk.chain.leaf.file().unwrap(), 0, buf.piece(0..512).unwrap());
         assert_eq!(transfer.finish().await, Err(Errno::EBADF), "the descriptor itself does not write");
         assert!(std::fs::read(&path).unwrap().iter().all(|&b| b == 0));
     });
@@ -185,7 +186,7 @@ fn snapshot(child: &Path, parent: &Path) {
     let file = std::fs::File::open(parent).unwrap();
     let mut read =
         |offset: u64, bytes: &mut [u8]| std::os::unix::fs::FileExt::read_exact_at(&file, bytes, offset);
-    let source = ::vhd::Source { size: file.metadata().unwrap().len(), regular: true, read: &mut read };
+    let source = format::Source { size: file.metadata().unwrap().len(), regular: true, read: &mut read };
     let core = ::vhd::Vhd::open(source, &::vhd::OpenOptions::default()).unwrap();
     let name = parent.file_name().unwrap().to_str().unwrap().to_owned();
     let parent = NewParent { uuid: core.uuid(), timestamp: 0, path: format!("./{name}"), name };

@@ -65,7 +65,7 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Some bytes of a file and the blocks that they are a part of, a page at most.
+/// Some bytes of a file and the blocks that they are a part of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Part {
     /// Byte offset of the first block.
@@ -81,10 +81,15 @@ struct Part {
 impl Part {
     /// The part that the bytes from `at` on begin with, where `left` are wanted. `granule` is a power of two up to a page.
     fn first(granule: u32, at: u64, left: usize) -> Part {
+        Part::within(granule, at, left, PAGE_SIZE)
+    }
+
+    /// The same for blocks of `most` bytes together, some pages.
+    fn within(granule: u32, at: u64, left: usize, most: usize) -> Part {
         // Fits: it is less than a page.
         let skip = usize::try_from(at % u64::from(granule)).unwrap_or(0);
         let granule = granule as usize;
-        let len = left.min(PAGE_SIZE - skip);
+        let len = left.min(most - skip);
         Part { start: at - skip as u64, skip, len, span: (skip + len).next_multiple_of(granule) }
     }
 
@@ -107,6 +112,9 @@ fn whole(granule: u32, at: u64, left: usize) -> usize {
     let mask = granule as usize - 1;
     if at & mask as u64 == 0 { left & !mask } else { 0 }
 }
+
+/// Bytes of metadata that are read at a time.
+const MOST_METADATA: usize = 64 << 10;
 
 impl Io {
     /// Fills bytes `range` of `buf` from byte `offset` on.
@@ -160,11 +168,17 @@ impl Io {
     pub async fn read_metadata(&self, file: &ImageFile, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
         let mut bytes = Vec::with_capacity(len);
         while bytes.len() < len {
-            let at = offset + bytes.len() as u64;
-            let part = Part::first(file.granule(), at, len - bytes.len());
-            let page = self.pool.meta().await;
-            self.read_blocks(file, &part, &page, part.range().end).await?;
-            bytes.extend_from_slice(page.bytes().get(part.range()).ok_or(Errno::EIO)?);
+            let (at, left) = (offset + bytes.len() as u64, len - bytes.len());
+            let part = match left {
+                0..=PAGE_SIZE => Part::first(file.granule(), at, left),
+                _ => Part::within(file.granule(), at, left, MOST_METADATA),
+            };
+            let buf = match part.span {
+                0..=PAGE_SIZE => self.pool.meta().await,
+                span => self.pool.bounce(span)?,
+            };
+            self.read_blocks(file, &part, &buf, part.range().end).await?;
+            bytes.extend_from_slice(buf.bytes().get(part.range()).ok_or(Errno::EIO)?);
         }
         Ok(bytes)
     }

@@ -169,7 +169,6 @@ mod tests {
             physical_sector_size: 512,
             readonly: false,
             discard: None,
-            queues: 1,
         };
         Reply::Changed { minor: Minor(3), info, failed: None }
     }

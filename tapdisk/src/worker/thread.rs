@@ -115,7 +115,6 @@ pub(super) fn info(disk: &Disk) -> DiskInfo {
         physical_sector_size: disk.physical_block_size(),
         readonly: disk.is_readonly(),
         discard: disk.discard_limits(),
-        queues: 1,
     }
 }
 

@@ -9,8 +9,8 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::chain::{self, Policy, Visited};
-use crate::write::MetaWrite;
-use crate::{CloseStep, Error, Lookup, OpenOptions, SECTOR_SIZE, Source, Vhd};
+use crate::{Error, OpenOptions, SECTOR_SIZE, Vhd};
+use format::{Format, Load, Lookup, MetaWrite, Source, Step};
 
 /// A file or block device that holds an image.
 #[derive(Debug)]
@@ -104,12 +104,15 @@ impl Disk {
     }
 
     /// Carries out steps in their order.
-    pub(super) fn carry_out(&self, steps: &[CloseStep]) -> io::Result<()> {
+    pub(super) fn carry_out(&self, steps: &[Step]) -> io::Result<()> {
         for step in steps {
             match step {
-                CloseStep::Write(write) => self.write(write)?,
-                CloseStep::Truncate(len) => self.file.set_len(*len)?,
-                CloseStep::Flush => self.file.sync_data()?,
+                Step::Write(write) => self.write(write)?,
+                Step::Zero(range) => self.zero(range.start, range.end)?,
+                Step::Truncate(len) => self.file.set_len(*len)?,
+                // Room that nobody needs may stay.
+                Step::Punch(_) => {}
+                Step::Flush => self.file.sync_data()?,
             }
         }
         Ok(())
@@ -243,11 +246,13 @@ fn locate(layers: &mut [Layer], sector: u64, wanted: u32) -> Result<Found<'_>, E
                     count = absent;
                     break;
                 }
-                Lookup::NeedBitmap { block, offset, len } => {
+                Lookup::Load(load) => {
+                    let Load { offset, len, .. } = load;
                     let mut bits = vec![0; usize::try_from(len).unwrap_or(0)];
                     disk.read_at(offset, &mut bits).map_err(|source| data_error(offset, source))?;
-                    vhd.insert_bitmap(block, &bits)?;
+                    vhd.loaded(&load, &bits)?;
                 }
+                Lookup::Packed { .. } => return Err(Error::invalid("block", "a VHD has no compressed data")),
             }
         }
     }

@@ -6,6 +6,7 @@ mod args;
 mod check;
 mod create;
 pub mod disk;
+mod key;
 mod query;
 mod read;
 mod resize;
@@ -95,7 +96,8 @@ fn dispatch(name: &str, args: impl Iterator<Item = OsString>, out: &mut dyn Writ
         "resize" => (resize::run, resize::OPTIONS, resize::USAGE),
         "scan" => (scan::run, scan::OPTIONS, scan::USAGE),
         "check" => (check::run, check::OPTIONS, check::USAGE),
-        "repair" | "fill" | "coalesce" | "modify" | "revert" | "key" | "copy" => {
+        "key" => (key::run, key::OPTIONS, key::USAGE),
+        "repair" | "fill" | "coalesce" | "modify" | "revert" | "copy" => {
             return Err(Failure::new(libc::ENOSYS, format!("this version has no command {name}")));
         }
         _ => {

@@ -27,8 +27,8 @@ pub(super) fn run(args: &Args, _out: &mut dyn Write) -> Result<(), Failure> {
     let sectors = size.saturating_mul(2048);
     // Nothing else is under way in an image that was opened just now.
     if let Some(resize) = vhd.begin_resize(sectors).map_err(|error| failure(&error))? {
-        disk.carry_out(&resize.steps)?;
-        vhd.resize_done(resize);
+        disk.carry_out(&resize)?;
+        vhd.resize_done();
     }
     Ok(())
 }

@@ -82,8 +82,8 @@ fn scan(name: &Path, with_marker: bool) -> Result<Entry, Fault> {
     );
     if with_marker && let Some((batmap, _)) = vhd.batmap() {
         facts += &format!(" marker={}", batmap.marker);
-        if batmap.encrypted() {
-            facts += &format!(" keyhash={}", print::hex(&batmap.key_hash));
+        if let Some(key) = batmap.key_hash() {
+            facts += &format!(" keyhash={}", print::hex(&key.hash));
         }
     }
     let parent = match open_parent(&disk, &vhd, &LOOK) {

@@ -26,6 +26,6 @@ pub(super) fn run(args: &Args, _out: &mut dyn Write) -> Result<(), Failure> {
         "marker" => vhd.set_marker(value)?,
         _ => return Err(wrong_usage()),
     };
-    disk.carry_out(&steps.steps)?;
+    disk.carry_out(&steps)?;
     Ok(())
 }

@@ -46,7 +46,7 @@ pub(super) fn run(args: &Args, _out: &mut dyn Write) -> Result<(), Failure> {
         uuid: Uuid::from_random(random()?),
         timestamp: now(),
         parent: Some(describe(linked, &folder)?),
-        key: named.vhd.as_ref().and_then(key),
+        key: named.vhd.as_ref().and_then(Vhd::key_hash),
     };
     write_new(child, &image)
 }
@@ -81,10 +81,4 @@ fn describe(parent: &Layer, folder: &std::path::Path) -> Result<NewParent, Failu
         name: name.to_owned(),
         path: path.to_owned(),
     })
-}
-
-/// Nonce and hash of the key of an encrypted image.
-fn key(vhd: &Vhd) -> Option<([u8; 32], [u8; 32])> {
-    let (header, _) = vhd.batmap().filter(|(header, _)| header.encrypted())?;
-    Some((header.key_nonce, header.key_hash))
 }

@@ -7,9 +7,10 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 
 use crate::support::{Disk, Layer, Op, Random, SECTOR, Shape, Store, apart};
+use format::Source;
 use proptest::prelude::*;
+use vhd::OpenOptions;
 use vhd::check::{self, CheckOptions, Verdict};
-use vhd::{OpenOptions, Source};
 
 #[derive(Debug, Clone)]
 enum Step {

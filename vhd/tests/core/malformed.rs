@@ -2,9 +2,10 @@
 //! memory or time than the image is large.
 
 use crate::support::{Disk, Random, SECTOR, Shape, Store};
+use format::{Format, Load, Lookup, Source};
 use vhd::footer::{self, RawFooter};
 use vhd::header::RawHeader;
-use vhd::{DiskType, Error, Lookup, NewParent, OpenOptions, Uuid, Vhd};
+use vhd::{DiskType, Error, NewParent, OpenOptions, Uuid, Vhd};
 use zerocopy::IntoBytes;
 
 const SIZE: u64 = 64 << 20;
@@ -310,7 +311,7 @@ fn row_24_a_damaged_batmap_is_started_anew() {
         let disk = Disk::open(store, Vec::new()).unwrap();
         let (store, _) = disk.close();
         let mut read = |offset: u64, buf: &mut [u8]| store.read(offset, buf);
-        let mut source = vhd::Source { size: store.bytes.len() as u64, regular: true, read: &mut read };
+        let mut source = Source { size: store.bytes.len() as u64, regular: true, read: &mut read };
         let options = vhd::check::CheckOptions { now: 2, bitmaps: true, ..Default::default() };
         let verdict = vhd::check::check(&mut source, &options).unwrap();
         assert!(matches!(verdict, vhd::check::Verdict::Valid(_)), "{offset}: {verdict:?}");
@@ -326,10 +327,10 @@ fn row_25_batmap_bits_are_not_believed() {
     put(&mut store, BATMAP + 24, &(!(0xc0_u32 + 0x40)).to_be_bytes());
     let mut vhd = open(&store).unwrap();
     assert_eq!(vhd.map(9 * 4096, 1).unwrap(), Lookup::Zero { count: 1 });
-    let Lookup::NeedBitmap { block: 0, offset, len } = vhd.map(100, 1).unwrap() else { panic!() };
+    let Lookup::Load(load @ Load { key: 0, offset, len }) = vhd.map(100, 1).unwrap() else { panic!() };
     let mut bits = vec![0; len as usize];
     store.read(offset, &mut bits).unwrap();
-    vhd.insert_bitmap(0, &bits).unwrap();
+    vhd.loaded(&load, &bits).unwrap();
     assert_eq!(vhd.map(100, 1).unwrap(), Lookup::Zero { count: 1 });
 }
 

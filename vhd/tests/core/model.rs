@@ -1,9 +1,10 @@
 //! Images under random use, compared with a vector of bytes.
 
 use crate::support::{Disk, Random, SECTOR, Shape, Store, apart};
+use format::Source;
 use proptest::prelude::*;
 use vhd::check::{self, CheckOptions, Verdict};
-use vhd::{DiskType, Source, bitmap};
+use vhd::{DiskType, bitmap};
 
 #[derive(Debug, Clone)]
 enum Step {

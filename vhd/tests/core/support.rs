@@ -2,14 +2,11 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::ops::Range;
 use std::rc::Rc;
 
+use format::{Format, Load, Lookup, MetaWrite, Plan, Prepare, Source, Step, Write};
 use vhd::header::DEFAULT_BLOCK_SIZE;
-use vhd::{
-    CloseStep, Commit, DiskType, Error, Lookup, MetaWrite, NewImage, NewParent, OpenOptions, Prepare, Source,
-    Uuid, Vhd, WritePlan,
-};
+use vhd::{DiskType, Error, NewImage, NewParent, OpenOptions, Uuid, Vhd};
 
 pub const SECTOR: usize = 512;
 
@@ -169,19 +166,19 @@ pub struct Layer {
 }
 
 const WRITABLE: OpenOptions =
-    OpenOptions { writable: true, ignore_poison: false, trust_end: false, allow_encrypted: false };
+    OpenOptions { writable: true, ignore_poison: false, trust_end: false, allow_encrypted: false, key: None };
 
 /// A writer of some sectors with what it does next.
 struct Writer {
     sector: u64,
     data: Vec<u8>,
-    next: Step,
+    next: Next,
 }
 
-enum Step {
+enum Next {
     Plan,
-    Prepare(Prepare, u64, u32),
-    Data { offset: u64, count: u32, publish: bool },
+    Prepare(Prepare, Write),
+    Data(Write),
     Over,
 }
 
@@ -199,11 +196,11 @@ impl Disk {
     pub fn write(&mut self, writes: Vec<(u64, Vec<u8>)>, random: &mut Random) -> Result<(), Error> {
         let mut writers = writes
             .into_iter()
-            .map(|(sector, data)| Writer { sector, data, next: Step::Plan })
+            .map(|(sector, data)| Writer { sector, data, next: Next::Plan })
             .collect::<Vec<_>>();
-        let mut commit: Option<(Commit, Vec<usize>, bool)> = None;
+        let mut commit: Option<Vec<Step>> = None;
         loop {
-            let over = writers.iter().all(|writer| matches!(writer.next, Step::Over));
+            let over = writers.iter().all(|writer| matches!(writer.next, Next::Over));
             if over && commit.is_none() && !self.vhd.has_pending() {
                 return Ok(());
             }
@@ -217,101 +214,85 @@ impl Disk {
     }
 
     fn step(&mut self, writer: &mut Writer) -> Result<(), Error> {
-        let next = std::mem::replace(&mut writer.next, Step::Over);
+        let next = std::mem::replace(&mut writer.next, Next::Over);
         writer.next = match next {
-            Step::Over => Step::Over,
-            Step::Plan if writer.data.is_empty() => Step::Over,
-            Step::Plan => {
+            Next::Over => Next::Over,
+            Next::Plan if writer.data.is_empty() => Next::Over,
+            Next::Plan => {
                 let count = u32::try_from(writer.data.len() / SECTOR).unwrap();
                 let overwrite = self.vhd.overwrite(writer.sector, count);
                 let plan = self.vhd.plan_write(writer.sector, count)?;
                 let alone = match &plan {
-                    WritePlan::Write { offset, count: planned, prepare: None, publish: false } => {
+                    Plan::Write(Write { offset, count: planned, prepare: None, publish: false, .. }) => {
                         (*planned == count).then_some(*offset)
                     }
                     _ => None,
                 };
                 assert_eq!(overwrite, alone, "the short way plans like the long one");
                 match plan {
-                    WritePlan::Wait { .. } => Step::Plan,
-                    WritePlan::NeedBitmap { block, offset, len } => {
-                        self.load(block, offset, len);
-                        Step::Plan
+                    Plan::Wait => Next::Plan,
+                    Plan::Load(load) => {
+                        self.load(&load);
+                        Next::Plan
                     }
-                    WritePlan::Write { offset, count, prepare: Some(prepare), publish } => {
-                        assert!(publish);
-                        Step::Prepare(prepare, offset, count)
-                    }
-                    WritePlan::Write { offset, count, prepare: None, publish } => {
-                        Step::Data { offset, count, publish }
-                    }
+                    Plan::Write(mut write) => match write.prepare.take() {
+                        Some(prepare) => {
+                            assert!(write.publish);
+                            Next::Prepare(prepare, write)
+                        }
+                        None => Next::Data(write),
+                    },
                 }
             }
-            Step::Prepare(prepare, offset, count) => {
-                self.prepare(&prepare);
-                self.vhd.prepared(prepare.block);
-                Step::Data { offset, count, publish: true }
+            Next::Prepare(prepare, write) => {
+                self.carry_out(&prepare.steps);
+                self.vhd.prepared(prepare.key, true);
+                Next::Data(write)
             }
-            Step::Data { offset, count, publish } => {
+            Next::Data(Write { offset, count, publish, .. }) => {
                 let rest = writer.data.split_off(count as usize * SECTOR);
                 let data = std::mem::replace(&mut writer.data, rest);
                 self.store.run(Op::Write(offset, data));
                 if publish {
-                    self.vhd.written(writer.sector, count);
+                    self.vhd.written(writer.sector, count, true);
                 }
                 writer.sector += u64::from(count);
-                Step::Plan
+                Next::Plan
             }
         };
         Ok(())
     }
 
-    fn load(&mut self, block: u32, offset: u64, len: u32) {
-        let mut bits = vec![0; len as usize];
-        self.store.read(offset, &mut bits).unwrap();
-        self.vhd.insert_bitmap(block, &bits).unwrap();
+    fn load(&mut self, load: &Load) {
+        let mut bits = vec![0; load.len as usize];
+        self.store.read(load.offset, &mut bits).unwrap();
+        self.vhd.loaded(load, &bits).unwrap();
     }
 
-    fn prepare(&mut self, prepare: &Prepare) {
-        if let Some(trim) = prepare.trim {
-            self.store.run(Op::SetLen(trim));
+    fn carry_out(&mut self, steps: &[Step]) {
+        for step in steps {
+            self.store.run(op(step.clone()));
         }
-        if let Some(MetaWrite { offset, bytes }) = prepare.footer.clone() {
-            self.store.run(Op::Write(offset, bytes));
-        }
-        let zeros = |range: &Range<u64>| vec![0; at(range.end - range.start)];
-        if !self.store.regular {
-            self.store.run(Op::Write(prepare.body.start, zeros(&prepare.body)));
-        }
-        self.store.run(Op::Write(prepare.zero.start, zeros(&prepare.zero)));
     }
 
     /// One step of a commit: begin it, flush, one of its writes, or its end.
-    fn step_commit(
-        &mut self,
-        running: Option<(Commit, Vec<usize>, bool)>,
-        random: &mut Random,
-    ) -> Option<(Commit, Vec<usize>, bool)> {
-        match running {
+    fn step_commit(&mut self, running: Option<Vec<Step>>, random: &mut Random) -> Option<Vec<Step>> {
+        let Some(mut steps) = running else {
+            let mut steps = self.vhd.begin_commit()?;
+            assert!(self.vhd.begin_commit().is_none());
+            // The flush first, the others in any order. They are taken from the end.
+            random.shuffle(&mut steps[1..]);
+            steps.reverse();
+            return Some(steps);
+        };
+        match steps.pop() {
+            Some(step) => {
+                self.store.run(op(step));
+                Some(steps)
+            }
             None => {
-                let commit = self.vhd.begin_commit()?;
-                assert!(self.vhd.begin_commit().is_none());
-                let mut order = (0..commit.writes.len()).collect::<Vec<_>>();
-                random.shuffle(&mut order);
-                Some((commit, order, false))
-            }
-            Some((commit, order, false)) => {
-                self.store.run(Op::Flush);
-                Some((commit, order, true))
-            }
-            Some((commit, mut order, true)) => {
-                let Some(next) = order.pop() else {
-                    self.vhd.commit_done(commit);
-                    return None;
-                };
-                let MetaWrite { offset, bytes } = commit.writes[next].clone();
-                self.store.run(Op::Write(offset, bytes));
-                Some((commit, order, true))
+                self.vhd.commit_ended(true);
+                None
             }
         }
     }
@@ -319,10 +300,8 @@ impl Disk {
     /// Grows the disk in place.
     pub fn resize(&mut self, sectors: u64) -> Result<(), Error> {
         let resize = self.vhd.begin_resize(sectors)?.expect("nothing else is under way");
-        for step in &resize.steps {
-            self.store.run(op(step.clone()));
-        }
-        self.vhd.resize_done(resize);
+        self.carry_out(&resize);
+        self.vhd.resize_ended(true);
         Ok(())
     }
 
@@ -332,9 +311,7 @@ impl Disk {
 
     /// Closes cleanly and gives back the storage.
     pub fn close(mut self) -> (Store, Vec<Rc<RefCell<Layer>>>) {
-        for step in self.vhd.close_writes().steps {
-            self.store.run(op(step));
-        }
+        self.carry_out(&self.vhd.close_steps());
         (self.store, self.parents)
     }
 
@@ -368,11 +345,13 @@ impl Disk {
     }
 }
 
-fn op(step: CloseStep) -> Op {
+fn op(step: Step) -> Op {
     match step {
-        CloseStep::Write(MetaWrite { offset, bytes }) => Op::Write(offset, bytes),
-        CloseStep::Truncate(len) => Op::SetLen(len),
-        CloseStep::Flush => Op::Flush,
+        Step::Write(MetaWrite { offset, bytes }) => Op::Write(offset, bytes),
+        Step::Zero(range) => Op::Write(range.start, vec![0; at(range.end - range.start)]),
+        Step::Truncate(len) => Op::SetLen(len),
+        Step::Flush => Op::Flush,
+        Step::Punch(_) => unreachable!("a VHD gives no room back"),
     }
 }
 
@@ -392,11 +371,12 @@ fn read_layer(store: &Store, vhd: &mut Vhd, runs: &[(u64, u64)], all: &mut [u8])
             };
             assert_eq!(place, alone, "the short way finds what the long one finds");
             match lookup {
-                Lookup::NeedBitmap { block, offset, len } => {
-                    let mut bits = vec![0; len as usize];
-                    store.read(offset, &mut bits).unwrap();
-                    vhd.insert_bitmap(block, &bits).unwrap();
+                Lookup::Load(load) => {
+                    let mut bits = vec![0; load.len as usize];
+                    store.read(load.offset, &mut bits).unwrap();
+                    vhd.loaded(&load, &bits).unwrap();
                 }
+                Lookup::Packed { .. } => unreachable!("a VHD has no compressed data"),
                 Lookup::Data { offset, count } => {
                     store.read(offset, &mut all[range(count)]).unwrap();
                     sector += u64::from(count);

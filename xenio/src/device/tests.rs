@@ -182,14 +182,7 @@ fn another_tapdisk_is_taken_only_after_the_ring_is_down() {
 }
 
 fn info(sectors: u64) -> DiskInfo {
-    DiskInfo {
-        sectors,
-        sector_size: 512,
-        physical_sector_size: 512,
-        readonly: false,
-        discard: None,
-        queues: 1,
-    }
+    DiskInfo { sectors, sector_size: 512, physical_sector_size: 512, readonly: false, discard: None }
 }
 
 fn news(sectors: u64, failed: Option<&str>) -> News {

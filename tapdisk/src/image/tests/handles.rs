@@ -13,11 +13,7 @@ fn image(bytes: u64) -> tempfile::NamedTempFile {
 #[test]
 fn a_null_image_reads_zeros_forgets_writes_and_grows() {
     run(|io| async move {
-        let spec = |size: &str| OpenParams {
-            image: ImageSpec { kind: ImageType::Null, path: size.into() },
-            readonly: false,
-            buffered: false,
-        };
+        let spec = |size: &str| OpenParams::new(ImageSpec { kind: ImageType::Null, path: size.into() });
         let disk = open(&spec("1M"), &io).unwrap();
         assert_eq!((disk.sectors(), disk.discard_limits()), (2048, None));
         write(&disk, &io, 7, &[1; 1024]).await.unwrap();
@@ -63,14 +59,23 @@ fn a_discarded_range_of_a_file_is_zeros_and_takes_no_room() {
 }
 
 #[test]
-fn a_vhd_does_not_offer_discard() {
+fn a_vhd_gives_the_room_of_discarded_sectors_back_and_they_read_as_zeros() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.vhd");
     make(&path, 8);
     run(move |io| async move {
         let disk = open(&params(ImageType::Vhd, &path, false), &io).unwrap();
-        assert_eq!(disk.discard_limits(), None);
-        assert_eq!(disk.discard(Sector(0), 8, false).await, Err(Errno::EOPNOTSUPP));
+        assert!(disk.discard_limits().is_some());
+        write(&disk, &io, 0, &[7; 1 << 20]).await.unwrap();
+        let blocks = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap());
+        let before = blocks();
+        disk.discard(Sector(1), 1600, false).await.unwrap();
+        assert!(blocks() + 1500 < before, "{before} blocks, then {}", blocks());
+        assert_eq!(read(&disk, &io, 0, 1).await, [7; 512]);
+        assert_eq!(read(&disk, &io, 8, 1000).await, [0; 512_000]);
+        assert_eq!(read(&disk, &io, 1601, 100).await, [7; 51_200]);
+        disk.discard(Sector(8192), 8192, false).await.unwrap();
+        assert_eq!(disk.discard(Sector(0), 8, true).await, Err(Errno::EOPNOTSUPP), "not securely");
     });
 }
 

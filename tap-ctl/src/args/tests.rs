@@ -1,0 +1,153 @@
+use super::*;
+use crate::proto::{Limits, Secondary};
+
+fn line(text: &str) -> Result<Command, UsageError> {
+    parse(&text.split_whitespace().map(OsString::from).collect::<Vec<_>>())
+}
+
+const TARGET: Target = Target { pid: 12, minor: Minor(3) };
+
+#[test]
+fn the_lines_of_the_hotplug_script_are_understood() {
+    let filter = Filter { kind: Some("vhd".into()), path: Some("/a".into()), ..Filter::default() };
+    assert_eq!(line("list -t vhd -f /a"), Ok(Command::List(filter)));
+    assert_eq!(line("allocate"), Ok(Command::Allocate));
+    assert_eq!(line("spawn"), Ok(Command::Spawn(None)));
+    assert_eq!(line("attach -p 12 -m 3"), Ok(Command::Attach(TARGET)));
+    let image: ImageSpec = "vhd:/a".parse().unwrap();
+    let plain = Opening { params: Box::new(OpenParams::new(image)), encrypted: false };
+    assert_eq!(line("open -p 12 -m 3 -a vhd:/a"), Ok(Command::Open(TARGET, plain)));
+    assert_eq!(line("detach -p 12 -m 3"), Ok(Command::Detach(TARGET)));
+    assert_eq!(line("free -m 3"), Ok(Command::Free(Minor(3))));
+    assert_eq!(line("destroy -p 12 -m 3"), Ok(Command::Destroy(TARGET, None)));
+}
+
+#[test]
+fn options_may_be_joined_and_in_any_order() {
+    let image: ImageSpec = "aio:/x".parse().unwrap();
+    let params = OpenParams { readonly: true, buffered: true, ..OpenParams::new(image) };
+    let opening = Opening { params: Box::new(params), encrypted: false };
+    assert_eq!(line("open -RD -aaio:/x -m3 -p12"), Ok(Command::Open(TARGET, opening.clone())));
+    assert_eq!(line("create -D -d name -R -a aio:/x"), Ok(Command::Create(opening, None)));
+    assert_eq!(line("close -f -t 9 -p 12 -m 3"), Ok(Command::Close(TARGET, Some(Duration::from_secs(9)))));
+}
+
+#[test]
+fn no_command_and_an_unknown_one_ask_for_help() {
+    for text in ["", "frobnicate", "reboot -p 1 -m 1", "--help"] {
+        assert_eq!(line(text), Ok(Command::Help), "{text:?}");
+    }
+    assert_eq!(line("open -h"), Ok(Command::HelpOn("open")));
+}
+
+#[test]
+fn wrong_options_and_values_are_refused() {
+    for text in [
+        "open",
+        "open -p 12",
+        "open -p 12 -m 3",
+        "open -p x -m 3 -a vhd:/a",
+        "open -p 12 -m 3 -a /a",
+        "open -p 12 -m 3 -a qcow9:/a",
+        "attach -p 0 -m 3",
+        "attach -p -1 -m 3",
+        "attach -p +1 -m 3",
+        "free -m 16384",
+        "free",
+        "free -p 1 -m 1",
+        "spawn extra",
+        "allocate -z",
+        "close -p 1 -m 1 -t 0",
+        "list -p",
+        "list -a vhd:/a",
+        "destroy -m 1",
+    ] {
+        assert!(line(text).is_err(), "{text:?}");
+    }
+}
+
+#[test]
+fn the_options_that_open_an_image_are_passed_on() {
+    let text = "open -p 12 -m 3 -a vhd:/a -r -e 5 -2 vhd:/b -s -t 30 -C /log -E --limit iops=9,bps=1M";
+    let Ok(Command::Open(TARGET, opening)) = line(text) else { panic!() };
+    let expected = OpenParams {
+        secondary: Some("vhd:/b".parse().unwrap()),
+        standby: true,
+        log: Some("/log".into()),
+        local_cache: true,
+        shared_parent: Some(Minor(5)),
+        timeout: Some(30),
+        limit: Limits { iops: 9, bps: 1 << 20, ..Limits::default() },
+        ..OpenParams::new("vhd:/a".parse().unwrap())
+    };
+    assert_eq!((*opening.params, opening.encrypted), (expected, true));
+    for text in ["-s", "-x", "-2 /b", "-e 99999", "-t x", "--limit iops", "-C"] {
+        assert!(line(&format!("create -a vhd:/a {text}")).is_err(), "{text:?}");
+    }
+    let Ok(Command::Create(opening, None)) = line("create -a vhd:/a -2 null") else { panic!() };
+    assert_eq!(opening.params.secondary, None);
+}
+
+#[test]
+fn a_running_disk_is_paused_changed_limited_and_asked() {
+    assert_eq!(line("pause -p 12 -m 3"), Ok(Command::Pause(TARGET, None)));
+    assert_eq!(line("pause -p 12 -m 3 -t 5"), Ok(Command::Pause(TARGET, Some(Duration::from_secs(5)))));
+    assert_eq!(line("unpause -p 12 -m 3"), Ok(Command::Unpause(TARGET, Reopen::default())));
+    let change = Reopen {
+        image: Some("vhd:/b".parse().unwrap()),
+        secondary: Some(Secondary::Nothing),
+        log: Some("/log".into()),
+    };
+    assert_eq!(line("unpause -p 12 -m 3 -a vhd:/b -2 null -c /log"), Ok(Command::Unpause(TARGET, change)));
+    let child = "vhd:/c".parse().unwrap();
+    assert_eq!(line("snapshot -p 12 -m 3 -a vhd:/c"), Ok(Command::Snapshot(TARGET, child)));
+    assert_eq!(line("limit -p 12 -m 3"), Ok(Command::Limit(TARGET, LimitChange::default())));
+    let change = LimitChange { iops: Some(0), burst_bps: Some(4096), ..LimitChange::default() };
+    assert_eq!(line("limit -p 12 -m 3 --iops 0 --burst-bps=4K"), Ok(Command::Limit(TARGET, change)));
+    assert_eq!(line("stats -p 12 -m 3"), Ok(Command::Stats(TARGET, false)));
+    assert_eq!(line("stats -p 12 -m 3 --full"), Ok(Command::Stats(TARGET, true)));
+    for text in
+        ["snapshot -p 12 -m 3", "limit -p 12 -m 3 --reads 1", "pause -p 12", "unpause -m 3", "stats -f"]
+    {
+        assert!(line(text).is_err(), "{text:?}");
+    }
+}
+
+#[test]
+fn relative_images_become_absolute_and_absolute_ones_stay() {
+    let Ok(Command::Create(opening, None)) = line("create -a vhd:disk.vhd") else { panic!() };
+    assert_eq!(opening.params.image.path, std::path::absolute("disk.vhd").unwrap().to_str().unwrap());
+    let Ok(Command::Create(opening, None)) = line("create -a vhd:/a//b/../c") else { panic!() };
+    assert_eq!(opening.params.image.path, "/a//b/../c");
+}
+
+#[test]
+fn the_size_of_a_null_image_is_no_path() {
+    let Ok(Command::Create(opening, Some("pool"))) = line("create -a null:64G --engine pool") else {
+        panic!()
+    };
+    assert_eq!(opening.params.image.path, "64G");
+    let Ok(Command::List(filter)) = line("list -t null -f 64G") else { panic!() };
+    assert_eq!(filter.path.as_deref(), Some("64G"));
+}
+
+#[test]
+fn an_engine_is_chosen_where_a_tapdisk_is_started() {
+    for name in ["auto", "uring", "pool"] {
+        assert_eq!(line(&format!("spawn --engine {name}")), Ok(Command::Spawn(Some(name))));
+        assert_eq!(line(&format!("spawn --engine={name}")), Ok(Command::Spawn(Some(name))));
+    }
+    let error = line("spawn --engine aio").unwrap_err();
+    assert!(error.message.contains("uring, pool or auto"), "{error}");
+    assert!(line("open -p 12 -m 3 -a vhd:/a --engine pool").is_err());
+}
+
+#[test]
+fn a_new_size_is_in_mebibytes() {
+    assert_eq!(line("resize -p 12 -m 3"), Ok(Command::Resize(TARGET, None)));
+    assert_eq!(line("resize -p 12 -m 3 -s 4096"), Ok(Command::Resize(TARGET, Some(4 << 30))));
+    for text in ["", "-p 12", "-m 3", "-p 12 -m 3 -s 0", "-p 12 -m 3 -s 1G", "-p 12 -m 3 -s -1"] {
+        assert!(line(&format!("resize {text}")).is_err(), "{text:?}");
+    }
+    assert!(line("resize -p 12 -m 3 -s 99999999999999999").is_err());
+}

@@ -1,0 +1,116 @@
+//! What a disk has done since it was opened, pauses not counted as an end.
+
+use serde::{Deserialize, Serialize};
+
+use super::{ImageSpec, Limits, RingEntry};
+
+/// The statistics of an open disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// The leaf.
+    pub image: ImageSpec,
+    /// It is paused.
+    #[serde(default)]
+    pub paused: bool,
+    /// Sectors of 512 bytes moved for frontends.
+    pub sectors: ReadWrite,
+    /// Requests served for frontends, whatever came of them.
+    #[serde(default)]
+    pub requests: ReadWrite,
+    /// Requests in flight.
+    pub outstanding: u64,
+    /// Requests that are never answered, because the disk was stopped.
+    #[serde(default)]
+    pub held: u64,
+    /// Age of the oldest request in flight, in milliseconds.
+    #[serde(default)]
+    pub oldest_ms: Option<u64>,
+    /// How often a frontend had requests and had to wait, because the limits did not allow them yet.
+    #[serde(default)]
+    pub throttled: u64,
+    /// What it may do in a second.
+    #[serde(default)]
+    pub limit: Limits,
+    /// The frontends.
+    pub rings: Vec<RingStats>,
+    /// What the disk itself tells.
+    pub disk: DiskStats,
+}
+
+/// What a disk tells of its images. Those of a paused disk are not known.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStats {
+    /// The images, the leaf first.
+    pub images: Vec<ImageStats>,
+    /// The secondary image.
+    #[serde(default)]
+    pub mirror: Option<MirrorStats>,
+    /// A read cache.
+    #[serde(default)]
+    pub cache: Option<CacheStats>,
+}
+
+/// A number for reads, and one for writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadWrite {
+    /// For reads.
+    pub read: u64,
+    /// For writes.
+    pub write: u64,
+}
+
+/// An image of a chain.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageStats {
+    /// Which.
+    pub image: ImageSpec,
+    /// Sectors that were found in it, and written to it.
+    pub hits: ReadWrite,
+    /// Transfers that failed.
+    pub fail: ReadWrite,
+}
+
+/// A frontend: all its rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RingStats {
+    /// Which.
+    pub entry: RingEntry,
+    /// Its rings.
+    pub queues: u64,
+    /// Requests taken.
+    pub taken: u64,
+    /// Requests answered.
+    pub answered: u64,
+    /// Notifications heard.
+    pub kicked: u64,
+    /// Notifications sent.
+    pub kicks: u64,
+    /// Requests refused because they make no sense.
+    pub malformed: u64,
+    /// Requests answered with an error.
+    pub failed: u64,
+}
+
+/// The state of a secondary image.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MirrorStats {
+    /// Bytes of the disk that both images are known to agree on.
+    pub copied: u64,
+    /// Bytes of the disk.
+    pub total: u64,
+    /// Why it gets no more writes, if so.
+    pub failed: Option<String>,
+}
+
+/// The state of a read cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheStats {
+    /// Sectors found in it.
+    pub hits: u64,
+    /// Sectors that were not.
+    pub misses: u64,
+    /// Bytes it holds.
+    pub bytes: u64,
+    /// Bytes it may hold.
+    pub limit: u64,
+}

@@ -1,0 +1,157 @@
+//! Statistics as text.
+//!
+//! XenServer's storage manager reads the output of `tap-ctl stats`; its names, odd ones included, are kept
+//! (xapi-project/blktap, `drivers/tapdisk-vbd.c:tapdisk_vbd_stats` and `drivers/td-stats.c`). What it has no name for is
+//! shown by `tap-ctl stats --full`, with the names of [`Stats`].
+
+use serde_json::{Value, json};
+
+use crate::proto::{ImageStats, ImageType, ReadWrite, RingStats, Stats};
+
+/// Requests in flight of one image at most; what XenServer's tapdisk says for its drivers.
+const MAX_REQUESTS: u64 = 352;
+
+/// One line of JSON, as XenServer's tapdisk writes it.
+pub fn xenserver(stats: &Stats) -> String {
+    let Stats { image, disk, .. } = stats;
+    let images: Vec<String> = disk
+        .images
+        .iter()
+        .enumerate()
+        .map(|(depth, image)| self::image(image, depth, stats.outstanding))
+        .collect();
+    // An object whose keys repeat, one for each frontend, is what is read: so it is put together as text.
+    let rings: String = stats.rings.iter().map(|ring| format!(", \"xenbus\": {}", xenbus(ring))).collect();
+    let mirror_failed = u8::from(disk.mirror.as_ref().is_some_and(|mirror| mirror.failed.is_some()));
+    format!(
+        "{{ \"name\": {}, \"secs\": {}, \"images\": [ {} ]{rings}, \"FIXME_enospc_redirect_count\": 0, \
+         \"nbd_mirror_failed\": {mirror_failed}, \"reqs_outstanding\": {}, \"read_caching\": {} }}",
+        text(&image.to_string()),
+        pair(stats.sectors),
+        images.join(", "),
+        stats.outstanding,
+        text(if disk.cache.is_some() { "true" } else { "false" }),
+    )
+}
+
+/// One line of JSON with everything there is.
+pub fn full(stats: &Stats) -> String {
+    serde_json::to_value(stats).unwrap_or_default().to_string()
+}
+
+fn image(stats: &ImageStats, depth: usize, outstanding: u64) -> String {
+    // Requests wait at the leaf, whatever layer their data comes from.
+    let pending = if depth == 0 { outstanding } else { 0 };
+    format!(
+        "{{ \"name\": {}, \"hits\": {}, \"fail\": {}, \"driver\": {{ \"type\": {}, \"name\": {}, \"status\": \
+         {{ \"reqs\": {{ \"max\": {MAX_REQUESTS}, \"pending\": {pending} }} }} }} }}",
+        text(&stats.image.path),
+        pair(stats.hits),
+        pair(stats.fail),
+        disk_type(stats.image.kind),
+        text(stats.image.kind.name()),
+    )
+}
+
+/// `DISK_TYPE_*` of `drivers/tapdisk-disktype.h`; -1 for a type it has not.
+fn disk_type(kind: ImageType) -> i8 {
+    match kind.name() {
+        "aio" => 0,
+        "sync" => 1,
+        "vmdk" => 2,
+        "vhdsync" => 3,
+        "vhd" => 4,
+        "ram" => 5,
+        "qcow" => 6,
+        "x-chain" => 14,
+        "nbd" => 17,
+        _ => -1,
+    }
+}
+
+fn xenbus(ring: &RingStats) -> Value {
+    json!({
+        "pool": "td-xenblkif",
+        "domid": ring.entry.domid,
+        "devid": ring.entry.vdev,
+        "reqs": [ring.taken, ring.answered],
+        "kicks": [ring.kicked, ring.kicks],
+        "errors": { "msg": ring.malformed, "map": 0, "vbd": 0, "img": ring.failed },
+    })
+}
+
+fn pair(counts: ReadWrite) -> String {
+    format!("[ {}, {} ]", counts.read, counts.write)
+}
+
+fn text(text: &str) -> Value {
+    Value::from(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::{CacheStats, DiskStats, Limits, MirrorStats, RingEntry};
+
+    fn stats() -> Stats {
+        let image = |text: &str, read, write| ImageStats {
+            image: text.parse().unwrap(),
+            hits: ReadWrite { read, write },
+            fail: ReadWrite::default(),
+        };
+        Stats {
+            image: "vhd:/a \"b".parse().unwrap(),
+            paused: false,
+            sectors: ReadWrite { read: 24, write: 8 },
+            requests: ReadWrite { read: 3, write: 1 },
+            outstanding: 2,
+            held: 0,
+            oldest_ms: Some(5),
+            throttled: 0,
+            limit: Limits::default(),
+            rings: Vec::new(),
+            disk: DiskStats {
+                images: vec![image("vhd:/a \"b", 8, 8), image("aio:/p", 16, 0)],
+                mirror: None,
+                cache: None,
+            },
+        }
+    }
+
+    #[test]
+    fn the_storage_manager_finds_the_names_it_knows() {
+        let expected = concat!(
+            r#"{ "name": "vhd:/a \"b", "secs": [ 24, 8 ], "images": [ "#,
+            r#"{ "name": "/a \"b", "hits": [ 8, 8 ], "fail": [ 0, 0 ], "driver": { "type": 4, "name": "vhd", "#,
+            r#""status": { "reqs": { "max": 352, "pending": 2 } } } }, "#,
+            r#"{ "name": "/p", "hits": [ 16, 0 ], "fail": [ 0, 0 ], "driver": { "type": 0, "name": "aio", "#,
+            r#""status": { "reqs": { "max": 352, "pending": 0 } } } } ], "FIXME_enospc_redirect_count": 0, "#,
+            r#""nbd_mirror_failed": 0, "reqs_outstanding": 2, "read_caching": "false" }"#,
+        );
+        assert_eq!(xenserver(&stats()), expected);
+        serde_json::from_str::<Value>(expected).unwrap();
+    }
+
+    #[test]
+    fn frontends_mirrors_and_caches_have_their_places() {
+        let mut stats = stats();
+        let ring = RingStats {
+            entry: RingEntry { domid: 7, vdev: 51712 },
+            queues: 2,
+            taken: 5,
+            answered: 3,
+            kicked: 4,
+            kicks: 2,
+            malformed: 1,
+            failed: 0,
+        };
+        stats.rings = vec![ring];
+        stats.disk.mirror = Some(MirrorStats { copied: 1, total: 2, failed: Some("gone".into()) });
+        stats.disk.cache = Some(CacheStats::default());
+        let value: Value = serde_json::from_str(&xenserver(&stats)).unwrap();
+        assert_eq!(value["xenbus"]["reqs"], json!([5, 3]));
+        assert_eq!((&value["nbd_mirror_failed"], &value["read_caching"]), (&json!(1), &json!("true")));
+        let value: Value = serde_json::from_str(&full(&stats)).unwrap();
+        assert_eq!(value["disk"]["mirror"]["failed"], json!("gone"));
+    }
+}

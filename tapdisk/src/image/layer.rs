@@ -1,0 +1,129 @@
+//! One image of a chain, whatever its format.
+
+use std::ops::Range;
+
+use blkif::Sector;
+use blkif::ids::SECTOR_SIZE;
+use nix::errno::Errno;
+use vhd::Vhd;
+
+use super::Extent;
+use super::chain::Chain;
+use super::file::ImageFile;
+use super::formatted::Formatted;
+use super::null::Null;
+use super::raw::Raw;
+use crate::buf::Buf;
+use crate::io::Io;
+
+/// An open image.
+#[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a disk has a few, which never move; the way to the file is the hot one"
+)]
+pub enum Layer {
+    /// Sectors as they are.
+    Raw(Raw),
+    /// VHD.
+    Vhd(Box<Formatted<Vhd>>),
+    /// No image.
+    Null(Null),
+}
+
+impl Layer {
+    /// The file of an image that has just one.
+    pub fn file(&self) -> Option<&ImageFile> {
+        match self {
+            Layer::Raw(raw) => Some(&raw.file),
+            Layer::Vhd(vhd) => Some(&vhd.file),
+            Layer::Null(_) => None,
+        }
+    }
+
+    /// Capacity in sectors by the image itself. A null image has none.
+    pub fn sectors(&self) -> u64 {
+        match self {
+            Layer::Raw(raw) => raw.sectors(),
+            Layer::Vhd(vhd) => vhd.sectors(),
+            Layer::Null(_) => 0,
+        }
+    }
+
+    /// The file that holds `count` sectors as they are, one after another, and the byte offset, if that is known at once.
+    pub fn place(&self, sector: Sector, count: u32) -> Option<(&ImageFile, u64)> {
+        match self {
+            Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
+            Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
+            Layer::Null(_) => None,
+        }
+    }
+
+    /// The file and byte offset to write `count` sectors to, if that is all there is to do.
+    pub fn overwrite(&self, sector: Sector, count: u32) -> Option<(&ImageFile, u64)> {
+        match self {
+            Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
+            Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
+            Layer::Null(_) => None,
+        }
+    }
+
+    /// Where sectors lie: the longest prefix with one answer.
+    pub async fn map(&self, io: &Io, sector: Sector, count: u32) -> Result<Extent, Errno> {
+        match self {
+            Layer::Raw(raw) => Ok(raw.map(sector, count)),
+            Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
+            Layer::Null(null) => Ok(null.map(count)),
+        }
+    }
+
+    /// Reads the first of the sectors for which [`Layer::map`] says [`Extent::Own`] into the beginning of `range` of `buf`.
+    /// Returns how many bytes; 0: ask [`Layer::map`] again.
+    pub async fn read(
+        &self,
+        io: &Io,
+        sector: Sector,
+        buf: &Buf,
+        range: Range<usize>,
+    ) -> Result<usize, Errno> {
+        match self {
+            Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
+            Layer::Raw(_) | Layer::Null(_) => Ok(0),
+        }
+    }
+
+    /// Writes `range` of `buf`, whole sectors, from `sector` on. `chain` is the one that this is the leaf of.
+    pub async fn write(
+        &self,
+        io: &Io,
+        chain: &Chain,
+        sector: Sector,
+        buf: &Buf,
+        range: Range<usize>,
+    ) -> Result<(), Errno> {
+        match self {
+            Layer::Raw(raw) => {
+                let offset = sector.0.checked_mul(SECTOR_SIZE).ok_or(Errno::EINVAL)?;
+                io.write(&raw.file, offset, buf, range).await
+            }
+            Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
+            Layer::Null(_) => Ok(()),
+        }
+    }
+
+    /// Makes all that was written durable.
+    pub async fn flush(&self, io: &Io) -> Result<(), Errno> {
+        match self.file() {
+            Some(file) => io.fdatasync(file).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Brings an image that was written into its resting state; [`Layer::flush`] makes that durable. Nothing may be in flight.
+    pub async fn close(&self, io: &Io) -> Result<(), Errno> {
+        match self {
+            Layer::Vhd(vhd) => vhd.close(io).await,
+            Layer::Raw(_) | Layer::Null(_) => Ok(()),
+        }
+    }
+}

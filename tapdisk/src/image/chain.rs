@@ -22,7 +22,8 @@ pub struct Chain {
     pub leaf: Layer,
     /// The others, the nearest first.
     pub parents: Vec<Layer>,
-    io: Io,
+    /// The thread's means.
+    pub(super) io: Io,
 }
 
 /// Where the first sectors of a range are.

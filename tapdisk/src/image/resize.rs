@@ -5,6 +5,7 @@ use nix::errno::Errno;
 
 use super::Disk;
 use super::file::ImageFile;
+use super::filter::Filters;
 use super::layer::Layer;
 
 /// What a size that was asked for comes to.
@@ -51,9 +52,24 @@ impl Disk {
         if self.resizing.replace(true) {
             return Err(Errno::EBUSY);
         }
-        let result = self.change_size(size).await;
+        let result = match &self.filters {
+            None => self.change_size(size).await,
+            Some(filters) => Box::pin(self.change_size_below(filters, size)).await,
+        };
         self.resizing.set(false);
         result.map(|()| self.sectors())
+    }
+
+    async fn change_size_below(&self, filters: &Filters, size: Option<u64>) -> Result<(), Errno> {
+        if filters.is_mirroring() && size.is_none_or(|size| size != self.sectors() * SECTOR_SIZE) {
+            return Err(self.refuse_size(
+                "it has a secondary image: end the mirroring first (tap-ctl pause, unpause -2 null)",
+            ));
+        }
+        self.change_size(size).await?;
+        // The guest is not told before: it writes nothing yet to what is new.
+        filters.grown(self.sectors()).await;
+        Ok(())
     }
 
     async fn change_size(&self, size: Option<u64>) -> Result<(), Errno> {

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod handles;
+mod sealed;
 
 use std::future::Future;
 use std::path::Path;
@@ -46,19 +47,19 @@ fn run_on<F: Future<Output = ()> + 'static>(engine: EngineChoice, task: impl FnO
     }
 }
 
-fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {
+pub(in crate::image) fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {
     let path = path.to_str().unwrap().to_owned();
     OpenParams { readonly, ..OpenParams::new(ImageSpec { kind, path }) }
 }
 
-async fn write(disk: &Disk, io: &Io, sector: u64, bytes: &[u8]) -> Result<(), Errno> {
-    let mut buf = io.pool.data(bytes.len()).unwrap();
+pub(in crate::image) async fn write(disk: &Disk, io: &Io, sector: u64, bytes: &[u8]) -> Result<(), Errno> {
+    let mut buf = io.pool.data_soon(bytes.len()).await.unwrap();
     buf.bytes_mut().copy_from_slice(bytes);
     disk.write(Sector(sector), &buf).await
 }
 
-async fn read(disk: &Disk, io: &Io, sector: u64, sectors: usize) -> Vec<u8> {
-    let mut buf = io.pool.data(sectors * 512).unwrap();
+pub(in crate::image) async fn read(disk: &Disk, io: &Io, sector: u64, sectors: usize) -> Vec<u8> {
+    let mut buf = io.pool.data_soon(sectors * 512).await.unwrap();
     buf.bytes_mut().fill(0xee);
     disk.read(Sector(sector), &buf).await.unwrap();
     buf.bytes().to_vec()
@@ -178,11 +179,15 @@ fn a_parent_in_use_by_a_reader_can_be_shared_but_not_written() {
 }
 
 /// Creates a dynamic VHD of `mib` MiB.
-fn make(path: &Path, mib: u64) {
+pub(in crate::image) fn make(path: &Path, mib: u64) {
     create(path, DiskType::Dynamic, mib << 20, 0, None);
 }
 
-fn snapshot(child: &Path, parent: &Path) {
+pub(in crate::image) fn snapshot(child: &Path, parent: &Path) {
+    snapshot_with(child, parent, None);
+}
+
+fn snapshot_with(child: &Path, parent: &Path, key: Option<::vhd::key::KeyHash>) {
     let file = std::fs::File::open(parent).unwrap();
     let mut read =
         |offset: u64, bytes: &mut [u8]| std::os::unix::fs::FileExt::read_exact_at(&file, bytes, offset);
@@ -190,10 +195,21 @@ fn snapshot(child: &Path, parent: &Path) {
     let core = ::vhd::Vhd::open(source, &::vhd::OpenOptions::default()).unwrap();
     let name = parent.file_name().unwrap().to_str().unwrap().to_owned();
     let parent = NewParent { uuid: core.uuid(), timestamp: 0, path: format!("./{name}"), name };
-    create(child, DiskType::Differencing, core.sectors() * 512, 0, Some(parent));
+    create_with(child, DiskType::Differencing, core.sectors() * 512, 0, Some(parent), key);
 }
 
 fn create(path: &Path, kind: DiskType, size: u64, max_size: u64, parent: Option<NewParent>) {
+    create_with(path, kind, size, max_size, parent, None);
+}
+
+fn create_with(
+    path: &Path,
+    kind: DiskType,
+    size: u64,
+    max_size: u64,
+    parent: Option<NewParent>,
+    key: Option<::vhd::key::KeyHash>,
+) {
     static CREATED: AtomicU64 = AtomicU64::new(1);
     let mut id = [0; 16];
     id[..8].copy_from_slice(&CREATED.fetch_add(1, Ordering::Relaxed).to_be_bytes());
@@ -205,7 +221,7 @@ fn create(path: &Path, kind: DiskType, size: u64, max_size: u64, parent: Option<
         uuid: ::vhd::Uuid::from_random(id),
         timestamp: 0,
         parent,
-        key: None,
+        key,
     };
     let bytes = image.build(None).unwrap();
     let file = std::fs::File::create(path).unwrap();
@@ -333,7 +349,7 @@ proptest! {
 }
 
 /// Polls several futures of one task until all are done.
-async fn join(futures: impl Iterator<Item = impl Future<Output = ()>>) {
+pub(in crate::image) async fn join(futures: impl Iterator<Item = impl Future<Output = ()>>) {
     let mut futures: Vec<_> = futures.map(|future| Some(Box::pin(future))).collect();
     std::future::poll_fn(|context| {
         for place in &mut futures {

@@ -104,6 +104,9 @@ impl Chain {
             (Place::File(file, offset), count) if count == all => {
                 self.io.read(file, offset, buf, range).await
             }
+            (Place::Layer(Layer::Nbd(nbd)), count) if count == all => {
+                nbd.read(&self.io, sector, buf, range).await
+            }
             _ => self.read_scattered(sector, buf, range).await,
         }
     }

@@ -67,6 +67,7 @@ impl Chain {
             Layer::Raw(raw) => raw.file.store().discard,
             // In units of the store's, which the format keeps the guest's sectors aligned with.
             Layer::Vhd(vhd) => vhd.file.store().discard.map(|limits| Discard { secure: false, ..limits }),
+            Layer::Nbd(nbd) => nbd.discard_limits(),
             Layer::Null(_) => None,
         }
     }
@@ -77,6 +78,7 @@ impl Chain {
         let raw = match &self.leaf {
             Layer::Raw(raw) => raw,
             Layer::Vhd(vhd) => return vhd.discard(&self.io, sector, count).await,
+            Layer::Nbd(nbd) => return nbd.discard(&self.io, sector, count).await,
             Layer::Null(_) => return Err(Errno::EOPNOTSUPP),
         };
         let end = sector.0.checked_add(count).ok_or(Errno::EINVAL)?;

@@ -1,6 +1,7 @@
 //! One image of a chain, whatever its format.
 
 use std::ops::Range;
+use std::path::Path;
 
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
@@ -11,6 +12,7 @@ use super::Extent;
 use super::chain::Chain;
 use super::file::ImageFile;
 use super::formatted::Formatted;
+use super::nbd::Nbd;
 use super::null::Null;
 use super::raw::Raw;
 use crate::buf::Buf;
@@ -27,6 +29,8 @@ pub enum Layer {
     Raw(Raw),
     /// VHD.
     Vhd(Box<Formatted<Vhd>>),
+    /// What an NBD server has.
+    Nbd(Box<Nbd>),
     /// No image.
     Null(Null),
 }
@@ -37,7 +41,26 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
+        }
+    }
+
+    /// The image, for messages.
+    pub fn name(&self) -> &Path {
+        match self {
+            Layer::Raw(raw) => raw.file.path(),
+            Layer::Vhd(vhd) => vhd.file.path(),
+            Layer::Nbd(nbd) => nbd.name(),
+            Layer::Null(_) => Path::new("null"),
+        }
+    }
+
+    /// Physical block size of the store in bytes.
+    pub fn physical_block_size(&self) -> u32 {
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.block_size(),
+            (_, Some(file)) => file.store().physical_block_size,
+            (_, None) => 512,
         }
     }
 
@@ -46,6 +69,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
+            Layer::Nbd(nbd) => nbd.sectors(),
             Layer::Null(_) => 0,
         }
     }
@@ -55,7 +79,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
 
@@ -64,7 +88,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
 
@@ -73,6 +97,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
+            Layer::Nbd(_) => Ok(Extent::Own { count }),
             Layer::Null(null) => Ok(null.map(count)),
         }
     }
@@ -88,6 +113,10 @@ impl Layer {
     ) -> Result<usize, Errno> {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
+            Layer::Nbd(nbd) => {
+                let len = range.len();
+                nbd.read(io, sector, buf, range).await.map(|()| len)
+            }
             Layer::Raw(_) | Layer::Null(_) => Ok(0),
         }
     }
@@ -107,15 +136,17 @@ impl Layer {
                 io.write(&raw.file, offset, buf, range).await
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
+            Layer::Nbd(nbd) => nbd.write(io, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
     }
 
     /// Makes all that was written durable.
     pub async fn flush(&self, io: &Io) -> Result<(), Errno> {
-        match self.file() {
-            Some(file) => io.fdatasync(file).await,
-            None => Ok(()),
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.flush(io).await,
+            (_, Some(file)) => io.fdatasync(file).await,
+            (_, None) => Ok(()),
         }
     }
 
@@ -123,7 +154,7 @@ impl Layer {
     pub async fn close(&self, io: &Io) -> Result<(), Errno> {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
-            Layer::Raw(_) | Layer::Null(_) => Ok(()),
+            Layer::Raw(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(()),
         }
     }
 }

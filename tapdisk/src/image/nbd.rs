@@ -189,7 +189,10 @@ impl Nbd {
     /// The parts in which bytes from `offset` on are moved: position and range.
     fn parts(&self, offset: u64, range: Range<usize>) -> impl Iterator<Item = (u64, Range<usize>)> + use<> {
         let (first, most) = (range.start, self.most().max(512));
-        range.clone().step_by(most).map(move |at| (offset + (at - first) as u64, at..range.end.min(at + most)))
+        range
+            .clone()
+            .step_by(most)
+            .map(move |at| (offset + (at - first) as u64, at..range.end.min(at + most)))
     }
 
     /// Reads whole blocks.
@@ -227,8 +230,7 @@ impl Nbd {
         let start = self.inside(sector, len)?;
         let block = u64::from(self.block_size());
         let (mut at, end) = (start.next_multiple_of(block), (start + len) / block * block);
-        let command =
-            if self.can(TransmissionFlags::TRIM) { Command::Trim } else { Command::WriteZeroes };
+        let command = if self.can(TransmissionFlags::TRIM) { Command::Trim } else { Command::WriteZeroes };
         while at < end {
             // Without payload, so that the server's limit for one does not count; 1 GiB takes it a moment.
             let part = (end - at).min(1 << 30);
@@ -281,14 +283,6 @@ impl Nbd {
             .await
     }
 
-    /// Ends the connection. Nothing is in flight.
-    pub async fn close(&self, io: &Io) {
-        let connection = self.connection.take();
-        if let Some(connection) = connection {
-            connection.end(io).await;
-        }
-    }
-
     /// Carries a request out, on as many connections as it takes.
     async fn request(&self, io: &Io, ask: &Ask, body: &Body<'_>) -> Result<Vec<nbd::wire::Extent>, Errno> {
         loop {
@@ -320,7 +314,8 @@ impl Nbd {
         *current = None;
         log::warn!("{}: {why}; connecting anew, requests wait", self.name.display());
         self.failures.set(if connection.has_answered() { 0 } else { self.failures.get().saturating_add(1) });
-        if self.trouble.get().is_none() {
+        // One that was fine for long, with nothing to do, begins new trouble.
+        if self.trouble.get().is_none() || connection.begun.elapsed() > self.limits.reconnect {
             self.trouble.set(Some(Instant::now()));
         }
     }
@@ -399,7 +394,8 @@ impl Nbd {
         let attempts = self.attempts(until, self.failures.get()).map_err(|error| error.to_string())?;
         let byte = io.pool.meta().await;
         while let Some(piece) = byte.piece(0..1) {
-            let rung = connection::interruptible(&attempts.bell, io.reactor.receive(attempts.bell.as_fd(), piece));
+            let rung =
+                connection::interruptible(&attempts.bell, io.reactor.receive(attempts.bell.as_fd(), piece));
             match rung.await {
                 Err(Errno::EINTR | Errno::EAGAIN) => {}
                 _ => break,

@@ -19,6 +19,7 @@ use super::file::{ImageFile, Mode};
 use super::filter::Filters;
 use super::formatted::Formatted;
 use super::layer::Layer;
+use super::nbd::{self, Nbd};
 use super::null::Null;
 use super::raw::Raw;
 use super::share::Common;
@@ -92,6 +93,11 @@ pub(super) fn open_images(params: &OpenParams, io: &Io) -> Result<Images, OpenEr
             let raw = Raw::new(ram::open(&params.image.path)?)?;
             let sectors = raw.sectors();
             return Ok(Images::new(Layer::Raw(raw), Vec::new(), sectors, io));
+        }
+        ImageType::Nbd => {
+            let nbd = Nbd::open(&params.image.path, params.readonly, nbd::Limits::default(), io)?;
+            let sectors = nbd.sectors();
+            return Ok(Images::new(Layer::Nbd(Box::new(nbd)), Vec::new(), sectors, io));
         }
         ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
         _ => ImageFile::open(path, mode, !params.buffered)?,

@@ -19,14 +19,16 @@ use std::fmt;
 use std::future::Future;
 use std::net::Shutdown;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use std::time::Instant;
 
 use nbd::client::{Ask, Export, Outcome, Session, Slot, Step, Violation, disconnect};
 use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, send};
 
 use self::inbox::Inbox;
 use self::outbox::{Batch, Outbox};
@@ -82,6 +84,8 @@ pub struct Connection {
     socket: UnixStream,
     /// What it is for.
     pub export: Export,
+    /// When the transmission phase began.
+    pub begun: Instant,
     session: RefCell<Session>,
     waiters: RefCell<Vec<Waiter>>,
     broken: RefCell<Option<Broken>>,
@@ -106,6 +110,7 @@ impl Connection {
             // Whatever its family: what is used of it is the descriptor and shutdown(2).
             socket: socket.into(),
             export,
+            begun: Instant::now(),
             session: RefCell::new(Session::new(&export)),
             waiters: RefCell::default(),
             broken: RefCell::default(),
@@ -162,14 +167,6 @@ impl Connection {
             self.session.borrow_mut().release(slot);
         }
         outcome
-    }
-
-    /// Tells the server that nothing more will come. No request is in flight.
-    pub async fn end(&self, io: &Io) {
-        if self.check().is_ok() && self.put_all(io, &disconnect(), &Body::None).await.is_ok() {
-            let _ = self.send_batch(io).await;
-        }
-        self.give_up(Broken::Lost("the disk was closed".into()));
     }
 
     fn enter(&self, slot: Slot) {
@@ -323,6 +320,16 @@ impl Connection {
 
     fn interruptible<'a>(&'a self, op: Op<'a>) -> impl Future<Output = Result<u32, Errno>> + 'a {
         interruptible(&self.socket, op)
+    }
+}
+
+impl Drop for Connection {
+    /// Tells the server that nothing more will come, so that it sees no loss.
+    fn drop(&mut self) {
+        if self.broken.get_mut().is_none() && self.session.get_mut().is_idle() {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            let _ = send(self.socket.as_raw_fd(), &disconnect(), flags);
+        }
     }
 }
 

@@ -162,7 +162,8 @@ impl Shared {
     fn pause(&self, time: Duration) -> bool {
         let going = |state: &mut State| !state.cancelled;
         let state = self.state();
-        let waited = self.changed.wait_timeout_while(state, time, going).unwrap_or_else(PoisonError::into_inner);
+        let waited =
+            self.changed.wait_timeout_while(state, time, going).unwrap_or_else(PoisonError::into_inner);
         !waited.0.cancelled
     }
 }

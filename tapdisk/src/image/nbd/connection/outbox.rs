@@ -102,7 +102,13 @@ impl Outbox {
 
 impl Connection {
     /// Puts a whole request into the buffers, behind those that were put in before.
-    pub(super) async fn put(&self, io: &Io, slot: Slot, header: &[u8], body: &Body<'_>) -> Result<(), Broken> {
+    pub(super) async fn put(
+        &self,
+        io: &Io,
+        slot: Slot,
+        header: &[u8],
+        body: &Body<'_>,
+    ) -> Result<(), Broken> {
         self.put_all(io, header, body).await?;
         let batch = Batch(self.outbox.batch.get());
         self.with_waiter(slot, |waiter| waiter.batch = Some(batch));
@@ -121,7 +127,8 @@ impl Connection {
         outbox.put_bytes(header);
         match body {
             Body::None | Body::Receive(..) => Ok(()),
-            Body::Bytes(mut bytes) => {
+            Body::Bytes(bytes) => {
+                let mut bytes = *bytes;
                 while !bytes.is_empty() {
                     self.make_room(io, 1).await?;
                     let (part, rest) = bytes.split_at(outbox.room().min(bytes.len()));

@@ -6,6 +6,7 @@ use std::path::Path;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
+use qcow::v1::Qcow;
 use vhd::Vhd;
 
 use super::Extent;
@@ -29,6 +30,8 @@ pub enum Layer {
     Raw(Raw),
     /// VHD.
     Vhd(Box<Formatted<Vhd>>),
+    /// qcow, version 1.
+    Qcow(Box<Formatted<Qcow>>),
     /// What an NBD server has.
     Nbd(Box<Nbd>),
     /// No image.
@@ -41,17 +44,17 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
+            Layer::Qcow(qcow) => Some(&qcow.file),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
 
     /// The image, for messages.
     pub fn name(&self) -> &Path {
-        match self {
-            Layer::Raw(raw) => raw.file.path(),
-            Layer::Vhd(vhd) => vhd.file.path(),
-            Layer::Nbd(nbd) => nbd.name(),
-            Layer::Null(_) => Path::new("null"),
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.name(),
+            (_, Some(file)) => file.path(),
+            (_, None) => Path::new("null"),
         }
     }
 
@@ -69,6 +72,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
+            Layer::Qcow(qcow) => qcow.sectors(),
             Layer::Nbd(nbd) => nbd.sectors(),
             Layer::Null(_) => 0,
         }
@@ -79,6 +83,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
+            Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -88,6 +93,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
+            Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -97,6 +103,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
+            Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
             Layer::Nbd(_) => Ok(Extent::Own { count }),
             Layer::Null(null) => Ok(null.map(count)),
         }
@@ -113,6 +120,7 @@ impl Layer {
     ) -> Result<usize, Errno> {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
+            Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
             Layer::Nbd(nbd) => {
                 let len = range.len();
                 nbd.read(io, sector, buf, range).await.map(|()| len)
@@ -136,6 +144,7 @@ impl Layer {
                 io.write(&raw.file, offset, buf, range).await
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
+            Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
             Layer::Nbd(nbd) => nbd.write(io, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
@@ -154,6 +163,7 @@ impl Layer {
     pub async fn close(&self, io: &Io) -> Result<(), Errno> {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
+            Layer::Qcow(qcow) => qcow.close(io).await,
             Layer::Raw(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(()),
         }
     }

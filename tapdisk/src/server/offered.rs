@@ -9,7 +9,6 @@ pub(super) fn refusal(params: &OpenParams) -> Option<&'static str> {
         (params.local_cache, "a local read cache (-r)"),
         (params.shared_parent.is_some(), "another disk as parent (-e)"),
         (params.timeout.is_some(), "a request timeout (-t)"),
-        (params.limit.any(), "a limit (--limit)"),
     ];
     asked.into_iter().find_map(|(asked, name)| asked.then_some(name))
 }

@@ -83,9 +83,8 @@ fn agree(socket: BorrowedFd<'_>, name: &str, deadline: Instant) -> Result<Export
         errno => format!("the handshake with the NBD server failed: {}", errno.desc()),
     };
     let mut handshake = Handshake::new(name);
-    let mut bytes = Vec::new();
     loop {
-        bytes.resize(handshake.wants(), 0);
+        let mut bytes = vec![0; handshake.wants()];
         let count = receive(socket, &mut bytes, deadline).map_err(failed)?;
         let agreed = handshake.input(bytes.get(..count).unwrap_or_default()).map_err(|e| e.to_string())?;
         send_all(socket, &handshake.output(), deadline).map_err(failed)?;

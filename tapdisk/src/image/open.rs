@@ -23,7 +23,7 @@ use super::null::Null;
 use super::raw::Raw;
 use super::share::Common;
 use super::stack::{self, Stack};
-use super::{Disk, OpenError, policy, ram};
+use super::{Disk, OpenError, cache, policy, ram};
 use crate::io::Io;
 
 /// What a child says of its parent.
@@ -147,6 +147,9 @@ impl<'a> Opener<'a> {
             ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
             _ => ImageFile::open(path, mode, !self.params.buffered)?,
         };
+        if self.below {
+            keep(&file)?;
+        }
         self.open_file(image.kind, file, writable)
     }
 
@@ -184,6 +187,7 @@ impl Opener<'_> {
             // Before the lock: an image that is its own ancestor would otherwise be told to be in use, by ourselves.
             self.enter(&file)?;
             file.lock(Mode::Shared)?;
+            keep(&file)?;
             let opened = self.open(backing.kind(), file, false)?;
             if let (Backing::Vhd(parent), Layer::Vhd(vhd)) = (&backing, &opened.layer) {
                 check_identity(parent, vhd.with_core(Vhd::uuid)).map_err(|error| refuse(&path, &error))?;
@@ -243,6 +247,12 @@ impl Backing {
     fn proves_itself(&self) -> bool {
         matches!(self, Backing::Vhd(parent) if !parent.uuid.is_null())
     }
+}
+
+/// Has the cache for parents, if there is one, keep what is read of one.
+fn keep(file: &ImageFile) -> Result<(), OpenError> {
+    let kept = cache::shared().map_or(Ok(()), |cache| file.keep_in(&cache));
+    kept.map_err(|error| OpenError::io(file.path(), "cannot stat", &error))
 }
 
 /// The canonical path of the parent that `child` names.

@@ -6,8 +6,9 @@ DENY_VERSION := 0.20.2
 DENY := target/tools/bin/cargo-deny
 PREFIX ?= /usr
 DESTDIR ?=
+TOOLS := xenio tap-ctl tap-img vhd-util cbt-util
 
-.PHONY: all demo test check fmt clippy deny unit loom doc xen bench bench-xen deps release install clean
+.PHONY: all demo test check fmt clippy deny unit loom doc xen bench bench-formats bench-xen deps release install clean
 
 all: release
 
@@ -61,6 +62,13 @@ bench: deps
 	$(CARGO) build --release --locked -p integration --bins
 	$(CARGO) run --release --locked --quiet -p integration --bin bench -- --file $(BENCH_FILE) $(BENCH_ARGS)
 
+## bench-formats: VHD and qcow2 against raw, a chain of 30, growing images against qemu-nbd; into target/bench-formats.json
+bench-formats: deps
+	mkdir -p target
+	$(CARGO) build --release --locked -p integration --bins
+	$(CARGO) run --release --locked --quiet -p integration --bin bench -- --formats --file target/bench-formats.img --mib 4096 \
+		--json target/bench-formats.json --rounds 3 $(BENCH_ARGS)
+
 deps:
 	integration/deps.sh
 
@@ -68,7 +76,7 @@ release:
 	$(CARGO) build --release --locked --workspace --exclude integration --bins
 
 install: release
-	install -D -m 755 -t $(DESTDIR)$(PREFIX)/sbin target/release/xenio target/release/tap-ctl target/release/vhd-util
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/sbin $(addprefix target/release/,$(TOOLS))
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/xenio target/release/tapdisk
 
 clean:

@@ -37,7 +37,9 @@
 )]
 
 pub mod blocking;
+pub mod cache;
 pub mod cipher;
+pub mod inflate;
 mod source;
 #[cfg(feature = "testing")]
 pub mod testing;

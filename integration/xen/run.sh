@@ -15,7 +15,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 TOP=$(cd "$HERE/../.." && pwd)
 CACHE=${XENIO_TESTBED_CACHE:-$TOP/target/xen-testbed}
 BIN=${XENIO_BIN_DIR:-${CARGO_TARGET_DIR:-$TOP/target}/release}
-PROGRAMS=(xenio tapdisk tap-ctl vhd-util)
+PROGRAMS=(xenio tapdisk tap-ctl vhd-util tap-img)
 PARAMETERS=()
 # Longest silence of dom0 outside of a scenario: the boot, on a loaded machine.
 BOOT_LIMIT=240

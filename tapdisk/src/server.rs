@@ -263,11 +263,14 @@ impl<X: Xen> Server<X> {
             Request::Resize { minor, size } => {
                 self.command(token, minor, |answer| Command::Resize(size, answer))
             }
-            Request::Pause { .. }
-            | Request::Unpause { .. }
-            | Request::Snapshot { .. }
-            | Request::Limit { .. }
-            | Request::Stats { .. } => {
+            Request::Pause { minor } => self.command(token, minor, Command::Pause),
+            Request::Unpause { minor, change } => {
+                self.command(token, minor, |answer| Command::Unpause(change, answer))
+            }
+            Request::Snapshot { minor, image } => {
+                self.command(token, minor, |answer| Command::Snapshot(image, answer))
+            }
+            Request::Limit { .. } | Request::Stats { .. } => {
                 Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that to a running disk".into()))
             }
             Request::Follow => {
@@ -326,11 +329,10 @@ impl<X: Xen> Server<X> {
     fn open(&mut self, token: Token, minor: Minor, params: OpenParams) -> Option<Reply> {
         match self.vbd(minor) {
             Err(reply) => return Some(reply),
-            Ok(Vbd { open: Some(open), .. }) => {
-                return Some(refuse(
-                    Errno::EALREADY,
-                    format!("minor {minor} has {} open already", open.image),
-                ));
+            Ok(vbd) if vbd.open.is_some() => {
+                let image =
+                    vbd.entry().image.map_or_else(|| "an image".to_owned(), |image| image.to_string());
+                return Some(refuse(Errno::EALREADY, format!("minor {minor} has {image} open already")));
             }
             Ok(_) => {}
         }
@@ -353,7 +355,7 @@ impl<X: Xen> Server<X> {
         match Worker::start(self.xen.clone(), Source::Open(params), self.engine, opened, noticed) {
             Ok(worker) => {
                 if let Ok(vbd) = self.vbd(minor) {
-                    vbd.open = Some(Open { image, worker, info: None, failed: None });
+                    vbd.open = Some(Open { worker, info: None, failed: None });
                 }
                 None
             }
@@ -454,6 +456,10 @@ impl<X: Xen> Server<X> {
             Notice::Resized(info) => {
                 log::info!("minor {minor}: has {} sectors now", info.sectors);
                 open.info = Some(info);
+            }
+            Notice::Reopened(info) => {
+                open.info = Some(info);
+                open.failed = None;
             }
             // Each of its threads says so.
             Notice::Failed(_) if open.failed.is_some() => return,

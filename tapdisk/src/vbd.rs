@@ -2,19 +2,21 @@
 
 use nix::errno::Errno;
 use tap_ctl::minors::{Claim, claim};
-use tap_ctl::proto::{DiskInfo, ImageSpec, Minor, VbdEntry};
+use tap_ctl::proto::{DiskInfo, Minor, VbdEntry};
 use tap_ctl::{ControlDir, Reply};
 
-use crate::worker::Worker;
+use crate::worker::{Phase, Status, Worker};
 
-/// State bit of XenServer's tapdisk for a VBD whose image was closed.
+/// State bits of XenServer's tapdisk (xapi-project/blktap, `drivers/tapdisk-vbd.h`).
 const STATE_CLOSED: u32 = 2;
+/// Asked to become quiet and to pause.
+const STATE_PAUSING: u32 = 4 | 0x10;
+/// Quiet, paused, and its image closed.
+const STATE_PAUSED: u32 = STATE_CLOSED | 8 | 0x20;
 
 /// An image being opened or open.
 #[derive(Debug)]
 pub struct Open {
-    /// The image.
-    pub image: ImageSpec,
     /// Its thread.
     pub worker: Worker,
     /// Known once it is open.
@@ -58,11 +60,16 @@ impl Vbd {
 
     /// The line of `tap-ctl list`.
     pub fn entry(&self) -> VbdEntry {
-        VbdEntry {
-            minor: self.minor,
-            state: if self.open.is_none() && self.closed_before { STATE_CLOSED } else { 0 },
-            image: self.open.as_ref().map(|open| open.image.clone()),
-            rings: self.open.as_ref().map(|open| open.worker.rings()).unwrap_or_default(),
-        }
+        let Some(open) = &self.open else {
+            let state = if self.closed_before { STATE_CLOSED } else { 0 };
+            return VbdEntry { minor: self.minor, state, image: None, rings: Vec::new() };
+        };
+        let Status { rings, phase, image } = open.worker.status();
+        let state = match phase {
+            Phase::Running => 0,
+            Phase::Pausing => STATE_PAUSING,
+            Phase::Paused => STATE_PAUSED,
+        };
+        VbdEntry { minor: self.minor, state, image, rings }
     }
 }

@@ -305,6 +305,8 @@ pub fn faults<S: Subject>(subject: &S, size: &Size, random: &mut Random) {
             allowed = Allowed::exactly(&contents);
         }
     }
+    // An image that is only read stays as a failure has left it.
+    disk.write(vec![(0, stamps(0, 1, 251))], random);
     let (storage, _) = disk.close();
     subject.check(&storage, true);
 }

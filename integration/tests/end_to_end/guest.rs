@@ -1,6 +1,5 @@
 //! Well-behaved guests, and the turns of a disk's life.
 
-use std::path::Path;
 use std::process::Command;
 
 use blkif::{Abi, DomId, RingOrder, Sector, Status};
@@ -10,13 +9,6 @@ use proptest::prelude::*;
 use super::support::*;
 
 const XVDB: u32 = 51728;
-
-/// Waits until a dead tapdisk's last I/O has ended: the kernel keeps its lock so long.
-fn wait_for_lock(path: &Path) {
-    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-    let lock = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
-    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLKW(&lock)).unwrap();
-}
 
 #[test]
 fn every_abi_and_ring_size_moves_the_same_bytes() {

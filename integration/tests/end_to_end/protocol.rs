@@ -194,8 +194,8 @@ fn discard_is_not_offered_and_not_served_where_it_must_not_be() {
     let status = |frontend: &mut Frontend| {
         frontend.run(Io::Discard { sector: Sector(0), count: 8, secure: false }).unwrap().status
     };
-    // A format that does not know it.
-    let (_, params) = vhd(&rig, "a.vhd", 4);
+    // A disk that has nothing to give back.
+    let params = "null:4M".to_owned();
     let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
     assert_eq!(published(&rig, &device, keys::FEATURE_DISCARD), 0);
     assert_eq!(status(&mut frontend), Status::NotSupported.wire());

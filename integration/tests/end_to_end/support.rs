@@ -1,7 +1,7 @@
 //! What the tests of this binary share: images, guests, and a storm of requests that is compared with a model.
 
 use std::collections::{HashMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use blkif::{DomId, Sector, keys};
 use integration::programs;
@@ -26,6 +26,13 @@ pub fn raw(rig: &Rig, name: &str, bytes: usize) -> (PathBuf, String) {
     std::fs::File::create(&path).unwrap().set_len(bytes as u64).unwrap();
     let params = format!("aio:{}", path.display());
     (path, params)
+}
+
+/// Waits until a dead tapdisk's last I/O has ended: the kernel keeps its lock so long.
+pub fn wait_for_lock(path: &Path) {
+    let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
+    let lock = libc::flock { l_type: libc::F_WRLCK as i16, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLKW(&lock)).unwrap();
 }
 
 /// Runs vhd-util.

@@ -9,11 +9,15 @@ const ENGINE: Option<&str> = Some("pool");
 mod guest;
 #[path = "../end_to_end/hostile_data.rs"]
 mod hostile_data;
+#[path = "../end_to_end/pause.rs"]
+mod pause;
 #[path = "../end_to_end/protocol.rs"]
 mod protocol;
 #[path = "../end_to_end/resize.rs"]
 mod resize;
 #[path = "../end_to_end/scene.rs"]
 mod scene;
+#[path = "../end_to_end/snapshot.rs"]
+mod snapshot;
 #[path = "../end_to_end/support.rs"]
 mod support;

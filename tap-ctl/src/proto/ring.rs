@@ -51,6 +51,16 @@ impl RingParams {
         DomId(self.domid)
     }
 
+    /// The frontend.
+    pub fn entry(&self) -> RingEntry {
+        RingEntry { domid: self.domid, vdev: self.vdev }
+    }
+
+    /// The same frontend with this queue only.
+    pub fn with_queue(&self, queue: &QueueParams) -> RingParams {
+        RingParams { queues: vec![queue.clone()], ..self.clone() }
+    }
+
     /// The frontend's virtual device.
     pub fn device(&self) -> VdevId {
         VdevId(self.vdev)

@@ -52,6 +52,12 @@ impl Locked {
     }
 }
 
+impl From<File> for Locked {
+    fn from(file: File) -> Locked {
+        Locked(file)
+    }
+}
+
 impl Drop for Locked {
     fn drop(&mut self) {
         if let Err(errno) = set_lock(&self.0, libc::F_UNLCK, 0, 0) {
@@ -126,12 +132,34 @@ impl ImageFile {
         Ok(file)
     }
 
+    /// Opens and locks `path`, through the page cache, for a store that refuses O_DIRECT but must not lose what was answered:
+    /// the kernel ends a write when it is durable (O_DSYNC).
+    pub fn open_synchronous(path: &Path, mode: Mode) -> Result<ImageFile, OpenError> {
+        let mut file = ImageFile::open_with(path, mode, false, libc::O_DSYNC)?;
+        file.lock(mode)?;
+        Ok(file)
+    }
+
     /// Opens `path`, for who looks at it before locking it; its length is known from then on only.
     pub fn open_unlocked(path: &Path, mode: Mode, direct: bool) -> Result<ImageFile, OpenError> {
+        ImageFile::open_with(path, mode, direct, 0)
+    }
+
+    /// A regular file that is open already and needs no lock, as it has no name that others could open it by.
+    pub fn nameless(name: &str, file: Arc<Locked>) -> std::io::Result<ImageFile> {
+        let metadata = file.file().metadata()?;
+        let mut store = Store::of(file.file(), &metadata, true);
+        store.try_file(file.file())?;
+        let (path, len) = (PathBuf::from(name), metadata.len());
+        Ok(FileShare { path, file, regular: true, direct: false, len, store }.into())
+    }
+
+    fn open_with(path: &Path, mode: Mode, direct: bool, flags: i32) -> Result<ImageFile, OpenError> {
         let error = |errno: Errno| OpenError::file(path, "cannot open", errno);
         // O_NONBLOCK: a FIFO must not hang us before its type is known.
-        let plain = |flags: i32| {
-            open_quietly(OpenOptions::new().read(true).write(mode == Mode::Exclusive), flags, path)
+        let plain = |more: i32| {
+            let mut options = OpenOptions::new();
+            open_quietly(options.read(true).write(mode == Mode::Exclusive), flags | more, path)
                 .map_err(|e| errno_of(&e))
         };
         let probe = plain(0).map_err(error)?;
@@ -409,6 +437,15 @@ mod tests {
         assert!(image.file.borrow().file().write_at(b"x", 0).is_err());
         ImageFile::open(file.path(), Mode::Shared, true).unwrap();
         assert_eq!(ImageFile::open(file.path(), Mode::Exclusive, true).unwrap_err().errno(), Errno::EBUSY);
+    }
+
+    #[test]
+    fn a_synchronous_file_is_locked_and_each_write_waits_for_the_store() {
+        let file = image();
+        let image = ImageFile::open_synchronous(file.path(), Mode::Exclusive).unwrap();
+        assert_eq!(ImageFile::open(file.path(), Mode::Shared, true).unwrap_err().errno(), Errno::EBUSY);
+        let flags = fcntl(image.file.borrow().file(), FcntlArg::F_GETFL).unwrap();
+        assert_eq!(flags & (libc::O_DSYNC | libc::O_DIRECT), libc::O_DSYNC);
     }
 
     #[test]

@@ -137,18 +137,34 @@ impl<F: Format> Formatted<F> {
         &self,
         io: &Io,
         chain: &Chain,
+        sector: Sector,
+        buf: &Buf,
+        range: Range<usize>,
+    ) -> Result<(), Errno> {
+        let mut publish = false;
+        let written = self.write_parts(io, chain, sector, buf, range, &mut publish).await;
+        // Also after an error: others wait for what this writer has written before it.
+        let committed = if publish { self.commit(io).await } else { Ok(()) };
+        written.and(committed)
+    }
+
+    /// Writes part by part. `publish` is set while some are written that no commit has taken.
+    async fn write_parts(
+        &self,
+        io: &Io,
+        chain: &Chain,
         mut sector: Sector,
         buf: &Buf,
         mut range: Range<usize>,
+        publish: &mut bool,
     ) -> Result<(), Errno> {
-        let mut publish = false;
         while !range.is_empty() {
             let count = u32::try_from(range.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
             let plan = self.core.borrow_mut().plan_write(sector.0, count).map_err(|e| self.errno(&e))?;
             match plan {
                 Plan::Load(load) => self.load(io, &load).await?,
                 // Whoever waits holds nothing that others could wait for.
-                Plan::Wait if std::mem::take(&mut publish) => self.commit(io).await?,
+                Plan::Wait if std::mem::take(publish) => self.commit(io).await?,
                 Plan::Wait => self.changed.wait().await,
                 Plan::Write(write) => {
                     self.dirty.set(true);
@@ -158,7 +174,7 @@ impl<F: Format> Formatted<F> {
                     let done = self.write_planned(io, chain, sector, write, buf, part).await;
                     if shared {
                         self.core.borrow_mut().written(sector.0, count, done.is_ok());
-                        publish |= done.is_ok();
+                        *publish |= done.is_ok();
                         if done.is_err() {
                             // Nobody will commit what this writer kept others from.
                             self.changed.wake_all();
@@ -170,7 +186,7 @@ impl<F: Format> Formatted<F> {
                 }
             }
         }
-        if publish { self.commit(io).await } else { Ok(()) }
+        Ok(())
     }
 
     async fn write_planned(
@@ -236,8 +252,20 @@ impl<F: Format> Formatted<F> {
     }
 
     /// Discards what can be discarded of `count` sectors.
-    pub async fn discard(&self, io: &Io, mut sector: Sector, mut count: u64) -> Result<(), Errno> {
+    pub async fn discard(&self, io: &Io, sector: Sector, count: u64) -> Result<(), Errno> {
         let mut publish = false;
+        let discarded = self.discard_parts(io, sector, count, &mut publish).await;
+        let committed = if publish { self.commit(io).await } else { Ok(()) };
+        discarded.and(committed)
+    }
+
+    async fn discard_parts(
+        &self,
+        io: &Io,
+        mut sector: Sector,
+        mut count: u64,
+        publish: &mut bool,
+    ) -> Result<(), Errno> {
         while count > 0 {
             let wanted = u32::try_from(count).unwrap_or(u32::MAX);
             let plan = self.core.borrow_mut().plan_discard(sector.0, wanted).map_err(|e| self.errno(&e))?;
@@ -246,7 +274,7 @@ impl<F: Format> Formatted<F> {
                     self.load(io, &load).await?;
                     0
                 }
-                DiscardPlan::Wait if std::mem::take(&mut publish) => {
+                DiscardPlan::Wait if std::mem::take(publish) => {
                     self.commit(io).await?;
                     0
                 }
@@ -269,14 +297,14 @@ impl<F: Format> Formatted<F> {
                 }
                 DiscardPlan::Publish { count } => {
                     self.dirty.set(true);
-                    publish = true;
+                    *publish = true;
                     count
                 }
             };
             sector.0 += u64::from(done);
             count -= u64::from(done).min(count);
         }
-        if publish { self.commit(io).await } else { Ok(()) }
+        Ok(())
     }
 
     /// Gives room back if the store can.

@@ -10,9 +10,11 @@ pub mod locks;
 mod null;
 mod open;
 mod policy;
+mod ram;
 mod raw;
 mod resize;
 mod share;
+pub mod snapshot;
 pub mod store;
 
 use std::cell::Cell;

@@ -19,7 +19,7 @@ use super::formatted::Formatted;
 use super::layer::Layer;
 use super::null::Null;
 use super::raw::Raw;
-use super::{Disk, OpenError, policy};
+use super::{Disk, OpenError, policy, ram};
 use crate::io::Io;
 
 /// What a child says of its parent.
@@ -49,25 +49,35 @@ pub(super) struct Opener<'a> {
     pub(super) params: &'a OpenParams,
     pub(super) io: &'a Io,
     visited: Visited,
+    /// The leaf is open.
+    below: bool,
 }
 
 /// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails.
 pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
     let path = Path::new(&params.image.path);
+    let mode = if params.readonly { Mode::Shared } else { Mode::Exclusive };
     if params.image.kind == ImageType::Null {
         let bytes = null_size(&params.image.path)
             .ok_or_else(|| OpenError::new(path, Errno::EINVAL, "is no size of a null image in bytes"))?;
         let (layer, sectors) = (Layer::Null(Null), bytes / SECTOR_SIZE);
         return Ok(Disk::new(layer, Vec::new(), io.clone(), params.readonly, sectors));
     }
-    let mode = if params.readonly { Mode::Shared } else { Mode::Exclusive };
-    let file = ImageFile::open(path, mode, !params.buffered)?;
+    let file = match params.image.kind {
+        ImageType::Ram => {
+            let raw = Raw::new(ram::open(&params.image.path)?)?;
+            let sectors = raw.sectors();
+            return Ok(Disk::new(Layer::Raw(raw), Vec::new(), io.clone(), params.readonly, sectors));
+        }
+        ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
+        _ => ImageFile::open(path, mode, !params.buffered)?,
+    };
     open_over(file, params, io)
 }
 
 /// The same over an open file, which is the leaf.
 pub(super) fn open_over(file: ImageFile, params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
-    let mut opener = Opener { params, io, visited: Visited::default() };
+    let mut opener = Opener { params, io, visited: Visited::default(), below: false };
     let path = canonical(file.path())?;
     opener.enter(&file)?;
     let Opened { layer, backing } = opener.open(params.image.kind, file, !params.readonly)?;
@@ -80,7 +90,9 @@ impl Opener<'_> {
     /// Opens one image in its format.
     fn open(&mut self, kind: ImageType, file: ImageFile, writable: bool) -> Result<Opened, OpenError> {
         match kind {
-            ImageType::Aio => Ok(Opened { layer: Layer::Raw(Raw::new(file)?), backing: None }),
+            ImageType::Aio | ImageType::Sync => {
+                Ok(Opened { layer: Layer::Raw(Raw::new(file)?), backing: None })
+            }
             ImageType::Vhd => self.open_vhd(file, writable),
             other => {
                 let text = format!("images of type {} are not built in", other.name());
@@ -90,6 +102,7 @@ impl Opener<'_> {
     }
 
     fn open_parents(&mut self, leaf: PathBuf, backing: Option<Backing>) -> Result<Vec<Layer>, OpenError> {
+        self.below = true;
         let policy = policy::for_leaf(&leaf);
         let (mut child, mut wanted) = (leaf, backing);
         let mut parents = Vec::new();
@@ -113,9 +126,18 @@ impl Opener<'_> {
     fn open_vhd(&mut self, file: ImageFile, writable: bool) -> Result<Opened, OpenError> {
         let reader = file.reader()?;
         let mut read = |offset: u64, bytes: &mut [u8]| reader.read_exact_at(bytes, offset);
-        let source = format::Source { size: file.len(), regular: file.is_regular(), read: &mut read };
-        let options = vhd::OpenOptions { writable, ..vhd::OpenOptions::default() };
-        let core = Vhd::open(source, &options).map_err(|error| refuse(file.path(), &error))?;
+        let (size, regular) = (file.len(), file.is_regular());
+        let mut open = |key| {
+            let options = vhd::OpenOptions { writable, key, ..vhd::OpenOptions::default() };
+            Vhd::open(format::Source { size, regular, read: &mut read }, &options)
+        };
+        let key = self.params.key.as_ref().map(|key| vhd::key::Key::new(key.bytes().to_vec()));
+        let core = key.transpose().and_then(|key| match open(key) {
+            // An encrypted disk may have grown from a plain one.
+            Err(vhd::Error::NotEncrypted) if self.below => open(None),
+            result => result,
+        });
+        let core = core.map_err(|error| refuse(file.path(), &error))?;
         self.visited.identify(core.uuid()).map_err(|error| refuse(file.path(), &error))?;
         if core.was_unclean() {
             log::warn!(

@@ -45,7 +45,7 @@ mod tests {
         let list = folder.join("list");
         std::fs::write(&list, format!("# golden images\n{}\nrelative\n/no/such/folder\n", folder.display()))
             .unwrap();
-        assert_eq!(listed(&list), [folder.clone()]);
-        assert_eq!(listed(&folder.join("missing")), [PathBuf::new(); 0]);
+        assert_eq!(listed(&list), std::slice::from_ref(&folder));
+        assert!(listed(&folder.join("missing")).is_empty());
     }
 }

@@ -2,6 +2,7 @@
 
 mod blocks;
 mod handles;
+mod sealed;
 
 use std::future::Future;
 use std::path::Path;
@@ -183,6 +184,10 @@ fn make(path: &Path, mib: u64) {
 }
 
 fn snapshot(child: &Path, parent: &Path) {
+    snapshot_with(child, parent, None);
+}
+
+fn snapshot_with(child: &Path, parent: &Path, key: Option<::vhd::key::KeyHash>) {
     let file = std::fs::File::open(parent).unwrap();
     let mut read =
         |offset: u64, bytes: &mut [u8]| std::os::unix::fs::FileExt::read_exact_at(&file, bytes, offset);
@@ -190,10 +195,21 @@ fn snapshot(child: &Path, parent: &Path) {
     let core = ::vhd::Vhd::open(source, &::vhd::OpenOptions::default()).unwrap();
     let name = parent.file_name().unwrap().to_str().unwrap().to_owned();
     let parent = NewParent { uuid: core.uuid(), timestamp: 0, path: format!("./{name}"), name };
-    create(child, DiskType::Differencing, core.sectors() * 512, 0, Some(parent));
+    create_with(child, DiskType::Differencing, core.sectors() * 512, 0, Some(parent), key);
 }
 
 fn create(path: &Path, kind: DiskType, size: u64, max_size: u64, parent: Option<NewParent>) {
+    create_with(path, kind, size, max_size, parent, None);
+}
+
+fn create_with(
+    path: &Path,
+    kind: DiskType,
+    size: u64,
+    max_size: u64,
+    parent: Option<NewParent>,
+    key: Option<::vhd::key::KeyHash>,
+) {
     static CREATED: AtomicU64 = AtomicU64::new(1);
     let mut id = [0; 16];
     id[..8].copy_from_slice(&CREATED.fetch_add(1, Ordering::Relaxed).to_be_bytes());
@@ -205,7 +221,7 @@ fn create(path: &Path, kind: DiskType, size: u64, max_size: u64, parent: Option<
         uuid: ::vhd::Uuid::from_random(id),
         timestamp: 0,
         parent,
-        key: None,
+        key,
     };
     let bytes = image.build(None).unwrap();
     let file = std::fs::File::create(path).unwrap();

@@ -9,7 +9,6 @@ pub(super) fn refusal(params: &OpenParams) -> Option<&'static str> {
         (params.log.is_some(), "a log of written blocks (-C)"),
         (params.local_cache, "a local read cache (-r)"),
         (params.shared_parent.is_some(), "another disk as parent (-e)"),
-        (params.key.is_some(), "an encryption key (-E)"),
         (params.timeout.is_some(), "a request timeout (-t)"),
         (params.limit.any(), "a limit (--limit)"),
     ];

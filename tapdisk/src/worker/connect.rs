@@ -21,23 +21,41 @@ use tap_ctl::proto::{QueueParams, RingEntry, RingParams};
 use super::mapped::MappedRing;
 use super::persistent::Persistent;
 use super::ring::Ring;
+use super::seat::{Seat, info};
 use super::serve::{self, Failures, Way};
-use super::thread::{Devices, Served, State, failure, info, notify};
-use super::{Answer, Command, Inbox, Notice, Source, Worker};
+use super::thread::{Devices, Served, State, failure, notify};
+use super::{Answer, Command, Inbox, Notice, Phase, Source, Worker};
 use crate::copier::Copier;
 use crate::io::errno_of;
 use crate::xen::Xen;
 
 /// What went wrong: for programs, and for people.
-type Failure = (Errno, String);
+pub(super) type Failure = (Errno, String);
 
 /// A thread that serves one more ring of a frontend.
 pub(super) struct Sibling {
     /// Its name in [`Command::SiblingEnded`].
     number: u64,
-    entry: RingEntry,
+    /// With that one ring.
+    params: RingParams,
     worker: Worker,
     ending: bool,
+}
+
+impl Sibling {
+    /// What it serves.
+    pub(super) fn params(&self) -> &RingParams {
+        &self.params
+    }
+
+    fn entry(&self) -> RingEntry {
+        self.params.entry()
+    }
+
+    /// It was told to end.
+    pub(super) fn is_ending(&self) -> bool {
+        self.ending
+    }
 }
 
 impl<X: Xen> State<X> {
@@ -48,19 +66,24 @@ impl<X: Xen> State<X> {
         if self.closing {
             return Err(named((Errno::ESHUTDOWN, "the image is being closed".into())));
         }
-        let entry = RingEntry { domid: dom.0, vdev: vdev.0 };
-        if self.entries().contains(&entry) {
+        if self.entries().contains(&params.entry()) {
             return Err(named((Errno::EALREADY, "its ring is connected already".into())));
         }
         // The toolstack's mode reaches the descriptor itself; another ring may still be writing through it, though.
         if params.readonly && self.rings.borrow().is_empty() {
-            self.disk.make_readonly().map_err(|e| named((e.errno(), e.to_string())))?;
+            if let Some(disk) = self.seat.disk() {
+                disk.make_readonly().map_err(|e| named((e.errno(), e.to_string())))?;
+            }
+            self.seat.stay_readonly();
         }
         let [first, rest @ ..] = &params.queues[..] else {
             return Err(named((Errno::EINVAL, "it has no queue".into())));
         };
-        let shared = !rest.is_empty() && self.disk.share().is_some();
-        let own = if shared { std::slice::from_ref(first) } else { &params.queues[..] };
+        let running = self.seat.phase() == Phase::Running;
+        // Of a disk that is paused nobody knows yet how many threads may serve it.
+        let apart =
+            !rest.is_empty() && (!running || self.seat.disk().is_some_and(|disk| disk.share().is_some()));
+        let own = if apart { std::slice::from_ref(first) } else { &params.queues[..] };
         let mut served = Vec::with_capacity(own.len());
         for queue in own {
             match self.attach(params, queue) {
@@ -71,15 +94,20 @@ impl<X: Xen> State<X> {
                 }
             }
         }
-        if shared && let Err(error) = self.start_siblings(params, rest) {
-            self.detach(served);
-            return Err(named(error));
+        if apart && running {
+            if let Err(error) = self.start_siblings(params, rest) {
+                self.detach(served);
+                return Err(named(error));
+            }
+        } else if apart {
+            self.parked.borrow_mut().extend(rest.iter().map(|queue| params.with_queue(queue)));
         }
         self.poller.configure(params.polling);
-        for Served { ring, way } in &served {
-            for slot in 0..ring.slots() {
-                self.executor.spawn(serve::slot(ring.clone(), slot, way.clone()));
+        for served in &served {
+            if !running {
+                served.ring.pause();
             }
+            self.start_slots(served);
         }
         log::info!(
             "device {vdev} of domain {dom}: connected, {} of {} slots{}",
@@ -90,6 +118,14 @@ impl<X: Xen> State<X> {
         self.rings.borrow_mut().extend(served);
         self.publish();
         Ok(())
+    }
+
+    /// Begins to serve a ring that was attached.
+    pub(super) fn start_slots(&self, served: &Served<X>) {
+        let Served { ring, way } = served;
+        for slot in 0..ring.slots() {
+            self.executor.spawn(serve::slot(ring.clone(), slot, way.clone()));
+        }
     }
 
     fn devices(&mut self) -> Result<&Devices<X>, Failure> {
@@ -109,7 +145,7 @@ impl<X: Xen> State<X> {
     }
 
     /// Maps a ring and binds its event channel. Nothing is served yet.
-    fn attach(&mut self, params: &RingParams, queue: &QueueParams) -> Result<Served<X>, Failure> {
+    pub(super) fn attach(&mut self, params: &RingParams, queue: &QueueParams) -> Result<Served<X>, Failure> {
         let (dom, vdev) = (params.dom(), params.device());
         let abi = Abi::from_protocol_key(Some(params.protocol.as_bytes()))
             .map_err(|e| (Errno::EPROTONOSUPPORT, e.to_string()))?;
@@ -117,14 +153,14 @@ impl<X: Xen> State<X> {
         let order = RingOrder::all()
             .find(|order| order.pages() == refs.len())
             .ok_or((Errno::EINVAL, "a ring has 1, 2, 4, 8 or 16 pages".to_owned()))?;
-        let discard = self.disk.discard_limits();
+        let disk = self.seat.info();
         let geometry = Geometry {
-            capacity: self.disk.sectors(),
-            readonly: params.readonly || self.disk.is_readonly(),
+            capacity: disk.sectors,
+            readonly: params.readonly || disk.readonly,
             flush: true,
             barrier: true,
-            discard: params.discard && discard.is_some(),
-            discard_secure: discard.is_some_and(|discard| discard.secure),
+            discard: params.discard && disk.discard.is_some(),
+            discard_secure: disk.discard.is_some_and(|discard| discard.secure),
             max_indirect: MAX_INDIRECT_SEGMENTS,
         };
         let Devices { copier, events } = self.devices()?;
@@ -141,7 +177,7 @@ impl<X: Xen> State<X> {
         let ring = Ring::new((dom, vdev), port, geometry, mapped, self.io.scheduler.clone());
         let way = Way {
             dom,
-            disk: self.disk.clone(),
+            seat: self.seat.clone(),
             pool: self.io.pool.clone(),
             copier,
             persistent: params.persistent.then(|| Persistent::new(dom, self.io.reactor.clone())),
@@ -163,24 +199,26 @@ impl<X: Xen> State<X> {
 
     /// Starts a thread for each of `queues`. Waits for them: connecting takes no longer than mapping a ring does.
     fn start_siblings(&mut self, params: &RingParams, queues: &[QueueParams]) -> Result<(), Failure> {
-        let entry = RingEntry { domid: params.domid, vdev: params.vdev };
         for queue in queues {
-            let params = RingParams { queues: vec![queue.clone()], ..params.clone() };
-            if let Err(error) = self.start_sibling(entry, params) {
-                self.end_siblings(|sibling| sibling.entry == entry);
+            if let Err(error) = self.start_sibling(params.with_queue(queue)) {
+                self.end_siblings(|sibling| sibling.entry() == params.entry());
                 return Err(error);
             }
         }
         Ok(())
     }
 
-    fn start_sibling(&mut self, entry: RingEntry, params: RingParams) -> Result<(), Failure> {
+    pub(super) fn start_sibling(&mut self, params: RingParams) -> Result<(), Failure> {
         let refused = |reply: Reply| match reply {
             Reply::Error { errno, message } => (Errno::from_raw(errno), message),
             _ => (Errno::EIO, "a thread for a ring gave no sensible answer".to_owned()),
         };
         let lost = |_: RecvError| (Errno::EIO, "a thread for a ring has ended at once".to_owned());
-        let share = self.disk.share().ok_or((Errno::EINVAL, "the image has one thread only".to_owned()))?;
+        let share = self
+            .seat
+            .disk()
+            .and_then(|disk| disk.share())
+            .ok_or((Errno::EINVAL, "the image has one thread only".to_owned()))?;
         let (sender, opened) = channel();
         let worker = Worker::start(
             self.xen.clone(),
@@ -192,18 +230,18 @@ impl<X: Xen> State<X> {
         .map_err(|e| (errno_of(&e), format!("cannot start a thread for a ring: {e}")))?;
         opened.recv().map_err(lost)?.map_err(refused)?;
         let (sender, connected) = channel();
-        worker.send(Command::Connect(params, Answer::new(move |reply| drop(sender.send(reply)))));
+        worker.send(Command::Connect(params.clone(), Answer::new(move |reply| drop(sender.send(reply)))));
         match connected.recv().map_err(lost)? {
             Reply::Done => {}
             reply => return Err(refused(reply)),
         }
         let number = self.inbox.next_number();
-        self.siblings.borrow_mut().push(Sibling { number, entry, worker, ending: false });
+        self.siblings.borrow_mut().push(Sibling { number, params, worker, ending: false });
         Ok(())
     }
 
     /// Has threads end. They are gone from the list when they have.
-    fn end_siblings(&self, which: impl Fn(&Sibling) -> bool) {
+    pub(super) fn end_siblings(&self, which: impl Fn(&Sibling) -> bool) {
         end_siblings(&self.siblings, &self.inbox, which);
     }
 
@@ -215,11 +253,11 @@ impl<X: Xen> State<X> {
 
     /// The frontends being served.
     fn entries(&self) -> Vec<RingEntry> {
-        entries(&self.rings, &self.siblings)
+        entries(&self.rings, &self.siblings, &self.parked)
     }
 
-    fn publish(&self) {
-        self.inbox.publish(self.entries());
+    pub(super) fn publish(&self) {
+        publish(&self.inbox, &self.seat, self.entries());
     }
 
     pub(super) fn disconnect(&self, entry: RingEntry, answer: Answer) {
@@ -245,10 +283,12 @@ impl<X: Xen> State<X> {
             .filter(|served| (served.ring.dom, served.ring.vdev) == (dom, vdev))
             .cloned()
             .collect();
-        let (rings, siblings, inbox) = (self.rings.clone(), self.siblings.clone(), self.inbox.clone());
+        self.unpark(entry);
+        let (rings, siblings, parked) = (self.rings.clone(), self.siblings.clone(), self.parked.clone());
+        let (inbox, seat) = (self.inbox.clone(), self.seat.clone());
         let events = self.devices.as_ref().map(|devices| devices.events.clone());
         async move {
-            end_siblings(&siblings, &inbox, |sibling| sibling.entry == entry);
+            end_siblings(&siblings, &inbox, |sibling| sibling.entry() == entry);
             if let Some(events) = events {
                 ours.iter().for_each(|served| served.ring.stop());
                 for served in &ours {
@@ -258,18 +298,22 @@ impl<X: Xen> State<X> {
             rings
                 .borrow_mut()
                 .retain(|served| !ours.iter().any(|ended| Rc::ptr_eq(&ended.ring, &served.ring)));
-            while siblings.borrow().iter().any(|sibling| sibling.entry == entry) {
+            while siblings.borrow().iter().any(|sibling| sibling.entry() == entry) {
                 inbox.siblings_changed.wait().await;
             }
-            inbox.publish(entries(&rings, &siblings));
+            publish(&inbox, &seat, entries(&rings, &siblings, &parked));
             log::info!("device {vdev} of domain {dom}: disconnected");
         }
     }
 
     pub(super) fn resize(&self, size: Option<u64>, answer: Answer) {
-        let (disk, rings) = (self.disk.clone(), self.rings.clone());
+        let Some(work) = self.seat.work() else {
+            return answer.give(failure(Errno::EBUSY, format!("{}: is paused", self.seat.name())));
+        };
+        let rings = self.rings.clone();
         let (siblings, tell) = (self.siblings.clone(), self.tell.clone());
         self.executor.spawn(async move {
+            let disk = &work.disk;
             let before = disk.sectors();
             match disk.resize(size).await {
                 Ok(sectors) => {
@@ -279,9 +323,9 @@ impl<X: Xen> State<X> {
                     }
                     if sectors != before {
                         log::info!("{}: has grown from {before} to {sectors} sectors", disk.name());
-                        tell(Notice::Resized(info(&disk)));
+                        tell(Notice::Resized(info(disk)));
                     }
-                    answer.give(Reply::DiskInfo(info(&disk)));
+                    answer.give(Reply::DiskInfo(info(disk)));
                 }
                 Err(errno) => {
                     let message =
@@ -294,7 +338,7 @@ impl<X: Xen> State<X> {
 
     /// For a sibling: the disk has grown.
     pub(super) fn grown(&self) {
-        let sectors = self.disk.sectors();
+        let sectors = self.seat.info().sectors;
         self.rings.borrow().iter().for_each(|served| served.ring.set_capacity(sectors));
     }
 
@@ -303,12 +347,18 @@ impl<X: Xen> State<X> {
             return answer.give(failure(Errno::EALREADY, "the image is being closed already".into()));
         }
         let ends: Vec<_> = self.entries().into_iter().map(|entry| self.end_of_frontend(entry)).collect();
-        let (disk, ended) = (self.disk.clone(), self.ended.clone());
+        let (seat, ended) = (self.seat.clone(), self.ended.clone());
         self.executor.spawn(async move {
             for end in ends {
                 end.await;
             }
-            let reply = match disk.close().await {
+            seat.settled().await;
+            seat.no_work().await;
+            let closed = match seat.disk() {
+                Some(disk) => disk.close().await,
+                None => Ok(()),
+            };
+            let reply = match closed {
                 Ok(()) => Reply::Done,
                 Err(errno) => failure(errno, format!("closing the image failed: {}", errno.desc())),
             };
@@ -321,12 +371,21 @@ fn counted(count: usize, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
-fn entries<X: Xen>(rings: &RefCell<Vec<Served<X>>>, siblings: &RefCell<Vec<Sibling>>) -> Vec<RingEntry> {
+fn publish(inbox: &Inbox, seat: &Seat, rings: Vec<RingEntry>) {
+    inbox.publish(super::Status { rings, phase: seat.phase(), image: seat.image() });
+}
+
+fn entries<X: Xen>(
+    rings: &RefCell<Vec<Served<X>>>,
+    siblings: &RefCell<Vec<Sibling>>,
+    parked: &RefCell<Vec<RingParams>>,
+) -> Vec<RingEntry> {
     let rings = rings.borrow();
     let own = rings.iter().map(|Served { ring, .. }| RingEntry { domid: ring.dom.0, vdev: ring.vdev.0 });
-    let siblings = siblings.borrow();
+    let (siblings, parked) = (siblings.borrow(), parked.borrow());
     let mut entries: Vec<RingEntry> = Vec::new();
-    for entry in own.chain(siblings.iter().map(|sibling| sibling.entry)) {
+    let others = siblings.iter().map(Sibling::entry).chain(parked.iter().map(RingParams::entry));
+    for entry in own.chain(others) {
         if !entries.contains(&entry) {
             entries.push(entry);
         }
@@ -345,7 +404,7 @@ fn end_siblings(siblings: &RefCell<Vec<Sibling>>, inbox: &Inbox, which: impl Fn(
 /// Takes a stopped ring out of service.
 async fn end_ring<X: Xen>(served: &Served<X>, events: &RefCell<X::Events>) {
     let Served { ring, way } = served;
-    ring.drain_to(0).await;
+    ring.drain().await;
     if ring.push() {
         notify(&*events.borrow(), ring);
     }

@@ -9,9 +9,11 @@
 
 mod connect;
 mod mapped;
+mod pause;
 mod persistent;
 mod poll;
 mod ring;
+mod seat;
 mod serve;
 mod thread;
 
@@ -23,9 +25,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tap_ctl::Reply;
-use tap_ctl::proto::{DiskInfo, OpenParams, RingEntry, RingParams};
+use tap_ctl::proto::{DiskInfo, ImageSpec, OpenParams, Reopen, RingEntry, RingParams};
 
 use crate::image::DiskShare;
 use crate::reactor::EngineChoice;
@@ -49,8 +52,33 @@ pub enum Source {
 pub enum Notice {
     /// The disk has another size.
     Resized(DiskInfo),
+    /// The disk has been paused and goes on; it may be another one.
+    Reopened(DiskInfo),
     /// The disk has stopped: its guests must be disconnected, for this reason.
     Failed(String),
+}
+
+/// Where a disk is between running and paused.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// Its image is open, and its rings are served.
+    #[default]
+    Running,
+    /// What is in flight ends.
+    Pausing,
+    /// Its image is closed, and its rings wait.
+    Paused,
+}
+
+/// What a worker lets others see at any time.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    /// The frontends being served.
+    pub rings: Vec<RingEntry>,
+    /// Where the disk is between running and paused.
+    pub phase: Phase,
+    /// What is open, or was when the disk was paused.
+    pub image: Option<ImageSpec>,
 }
 
 /// Takes a reply to whoever asked, exactly once: if it is dropped with the command (the worker has ended), it says so.
@@ -93,6 +121,14 @@ pub enum Command {
     Disconnect(RingEntry, Answer),
     /// Take a change of the image's size in; or, with a size in bytes, make it grow.
     Resize(Option<u64>, Answer),
+    /// Close the image, and keep the frontends waiting.
+    Pause(Answer),
+    /// Go on after a pause.
+    Unpause(Reopen, Answer),
+    /// Make a new image over the present one, and go on with that.
+    Snapshot(ImageSpec, Answer),
+    /// From the thread itself: nothing is in flight any more, and the image was closed with this result.
+    Quiet(Result<(), Errno>),
     /// For a sibling: the disk has grown.
     Grown,
     /// From a sibling: it has ended.
@@ -123,7 +159,7 @@ impl Commands {
 #[derive(Debug)]
 pub struct Worker {
     commands: Commands,
-    rings: Arc<Mutex<Vec<RingEntry>>>,
+    status: Arc<Mutex<Status>>,
 }
 
 impl Worker {
@@ -139,21 +175,25 @@ impl Worker {
         let wake =
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let commands = Commands { queue, wake };
-        let rings = Arc::new(Mutex::new(Vec::new()));
-        let (given, told) = (commands.clone(), rings.clone());
+        let image = match &source {
+            Source::Open(params) => Some(params.image.clone()),
+            Source::Share(_) => None,
+        };
+        let status = Arc::new(Mutex::new(Status { image, ..Status::default() }));
+        let (given, told) = (commands.clone(), status.clone());
         let name = if matches!(source, Source::Open(_)) { "disk" } else { "ring" };
         std::thread::Builder::new().name(name.into()).spawn(move || {
             // Built here: what waits for siblings belongs to the thread.
             let inbox = |scheduler| Inbox {
                 received: receiver,
                 commands: given,
-                rings: told,
+                status: told,
                 siblings_changed: WaitSet::new(scheduler),
                 numbers: Cell::new(0),
             };
             thread::run(xen, source, engine, inbox, opened, tell);
         })?;
-        Ok(Worker { commands, rings })
+        Ok(Worker { commands, status })
     }
 
     /// Queues a command. A worker that has ended drops it, which answers it.
@@ -161,9 +201,9 @@ impl Worker {
         self.commands.send(command);
     }
 
-    /// The frontends being served.
-    pub fn rings(&self) -> Vec<RingEntry> {
-        self.rings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// How it is.
+    pub fn status(&self) -> Status {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -171,7 +211,7 @@ impl Worker {
 struct Inbox {
     received: Receiver<Command>,
     commands: Commands,
-    rings: Arc<Mutex<Vec<RingEntry>>>,
+    status: Arc<Mutex<Status>>,
     siblings_changed: WaitSet,
     numbers: Cell<u64>,
 }
@@ -202,7 +242,7 @@ impl Inbox {
         self.numbers.get()
     }
 
-    fn publish(&self, rings: Vec<RingEntry>) {
-        *self.rings.lock().unwrap_or_else(PoisonError::into_inner) = rings;
+    fn publish(&self, status: Status) {
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = status;
     }
 }

@@ -68,6 +68,9 @@ pub struct Ring<M> {
     idle: RefCell<Vec<usize>>,
     barrier: Cell<bool>,
     stopping: Cell<bool>,
+    paused: Cell<bool>,
+    /// Requests that are never answered, see [`Ring::hold`].
+    unanswered: Cell<usize>,
     broken: Cell<bool>,
     answered: Cell<bool>,
     ended: WaitSet,
@@ -111,6 +114,8 @@ impl<M: GrantMap> Ring<M> {
             idle: RefCell::new((0..slots).rev().collect()),
             barrier: Cell::new(false),
             stopping: Cell::new(false),
+            paused: Cell::new(false),
+            unanswered: Cell::new(0),
             broken: Cell::new(false),
             answered: Cell::new(false),
             ended: WaitSet::new(scheduler.clone()),
@@ -159,8 +164,20 @@ impl<M: GrantMap> Ring<M> {
         }
     }
 
+    /// Whether requests stay on the ring, whatever there is.
     fn is_closed(&self) -> bool {
-        self.stopping.get() || self.broken.get()
+        self.stopping.get() || self.broken.get() || self.paused.get()
+    }
+
+    /// Takes no more requests until [`Ring::go_on`].
+    pub fn pause(&self) {
+        self.paused.set(true);
+    }
+
+    /// Takes requests again. There may be some that the frontend will not notify again.
+    pub fn go_on(&self) {
+        self.paused.set(false);
+        self.awake.set(true);
     }
 
     /// Takes requests while there are any, and slots for them. Returns whether anything was taken or answered.
@@ -302,15 +319,29 @@ impl<M: GrantMap> Ring<M> {
     /// This is what a failed flush comes to: Linux's frontend takes an error for "flush is not supported" and lets the
     /// application believe that its data is safe (`xen-blkfront.c`, `blkif_interrupt`).
     pub async fn hold(&self, slot: usize, request: &Request) {
+        self.unanswered.set(self.unanswered.get() + 1);
+        self.ended.wake_all();
         while !self.stopping.get() {
             self.ended.wait().await;
         }
+        self.unanswered.set(self.unanswered.get() - 1);
         self.release(slot, request);
     }
 
-    /// Waits until at most `left` requests are in flight.
-    pub async fn drain_to(&self, left: usize) {
-        while self.slots.len() - self.idle.borrow().len() > left {
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.idle.borrow().len()
+    }
+
+    /// Waits until no request is in flight or held; for a ring that was stopped.
+    pub async fn drain(&self) {
+        while self.in_flight() > 0 {
+            self.ended.wait().await;
+        }
+    }
+
+    /// Waits until at most `left` requests are in flight, those that are held not counted.
+    pub async fn quiesce(&self, left: usize) {
+        while self.in_flight() - self.unanswered.get() > left {
             self.ended.wait().await;
         }
     }

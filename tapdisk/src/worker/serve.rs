@@ -22,6 +22,7 @@ use nix::errno::Errno;
 use super::Notice;
 use super::persistent::Persistent;
 use super::ring::Ring;
+use super::seat::Seat;
 use crate::buf::{Buf, Pool};
 use crate::copier::Copier;
 use crate::image::Disk;
@@ -86,16 +87,24 @@ where
 {
     let mut scratch = Scratch::default();
     while let Some(request) = ring.next(slot).await {
-        let outcome = way.serve(&ring, &request, &mut scratch).await;
-        if outcome == Outcome::Answer(Status::Error) {
-            way.complain(&request);
-        }
+        let outcome = match way.seat.disk() {
+            Some(disk) => {
+                let outcome = way.serve(&disk, &ring, &request, &mut scratch).await;
+                match outcome {
+                    Outcome::Answer(Status::Error) => way.complain(&disk, &request),
+                    Outcome::Answer(_) => {}
+                    Outcome::Hold => way.report(&disk),
+                }
+                outcome
+            }
+            // A paused ring takes no requests.
+            None => Outcome::Answer(Status::Error),
+        };
         // The guest's pages are let go before the answer.
         scratch.pages.clear();
         match outcome {
             Outcome::Answer(status) => ring.complete(slot, &request, status),
             Outcome::Hold => {
-                way.report();
                 ring.hold(slot, &request).await;
             }
         }
@@ -109,8 +118,8 @@ where
 {
     /// The guest.
     pub dom: DomId,
-    /// The disk.
-    pub disk: Rc<Disk>,
+    /// The place of the disk.
+    pub seat: Rc<Seat>,
     /// Buffers.
     pub pool: Rc<Pool>,
     /// Grant copies.
@@ -138,34 +147,40 @@ impl<G: Grants> Way<G>
 where
     G::Map: 'static,
 {
-    async fn serve(&self, ring: &Ring<G::Map>, request: &Request, scratch: &mut Scratch) -> Outcome {
+    async fn serve(
+        &self,
+        disk: &Disk,
+        ring: &Ring<G::Map>,
+        request: &Request,
+        scratch: &mut Scratch,
+    ) -> Outcome {
         let Scratch { segments: list, pages } = scratch;
         match &request.kind {
             RequestKind::Read { sector, segments } => {
-                self.read(*sector, segments.as_slice(), pages).await.into()
+                self.read(disk, *sector, segments.as_slice(), pages).await.into()
             }
             RequestKind::Write { sector, segments } => {
-                self.write(*sector, segments.as_slice(), pages).await.into()
+                self.write(disk, *sector, segments.as_slice(), pages).await.into()
             }
-            RequestKind::Flush => self.flush().await,
+            RequestKind::Flush => self.flush(disk).await,
             RequestKind::Barrier { sector, segments } => {
                 // Everything taken before has ended and is durable before the barrier's own data, which is durable
                 // before anything taken later begins (the ring takes nothing while a barrier is in flight).
-                ring.drain_to(1).await;
-                if self.flush().await == Outcome::Hold {
+                ring.quiesce(1).await;
+                if self.flush(disk).await == Outcome::Hold {
                     return Outcome::Hold;
                 }
                 if segments.is_empty() {
                     return Outcome::Answer(Status::Okay);
                 }
-                match self.write(*sector, segments.as_slice(), pages).await {
-                    Ok(()) => self.flush().await,
+                match self.write(disk, *sector, segments.as_slice(), pages).await {
+                    Ok(()) => self.flush(disk).await,
                     failed => failed.into(),
                 }
             }
             RequestKind::Discard { count: 0, .. } => Outcome::Answer(Status::Okay),
             RequestKind::Discard { sector, count, secure } => {
-                self.disk.discard(*sector, *count, *secure).await.into()
+                disk.discard(*sector, *count, *secure).await.into()
             }
             RequestKind::Indirect { transfer, sector, count, page } => {
                 if let Err(errno) = self
@@ -178,8 +193,8 @@ where
                     return Err(errno).into();
                 }
                 match transfer {
-                    Transfer::Read => self.read(*sector, list, pages).await.into(),
-                    Transfer::Write => self.write(*sector, list, pages).await.into(),
+                    Transfer::Read => self.read(disk, *sector, list, pages).await.into(),
+                    Transfer::Write => self.write(disk, *sector, list, pages).await.into(),
                 }
             }
         }
@@ -225,28 +240,40 @@ where
         self.pool.data_soon(len).await.ok_or(Errno::ENOMEM)
     }
 
-    async fn read(&self, sector: Sector, segments: &[Segment], pages: &mut Vec<Buf>) -> Result<(), Errno> {
+    async fn read(
+        &self,
+        disk: &Disk,
+        sector: Sector,
+        segments: &[Segment],
+        pages: &mut Vec<Buf>,
+    ) -> Result<(), Errno> {
         let mapped = self.lease(segments, pages);
         if let (true, [guest]) = (mapped, &pages[..]) {
-            return match self.disk.start(Direction::Read, sector, guest) {
+            return match disk.start(Direction::Read, sector, guest) {
                 Some(transfer) => transfer.finish().await,
-                None => self.disk.read(sector, guest).await,
+                None => disk.read(sector, guest).await,
             };
         }
         let buf = self.buffer(segments).await?;
-        self.disk.read(sector, &buf).await?;
+        disk.read(sector, &buf).await?;
         if mapped {
             return scatter(&buf, pages);
         }
         self.copy(CopyDirection::ToGuest, segments, &buf).await
     }
 
-    async fn write(&self, sector: Sector, segments: &[Segment], pages: &mut Vec<Buf>) -> Result<(), Errno> {
+    async fn write(
+        &self,
+        disk: &Disk,
+        sector: Sector,
+        segments: &[Segment],
+        pages: &mut Vec<Buf>,
+    ) -> Result<(), Errno> {
         let mapped = self.lease(segments, pages);
         if let (true, [guest]) = (mapped, &pages[..]) {
-            return match self.disk.start(Direction::Write, sector, guest) {
+            return match disk.start(Direction::Write, sector, guest) {
                 Some(transfer) => transfer.finish().await,
-                None => self.disk.write(sector, guest).await,
+                None => disk.write(sector, guest).await,
             };
         }
         let buf = self.buffer(segments).await?;
@@ -255,21 +282,21 @@ where
         } else {
             self.copy(CopyDirection::FromGuest, segments, &buf).await?;
         }
-        self.disk.write(sector, &buf).await
+        disk.write(sector, &buf).await
     }
 
     async fn copy(&self, direction: CopyDirection, segments: &[Segment], buf: &Buf) -> Result<(), Errno> {
         self.copier.queue(direction, pieces(direction, self.dom, segments, buf), buf)?.await
     }
 
-    async fn flush(&self) -> Outcome {
-        match self.disk.flush().await {
+    async fn flush(&self, disk: &Disk) -> Outcome {
+        match disk.flush().await {
             Ok(()) => Outcome::Answer(Status::Okay),
             Err(_) => Outcome::Hold,
         }
     }
 
-    fn complain(&self, request: &Request) {
+    fn complain(&self, disk: &Disk, request: &Request) {
         let Some(more) = self.failures.count(Instant::now()) else { return };
         let what = match &request.kind {
             RequestKind::Read { sector, segments } => {
@@ -284,14 +311,14 @@ where
                 format!("{transfer:?} of {count} segments at sector {sector}")
             }
         };
-        let (disk, dom) = (self.disk.name(), self.dom);
+        let (disk, dom) = (disk.name(), self.dom);
         log::warn!("{disk}: {what} failed for domain {dom} ({more} more failures since the last such line)");
     }
 
     /// The disk has stopped: the guest's device is to be closed, and the administrator told.
-    fn report(&self) {
+    fn report(&self, disk: &Disk) {
         if !self.told.replace(true) {
-            let reason = self.disk.failure().unwrap_or_else(|| "the disk has stopped".to_owned());
+            let reason = disk.failure().unwrap_or_else(|| "the disk has stopped".to_owned());
             (self.tell)(Notice::Failed(reason));
         }
     }

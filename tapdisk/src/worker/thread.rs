@@ -16,17 +16,19 @@ use evtchn::EventChannel;
 use gntdev::Grants;
 use nix::errno::Errno;
 use tap_ctl::Reply;
-use tap_ctl::proto::DiskInfo;
+use tap_ctl::proto::{DiskInfo, RingParams};
 
 use super::connect::Sibling;
+use super::pause::Then;
 use super::poll::{Advice, Poller};
 use super::ring::{Armed, Ring};
+use super::seat::Seat;
 use super::serve::Way;
 use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, Source};
 use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
 use crate::executor::{Executor, Scheduler};
-use crate::image::{self, Disk};
+use crate::image;
 use crate::io::{Io, errno_of};
 use crate::reactor::{EngineChoice, Reactor, Readable, Timer};
 use crate::xen::Xen;
@@ -59,11 +61,15 @@ pub(super) struct State<X: Xen> {
     pub engine: EngineChoice,
     pub io: Io,
     pub executor: Executor,
-    pub disk: Rc<Disk>,
+    pub seat: Rc<Seat>,
     pub devices: Option<Devices<X>>,
     pub rings: Rc<RefCell<Vec<Served<X>>>>,
     /// Threads for further rings of our frontends.
     pub siblings: Rc<RefCell<Vec<Sibling>>>,
+    /// Further rings of our frontends, of one queue each, that are served again after a pause.
+    pub parked: Rc<RefCell<Vec<RingParams>>>,
+    /// What to do when the disk is paused.
+    pub after_pause: Vec<Then>,
     pub poller: Poller,
     pub inbox: Rc<Inbox>,
     pub tell: Arc<dyn Fn(Notice) + Send + Sync>,
@@ -87,11 +93,11 @@ pub(super) fn run<X: Xen>(
         Ok(ready) => ready,
         Err(reply) => return opened(Err(reply)),
     };
-    opened(Ok(info(&state.disk)));
+    opened(Ok(state.seat.info()));
     while state.ended.borrow().is_none() {
         if let Err(error) = state.turn() {
             // Without its ring the thread can do nothing, and guests must not be told anything wrong.
-            log::error!("{}: the I/O loop failed: {error}", state.disk.name());
+            log::error!("{}: the I/O loop failed: {error}", state.seat.name());
             std::process::abort();
         }
     }
@@ -105,17 +111,6 @@ pub(super) fn run<X: Xen>(
 
 pub(super) fn failure(errno: Errno, message: String) -> Reply {
     Reply::Error { errno: errno as i32, message }
-}
-
-/// What xenio publishes.
-pub(super) fn info(disk: &Disk) -> DiskInfo {
-    DiskInfo {
-        sectors: disk.sectors(),
-        sector_size: 512,
-        physical_sector_size: disk.physical_block_size(),
-        readonly: disk.is_readonly(),
-        discard: disk.discard_limits(),
-    }
 }
 
 fn set_up<X: Xen>(
@@ -133,21 +128,26 @@ fn set_up<X: Xen>(
     let pool = Pool::new(scheduler.clone(), DATA_BYTES).map_err(|e| system("buffers", &e))?;
     reactor.watch_commands(inbox.fd()).map_err(|e| system("the I/O engine", &e))?;
     let io = Io { reactor, pool, scheduler: scheduler.clone() };
-    let disk = match source {
+    let (disk, params) = match source {
         Source::Open(params) => {
-            image::open(&params, &io).map_err(|error| failure(error.errno(), error.to_string()))?
+            let disk =
+                image::open(&params, &io).map_err(|error| failure(error.errno(), error.to_string()))?;
+            (disk, Some(params))
         }
-        Source::Share(share) => share.open(io.clone()),
+        Source::Share(share) => (share.open(io.clone()), None),
     };
+    let seat = Rc::new(Seat::new(disk, params, scheduler.clone()));
     Ok(State {
         xen,
         engine,
         io,
         executor: Executor::new(scheduler),
-        disk: Rc::new(disk),
+        seat,
         devices: None,
         rings: Rc::default(),
         siblings: Rc::default(),
+        parked: Rc::default(),
+        after_pause: Vec::new(),
         poller: Poller::default(),
         inbox: Rc::new(inbox),
         tell,
@@ -324,6 +324,13 @@ impl<X: Xen> State<X> {
             }
             Command::Disconnect(entry, answer) => self.disconnect(entry, answer),
             Command::Resize(size, answer) => self.resize(size, answer),
+            Command::Pause(answer) => self.pause(Then::Tell(answer)),
+            Command::Unpause(change, answer) => answer.give(match self.unpause(change) {
+                Ok(info) => Reply::DiskInfo(info),
+                Err((errno, message)) => failure(errno, message),
+            }),
+            Command::Snapshot(image, answer) => self.pause(Then::Snapshot(image, answer)),
+            Command::Quiet(closed) => self.quiet(closed),
             Command::Grown => self.grown(),
             Command::SiblingEnded(number) => self.sibling_ended(number),
             Command::Close(answer) => self.close(answer),

@@ -1,8 +1,10 @@
 //! Malformed images. Each is a good one with something changed; opening reports it and writes nothing, and never takes more
 //! memory or time than the image is large.
 
-use crate::support::{Disk, Random, SECTOR, Shape, Store};
-use format::{Format, Load, Lookup, Source};
+use crate::support::{self, Shape};
+use format::blocking::Storage;
+use format::testing::{Memory, Random, SECTOR, Subject, Turns};
+use format::{Format, Load, Lookup};
 use vhd::footer::{self, RawFooter};
 use vhd::header::RawHeader;
 use vhd::{DiskType, Error, NewParent, OpenOptions, Uuid, Vhd};
@@ -13,63 +15,63 @@ const TABLE: usize = 1536;
 const BATMAP: usize = 2048;
 
 /// An image of 32 blocks, the first three of which are written, the second completely.
-fn image() -> Store {
-    let mut disk = Disk::create(&Shape::default());
+fn image() -> Memory {
+    let mut disk = Turns::create(&Shape::default(), SIZE / 512);
     let mut random = Random::new(1);
     let data = |sectors: usize| vec![1; sectors * SECTOR];
-    disk.write(vec![(0, data(16)), (4096, data(4096)), (8192, data(1))], &mut random).unwrap();
+    disk.write(vec![(0, data(16)), (4096, data(4096)), (8192, data(1))], &mut random);
     disk.close().0
 }
 
-fn child() -> Store {
+fn child() -> Memory {
     let parent =
         NewParent { uuid: Uuid([9; 16]), timestamp: 1, name: "p.vhd".into(), path: "./p.vhd".into() };
-    Shape::default().create(2, Some(parent))
+    Shape::default().image(SIZE / 512, 2, Some(parent))
 }
 
-fn open(store: &Store) -> Result<Vhd, Error> {
-    store.open(&OpenOptions::default())
+fn open(store: &Memory) -> Result<Vhd, Error> {
+    support::open(store, &OpenOptions::default())
 }
 
-fn open_writable(store: &Store) -> Result<Vhd, Error> {
-    store.open(&OpenOptions { writable: true, ..OpenOptions::default() })
+fn open_writable(store: &Memory) -> Result<Vhd, Error> {
+    support::open(store, &OpenOptions { writable: true, ..OpenOptions::default() })
 }
 
 fn errno<T: std::fmt::Debug>(result: Result<T, Error>) -> i32 {
     result.unwrap_err().errno()
 }
 
-fn put(store: &mut Store, offset: usize, bytes: &[u8]) {
+fn put(store: &mut Memory, offset: usize, bytes: &[u8]) {
     store.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
 }
 
 /// Changes both footers and gives them good checksums.
-fn change_footers(store: &mut Store, change: impl Fn(&mut RawFooter)) {
+fn change_footers(store: &mut Memory, change: impl Fn(&mut RawFooter)) {
     let end = store.bytes.len() - footer::LEN;
     for offset in [0, end] {
         change_footer(store, offset, &change);
     }
 }
 
-fn change_footer(store: &mut Store, offset: usize, change: impl Fn(&mut RawFooter)) {
+fn change_footer(store: &mut Memory, offset: usize, change: impl Fn(&mut RawFooter)) {
     let mut footer = RawFooter::from_slice(&store.bytes[offset..]);
     change(&mut footer);
     footer.seal();
     put(store, offset, footer.as_bytes());
 }
 
-fn change_header(store: &mut Store, change: impl Fn(&mut RawHeader)) {
+fn change_header(store: &mut Memory, change: impl Fn(&mut RawHeader)) {
     let mut header = RawHeader::from_slice(&store.bytes[512..]);
     change(&mut header);
     header.seal();
     put(store, 512, header.as_bytes());
 }
 
-fn set_entry(store: &mut Store, block: usize, entry: u32) {
+fn set_entry(store: &mut Memory, block: usize, entry: u32) {
     put(store, TABLE + block * 4, &entry.to_be_bytes());
 }
 
-fn entry(store: &Store, block: u32) -> u32 {
+fn entry(store: &Memory, block: u32) -> u32 {
     open(store).unwrap().block_entry(block).unwrap()
 }
 
@@ -238,7 +240,7 @@ fn row_14_disk_sizes() {
         let mut store = image();
         change_footers(&mut store, |footer| footer.current_size = size.into());
         assert_eq!(errno(open(&store)), expected, "{size}");
-        let mut fixed = Shape { kind: DiskType::Fixed, ..Shape::dynamic(4096, 64) }.create(3, None);
+        let mut fixed = Shape { kind: DiskType::Fixed, ..Shape::default() }.image(64, 3, None);
         let end = fixed.bytes.len() - 512;
         change_footer(&mut fixed, end, |footer| footer.current_size = size.into());
         assert!(open(&fixed).is_err(), "{size}");
@@ -308,13 +310,10 @@ fn row_24_a_damaged_batmap_is_started_anew() {
         let mut store = image();
         store.bytes[BATMAP + offset] = value;
         assert!(open(&store).is_ok());
-        let disk = Disk::open(store, Vec::new()).unwrap();
+        let mut disk = Turns::open(&Shape::default(), store, Vec::new());
+        disk.write(vec![(0, vec![1; SECTOR])], &mut Random::new(1));
         let (store, _) = disk.close();
-        let mut read = |offset: u64, buf: &mut [u8]| store.read(offset, buf);
-        let mut source = Source { size: store.bytes.len() as u64, regular: true, read: &mut read };
-        let options = vhd::check::CheckOptions { now: 2, bitmaps: true, ..Default::default() };
-        let verdict = vhd::check::check(&mut source, &options).unwrap();
-        assert!(matches!(verdict, vhd::check::Verdict::Valid(_)), "{offset}: {verdict:?}");
+        Shape::default().check(&store, true);
     }
 }
 
@@ -329,7 +328,7 @@ fn row_25_batmap_bits_are_not_believed() {
     assert_eq!(vhd.map(9 * 4096, 1).unwrap(), Lookup::Zero { count: 1 });
     let Lookup::Load(load @ Load { key: 0, offset, len }) = vhd.map(100, 1).unwrap() else { panic!() };
     let mut bits = vec![0; len as usize];
-    store.read(offset, &mut bits).unwrap();
+    store.read_at(offset, &mut bits).unwrap();
     vhd.loaded(&load, &bits).unwrap();
     assert_eq!(vhd.map(100, 1).unwrap(), Lookup::Zero { count: 1 });
 }
@@ -363,7 +362,7 @@ fn row_27_a_pending_journal() {
     change_footers(&mut store, |footer| footer.cookie = footer::POISON);
     assert_eq!(errno(open(&store)), libc::EBUSY);
     let options = OpenOptions { ignore_poison: true, ..OpenOptions::default() };
-    assert!(store.open(&options).is_ok());
+    assert!(support::open(&store, &options).is_ok());
     // Poison reaches the footers one after the other.
     let mut store = image();
     let end = store.bytes.len() - footer::LEN;
@@ -373,7 +372,7 @@ fn row_27_a_pending_journal() {
 
 #[test]
 fn row_29_short_footers_and_short_files() {
-    let mut fixed = Shape { kind: DiskType::Fixed, ..Shape::dynamic(4096, 64) }.create(3, None);
+    let mut fixed = Shape { kind: DiskType::Fixed, ..Shape::default() }.image(64, 3, None);
     fixed.bytes.pop();
     assert_eq!(open(&fixed).unwrap().sectors(), 64);
     let mut dynamic = image();
@@ -397,7 +396,7 @@ fn row_30_an_encrypted_image() {
     store.bytes[BATMAP + 29] = 1;
     assert_eq!(errno(open(&store)), libc::EINVAL);
     let options = OpenOptions { allow_encrypted: true, ..OpenOptions::default() };
-    assert!(store.open(&options).is_ok());
+    assert!(support::open(&store, &options).is_ok());
 }
 
 #[test]
@@ -424,7 +423,9 @@ fn every_changed_byte_gives_an_answer() {
             change_header(&mut store, |_| {});
         }
         for writable in [false, true] {
-            let Ok(vhd) = store.open(&OpenOptions { writable, ..OpenOptions::default() }) else { continue };
+            let Ok(vhd) = support::open(&store, &OpenOptions { writable, ..OpenOptions::default() }) else {
+                continue;
+            };
             for block in 0..vhd.blocks().min(64) {
                 let sector = u64::from(block) * u64::from(vhd.block_sectors());
                 if let Ok(Lookup::Data { offset, count }) = vhd.map(sector, 1) {

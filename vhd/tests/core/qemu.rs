@@ -6,7 +6,8 @@ use std::process::Command;
 
 use proptest::prelude::*;
 
-use crate::support::{Disk, Random, SECTOR, Shape, Store};
+use crate::support::{self, Shape};
+use format::testing::{Memory, Random, SECTOR, Turns};
 use vhd::{DiskType, OpenOptions};
 
 /// The raw bytes that qemu converts an image in `from` into, or the image that it makes of raw bytes.
@@ -38,12 +39,12 @@ proptest! {
         }
         let folder = tempfile::tempdir().unwrap();
         let kind = if fixed { DiskType::Fixed } else { DiskType::Dynamic };
-        let shape = Shape { kind, ..Shape::dynamic(2 << 20, 16384) };
+        let shape = Shape { kind, ..Shape::default() };
         let mut random = Random::new(seed);
-        let mut disk = Disk::create(&shape);
+        let mut disk = Turns::create(&shape, 16384);
         for (i, (first, count)) in writes.into_iter().enumerate() {
             let value = u8::try_from(i + 1).unwrap();
-            disk.write(vec![(first, vec![value; count * SECTOR])], &mut random).unwrap();
+            disk.write(vec![(first, vec![value; count * SECTOR])], &mut random);
         }
         let contents = disk.contents();
         let (store, _) = disk.close();
@@ -52,15 +53,15 @@ proptest! {
 
         let option = if fixed { "subformat=fixed,force_size=on" } else { "subformat=dynamic,force_size=on" };
         let bytes = convert(folder.path(), &contents, &["-f", "raw", "-O", "vpc", "-o", option]);
-        let store = Store { bytes, regular: true, log: Vec::new() };
-        let vhd = store.open(&OpenOptions::default()).unwrap();
+        let store = Memory::of(bytes, true);
+        let vhd = support::open(&store, &OpenOptions::default()).unwrap();
         prop_assert_eq!((vhd.kind(), vhd.was_unclean()), (kind, false));
         // Ours can go on where qemu has stopped, and the other way round.
-        let mut disk = Disk::open(store, Vec::new()).unwrap();
+        let mut disk = Turns::open(&shape, store, Vec::new());
         prop_assert!(disk.contents() == contents);
         let mut model = contents;
         model[5 * SECTOR..9 * SECTOR].fill(0xee);
-        disk.write(vec![(5, vec![0xee; 4 * SECTOR])], &mut random).unwrap();
+        disk.write(vec![(5, vec![0xee; 4 * SECTOR])], &mut random);
         prop_assert!(disk.contents() == model);
         let (store, _) = disk.close();
         let raw = convert(folder.path(), &store.bytes, &["-f", "vpc", "-O", "raw"]);

@@ -3,8 +3,11 @@
 //! A simulated guest keeps a ring full; the real programs serve it, from a file or from nothing. On the file, fio does the same
 //! with io_uring and O_DIRECT, in turns with us, several times; medians are compared. Comparisons across runs mean little.
 //!
+//! With `--formats` it compares image formats with each other, and with qemu-nbd, instead.
+//!
 //! The table goes to standard output, the figures to `target/bench.json`.
 
+mod formats;
 mod guest;
 mod machine;
 mod peer;
@@ -25,7 +28,7 @@ use machine::Cpus;
 
 const HELP: &str = "\
 usage: bench [--file FILE] [--mib N] [--json FILE] [--rounds N] [--seconds N] [--only TEXT]
-             [--polling US] [--engine NAME]
+             [--polling US] [--engine NAME] [--formats]
 
   --file FILE   the image, made of random data if it is not there (target/bench.img)
   --mib N       its size (1024)
@@ -35,6 +38,7 @@ usage: bench [--file FILE] [--mib N] [--json FILE] [--rounds N] [--seconds N] [-
   --only TEXT   only measurements whose name has TEXT in it
   --polling US  the polling-duration that a toolstack would set (none: tapdisk's own)
   --engine NAME the tapdisk's engine: auto, uring or pool (auto)
+  --formats     compare the formats; images lie beside FILE and are as large as it
 ";
 
 const XVDA: u32 = 51712;
@@ -51,6 +55,7 @@ struct Options {
     only: String,
     polling: Option<u32>,
     engine: Option<String>,
+    formats: bool,
 }
 
 fn parse() -> Result<Option<Options>, lexopt::Error> {
@@ -64,6 +69,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
         only: String::new(),
         polling: None,
         engine: None,
+        formats: false,
     };
     let mut parser = lexopt::Parser::from_env();
     while let Some(arg) = parser.next()? {
@@ -76,6 +82,7 @@ fn parse() -> Result<Option<Options>, lexopt::Error> {
             Long("only") => options.only = parser.value()?.string()?,
             Long("polling") => options.polling = Some(parser.value()?.parse()?),
             Long("engine") => options.engine = Some(parser.value()?.string()?),
+            Long("formats") => options.formats = true,
             Short('h') | Long("help") => return Ok(None),
             other => return Err(other.unexpected()),
         }
@@ -137,6 +144,9 @@ fn run(options: &Options) -> anyhow::Result<()> {
         println!("this machine is busy (load {load}): what else runs takes its part of the figures");
     }
     let bench = Bench { options, cpus, capacity: options.mib << 20 };
+    if options.formats {
+        return formats::run(&bench, &file);
+    }
     let wanted = |name: &str| name.contains(&options.only);
     let raw = format!("aio:{}", file.display());
     let mut jobs = Map::new();

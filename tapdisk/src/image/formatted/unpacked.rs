@@ -76,9 +76,15 @@ impl<F: Format> Formatted<F> {
             return Ok(content);
         }
         let there = self.file.measure()?.saturating_sub(packed.offset);
-        let len = there.min(packed.len.into());
-        let mut raw = io.read_metadata(&self.file, packed.offset, len as usize).await?;
-        raw.resize(packed.len as usize, 0);
+        let len = packed.len as usize;
+        let mut raw = io
+            .read_metadata(
+                &self.file,
+                packed.offset,
+                usize::try_from(there).map_or(len, |there| there.min(len)),
+            )
+            .await?;
+        raw.resize(len, 0);
         let mut content = vec![0; bytes(packed.sectors)];
         self.core.borrow().unpack(&packed, &raw, &mut content).map_err(|e| self.errno(&e))?;
         let content: Rc<[u8]> = content.into();

@@ -168,7 +168,7 @@ fn a_barrier_holds_back_what_comes_later_and_waits_for_what_came_before() {
     executor.spawn({
         let (ring, drained) = (ring.clone(), drained.clone());
         async move {
-            ring.drain_to(1).await;
+            ring.quiesce(1).await;
             drained.set(true);
         }
     });
@@ -202,7 +202,7 @@ fn a_stopped_ring_ends_its_tasks_when_their_requests_have_ended() {
     executor.spawn({
         let (ring, ended) = (ring.clone(), ended.clone());
         async move {
-            ring.drain_to(0).await;
+            ring.drain().await;
             ended.set(true);
         }
     });

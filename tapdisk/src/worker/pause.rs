@@ -1,0 +1,218 @@
+//! Pausing a disk under its frontends, and going on with the same image or another one.
+//!
+//! 1. The rings take no more requests: what the guests ask for stays on the shared rings. Threads for further rings end; the
+//!    rings that they served are *parked*.
+//! 2. What is in flight ends, the image is brought into its resting state and closed. From now on others may work on it.
+//! 3. Frontends come and go as ever. Rings are mapped, or parked, and not served.
+//! 4. An image is opened, and must be as large as the guests were told. Parked rings are served again, by threads of their
+//!    own or, if the image needs that, by this one. A larger image is published as any growth.
+//!
+//! A request that is held for ever, because a flush has failed, is not waited for: it stays held.
+
+use blkif::{DomId, VdevId};
+use nix::errno::Errno;
+use tap_ctl::Reply;
+use tap_ctl::proto::{DiskInfo, ImageSpec, Reopen, RingEntry, RingParams};
+
+use super::connect::Failure;
+use super::seat::info;
+use super::thread::{Served, State, failure};
+use super::{Answer, Command, Notice, Phase};
+use crate::image::{self, snapshot};
+use crate::xen::Xen;
+
+/// What comes after a pause.
+#[derive(Debug)]
+pub(super) enum Then {
+    /// Whoever asked for the pause is told.
+    Tell(Answer),
+    /// A new image is made, and opened.
+    Snapshot(ImageSpec, Answer),
+}
+
+impl Then {
+    fn refuse(self, errno: Errno, message: String) {
+        let (Then::Tell(answer) | Then::Snapshot(_, answer)) = self;
+        answer.give(failure(errno, message));
+    }
+}
+
+impl<X: Xen> State<X> {
+    /// Begins to pause.
+    pub(super) fn pause(&mut self, then: Then) {
+        if self.closing {
+            return then.refuse(Errno::ESHUTDOWN, "the image is being closed".into());
+        }
+        match (self.seat.phase(), then) {
+            (Phase::Paused, Then::Tell(answer)) => answer.give(Reply::Done),
+            (Phase::Pausing, then @ Then::Tell(_)) => self.after_pause.push(then),
+            (Phase::Pausing | Phase::Paused, then) => {
+                then.refuse(Errno::EBUSY, format!("{}: is paused", self.seat.name()));
+            }
+            (Phase::Running, then) => {
+                self.after_pause.push(then);
+                self.begin_pause();
+            }
+        }
+    }
+
+    fn begin_pause(&mut self) {
+        self.seat.enter(Phase::Pausing);
+        self.publish();
+        self.rings.borrow().iter().for_each(|served| served.ring.pause());
+        self.park_siblings();
+        let (seat, rings, siblings) = (self.seat.clone(), self.rings.clone(), self.siblings.clone());
+        let inbox = self.inbox.clone();
+        self.executor.spawn(async move {
+            while !siblings.borrow().is_empty() {
+                inbox.siblings_changed.wait().await;
+            }
+            // A ring that is connected meanwhile takes nothing.
+            let ours: Vec<Served<X>> = rings.borrow().clone();
+            for served in &ours {
+                served.ring.quiesce(0).await;
+            }
+            drop(ours);
+            seat.no_work().await;
+            let closed = match seat.disk() {
+                Some(disk) => disk.close().await,
+                None => Ok(()),
+            };
+            inbox.sender().send(Command::Quiet(closed));
+        });
+    }
+
+    /// Nothing is in flight any more, and the image was closed.
+    pub(super) fn quiet(&mut self, closed: Result<(), Errno>) {
+        let name = self.seat.name();
+        match closed {
+            Ok(()) => {
+                self.seat.empty();
+                self.seat.enter(Phase::Paused);
+                log::info!("{name}: paused");
+            }
+            Err(_) => self.go_on(),
+        }
+        self.publish();
+        for then in std::mem::take(&mut self.after_pause) {
+            match (closed, then) {
+                (Err(errno), then) => {
+                    let message = format!("{name}: closing it for a pause failed: {}", errno.desc());
+                    then.refuse(errno, message);
+                }
+                (Ok(()), then) if self.closing => {
+                    then.refuse(Errno::ESHUTDOWN, format!("{name}: is being closed"));
+                }
+                (Ok(()), Then::Tell(answer)) => answer.give(Reply::Done),
+                (Ok(()), Then::Snapshot(image, answer)) => answer.give(match self.snapshot(&image) {
+                    Ok(()) => Reply::Done,
+                    Err((errno, message)) => failure(errno, message),
+                }),
+            }
+        }
+    }
+
+    /// Opens the image of a paused disk, or another one, and goes on. After an error it is still paused.
+    pub(super) fn unpause(&mut self, change: Reopen) -> Result<DiskInfo, Failure> {
+        let name = self.seat.name();
+        if self.closing {
+            return Err((Errno::ESHUTDOWN, format!("{name}: is being closed")));
+        }
+        let params = match (self.seat.phase(), self.seat.params()) {
+            (Phase::Paused, Some(params)) => params.reopened(change),
+            (Phase::Pausing, _) => return Err((Errno::EBUSY, format!("{name}: is being paused"))),
+            _ => return Err((Errno::EINVAL, format!("{name}: is not paused"))),
+        };
+        let disk = image::open(&params, &self.io).map_err(|e| (e.errno(), e.to_string()))?;
+        let before = self.seat.info().sectors;
+        if disk.sectors() < before {
+            // XenServer's tapdisk gives this error for any other size.
+            let (image, sectors) = (&params.image, disk.sectors());
+            let message =
+                format!("{image}: has {sectors} sectors, and the guests were told {before}; still paused");
+            return Err((Errno::EMEDIUMTYPE, message));
+        }
+        let after = info(&disk);
+        log::info!("{}: going on, {} sectors", params.image, after.sectors);
+        self.seat.fill(disk, params);
+        self.go_on();
+        self.publish();
+        (self.tell)(Notice::Reopened(after));
+        Ok(after)
+    }
+
+    /// Serves the rings again.
+    fn go_on(&mut self) {
+        self.seat.enter(Phase::Running);
+        let sectors = self.seat.info().sectors;
+        for params in self.parked.take() {
+            self.serve_parked(params);
+        }
+        for served in self.rings.borrow().iter() {
+            served.ring.set_capacity(sectors);
+            served.ring.go_on();
+        }
+    }
+
+    /// Serves a ring again that had a thread of its own. Its guest may have died meanwhile, which must not hold up others.
+    fn serve_parked(&mut self, params: RingParams) {
+        let shared = self.seat.disk().is_some_and(|disk| disk.share().is_some());
+        let served = if shared { self.start_sibling(params.clone()) } else { self.serve_here(&params) };
+        if let Err((_, why)) = served {
+            let (dom, vdev) = (DomId(params.domid), VdevId(params.vdev));
+            log::error!(
+                "device {vdev} of domain {dom}: one of its rings is not served until it reconnects: {why}"
+            );
+        }
+    }
+
+    fn serve_here(&mut self, params: &RingParams) -> Result<(), Failure> {
+        for queue in &params.queues {
+            let served = self.attach(params, queue)?;
+            self.start_slots(&served);
+            self.rings.borrow_mut().push(served);
+        }
+        Ok(())
+    }
+
+    /// Ends the threads for further rings, and keeps what is needed to serve those again.
+    fn park_siblings(&self) {
+        let siblings = self.siblings.borrow();
+        let running = siblings.iter().filter(|sibling| !sibling.is_ending());
+        self.parked.borrow_mut().extend(running.map(|sibling| sibling.params().clone()));
+        drop(siblings);
+        self.end_siblings(|_| true);
+    }
+
+    /// Forgets the parked rings of a frontend.
+    pub(super) fn unpark(&self, entry: RingEntry) {
+        self.parked.borrow_mut().retain(|params| params.entry() != entry);
+    }
+
+    /// Makes a new image over the present one, which is closed, and goes on with it.
+    fn snapshot(&mut self, image: &ImageSpec) -> Result<(), Failure> {
+        let Some(params) = self.seat.params() else {
+            return Err((Errno::EINVAL, "the disk belongs to another thread".into()));
+        };
+        let made = snapshot::create(&params, self.seat.info().sectors, image)
+            .map_err(|e| (e.errno(), e.to_string()));
+        let opened = made.and_then(|made| {
+            let change = Reopen { image: Some(image.clone()), ..Reopen::default() };
+            let opened = self.unpause(change);
+            if opened.is_ok() {
+                made.keep();
+            }
+            opened
+        });
+        let Err((errno, why)) = opened else { return Ok(()) };
+        match self.unpause(Reopen::default()) {
+            Ok(_) => Err((errno, why)),
+            Err((_, also)) => {
+                let message = format!(
+                    "{why}; and the image before cannot be opened again, the disk stays paused: {also}"
+                );
+                Err((errno, message))
+            }
+        }
+    }
+}

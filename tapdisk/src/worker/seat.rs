@@ -1,0 +1,152 @@
+//! The place of a worker's disk, which is empty while the disk is paused.
+//!
+//! Whoever uses the disk takes it from here each time and lets go of it with the request: when nothing is in flight and the
+//! place is emptied, the image is closed and its lock given up.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use tap_ctl::proto::{DiskInfo, ImageSpec, OpenParams};
+
+use super::Phase;
+use crate::executor::Scheduler;
+use crate::image::Disk;
+use crate::sync::WaitSet;
+
+/// The place of a disk.
+pub(super) struct Seat {
+    disk: RefCell<Option<Rc<Disk>>>,
+    /// How the disk was opened; `None`: another thread did.
+    params: RefCell<Option<OpenParams>>,
+    /// The disk as it was when it was last seen.
+    seen: Cell<DiskInfo>,
+    phase: Cell<Phase>,
+    /// Administrators' work on the disk that is under way.
+    works: Cell<u32>,
+    changed: WaitSet,
+}
+
+/// A work on the disk, during which it is not taken away.
+pub(super) struct Work {
+    seat: Rc<Seat>,
+    /// The disk.
+    pub disk: Rc<Disk>,
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.seat.works.set(self.seat.works.get() - 1);
+        self.seat.changed.wake_all();
+    }
+}
+
+impl Seat {
+    /// The place of an open disk.
+    pub fn new(disk: Disk, params: Option<OpenParams>, scheduler: Rc<Scheduler>) -> Seat {
+        Seat {
+            seen: Cell::new(info(&disk)),
+            disk: RefCell::new(Some(Rc::new(disk))),
+            params: RefCell::new(params),
+            phase: Cell::new(Phase::Running),
+            works: Cell::new(0),
+            changed: WaitSet::new(scheduler),
+        }
+    }
+
+    /// The disk; `None` while it is paused.
+    pub fn disk(&self) -> Option<Rc<Disk>> {
+        self.disk.borrow().clone()
+    }
+
+    /// Takes the disk for a work; `None` while it is paused, or is being paused.
+    pub fn work(self: &Rc<Self>) -> Option<Work> {
+        let disk = self.disk().filter(|_| self.phase.get() == Phase::Running)?;
+        self.works.set(self.works.get() + 1);
+        Some(Work { seat: self.clone(), disk })
+    }
+
+    /// Ends when no work is under way.
+    pub async fn no_work(&self) {
+        while self.works.get() > 0 {
+            self.changed.wait().await;
+        }
+    }
+
+    /// What the disk is, or was when it was paused.
+    pub fn info(&self) -> DiskInfo {
+        if let Some(disk) = &*self.disk.borrow() {
+            self.seen.set(info(disk));
+        }
+        self.seen.get()
+    }
+
+    /// How the disk was opened.
+    pub fn params(&self) -> Option<OpenParams> {
+        self.params.borrow().clone()
+    }
+
+    /// The image, for people.
+    pub fn image(&self) -> Option<ImageSpec> {
+        self.params.borrow().as_ref().map(|params| params.image.clone())
+    }
+
+    /// The image, for messages.
+    pub fn name(&self) -> String {
+        match (&*self.disk.borrow(), &*self.params.borrow()) {
+            (Some(disk), _) => disk.name().to_string(),
+            (None, Some(params)) => params.image.path.clone(),
+            (None, None) => "a disk".to_owned(),
+        }
+    }
+
+    /// Where the disk is between running and paused.
+    pub fn phase(&self) -> Phase {
+        self.phase.get()
+    }
+
+    /// Goes over to another phase.
+    pub fn enter(&self, phase: Phase) {
+        self.phase.set(phase);
+        self.changed.wake_all();
+    }
+
+    /// Ends when the disk is not on its way to a pause.
+    pub async fn settled(&self) {
+        while self.phase.get() == Phase::Pausing {
+            self.changed.wait().await;
+        }
+    }
+
+    /// Whenever the disk is opened again, it is for reading only.
+    pub fn stay_readonly(&self) {
+        if let Some(params) = &mut *self.params.borrow_mut() {
+            params.readonly = true;
+        }
+        let seen = self.info();
+        self.seen.set(DiskInfo { readonly: true, ..seen });
+    }
+
+    /// Lets go of the disk, which closes its files if nobody else has it.
+    pub fn empty(&self) {
+        let _ = self.info();
+        self.disk.take();
+    }
+
+    /// Puts a disk in.
+    pub fn fill(&self, disk: Disk, params: OpenParams) {
+        self.seen.set(info(&disk));
+        self.disk.replace(Some(Rc::new(disk)));
+        self.params.replace(Some(params));
+    }
+}
+
+/// What xenio publishes.
+pub(super) fn info(disk: &Disk) -> DiskInfo {
+    DiskInfo {
+        sectors: disk.sectors(),
+        sector_size: 512,
+        physical_sector_size: disk.physical_block_size(),
+        readonly: disk.is_readonly(),
+        discard: disk.discard_limits(),
+    }
+}

@@ -22,8 +22,10 @@
 //! [`OpenOptions::cache`]. Reference counts: at most 4 MiB, and their table, 4 KiB for each TiB.
 
 mod cache;
+mod check;
 mod close;
 mod commit;
+mod create;
 mod discard;
 mod entry;
 mod error;
@@ -35,11 +37,14 @@ mod metadata;
 mod open;
 mod refcount;
 mod resize;
+mod scan;
 mod snapshot;
 mod space;
 mod unpack;
 mod write;
 
+pub use check::{Report, check, repair};
+pub use create::{NewBytes, NewImage};
 pub use error::Error;
 pub use header::{Backing, Compression};
 pub use image::Qcow2;

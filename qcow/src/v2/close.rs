@@ -1,6 +1,7 @@
 //! Closing: what was reserved and not used goes back, and so does what was given up.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use format::{MetaWrite, Step};
 
@@ -30,7 +31,8 @@ impl Qcow2 {
         if slices.is_empty() {
             return vec![Step::Flush];
         }
-        let mut steps = vec![Step::Flush];
+        let mut steps = writing.space.failed_steps().to_vec();
+        steps.push(Step::Flush);
         for (key, bytes) in &slices {
             let first = up(*key, self.geometry.refcount_slice_counts());
             let Ok(block) = writing.refcounts.block(first) else { continue };
@@ -64,10 +66,10 @@ impl Writing {
         let order = self.refcounts.order();
         let key = self.refcounts.slice_of(cluster);
         let at = cluster.saturating_sub(self.refcounts.first_of(key));
-        if !slices.contains_key(&key) {
-            slices.insert(key, self.refcounts.cache.get(key)?.into());
-        }
-        let slice = slices.get_mut(&key)?;
+        let slice = match slices.entry(key) {
+            Entry::Occupied(slice) => slice.into_mut(),
+            Entry::Vacant(place) => place.insert(self.refcounts.cache.get(key)?.into()),
+        };
         let now = count(slice, at, order).checked_sub(1)?;
         set_count(slice, at, order, now);
         Some(now)

@@ -61,7 +61,7 @@ impl Qcow2 {
         let mut steps = self.table_copies(&tables, &slices);
         barrier |= !steps.is_empty();
         let writing = self.writing.as_mut()?;
-        let release = (enough || (barrier && !writing.freed.is_empty())) && !writing.space.running;
+        let release = (enough || (barrier && !writing.freed.is_empty())) && writing.space.is_settled();
         if clusters.is_empty() && !release {
             return None;
         }

@@ -95,6 +95,9 @@ impl Qcow2 {
             Ok(Cluster::Absent) if !has_backing => return Ok(Outcome::Stays),
             Ok(_) => {}
         }
+        if self.table_is_unprepared(cluster) {
+            return Ok(Outcome::Stays);
+        }
         let (old, freed, table) = match self.replace(cluster)? {
             Ok(found) => found,
             Err(load) => return Ok(Outcome::Load(load)),
@@ -114,7 +117,7 @@ impl Qcow2 {
         if table.is_some() {
             // A discard has no preparation: without a cluster at hand it is left alone.
             match writing.space.take(1, false) {
-                Some(run) => self.add_table(cluster, run.start)?,
+                Some(run) => self.add_table(cluster, run.start, false)?,
                 None => {
                     self.let_go(&freed, table);
                     return Ok(Outcome::Stays);
@@ -130,6 +133,7 @@ impl Qcow2 {
             exclusive: false,
             barrier: false,
             state: State::Ready,
+            unprepared: false,
         };
         self.add_change(cluster, change);
         Ok(Outcome::Changed)

@@ -78,7 +78,6 @@ pub(super) struct Header {
     pub(super) snapshots: u64,
     pub(super) snapshot_table: u64,
     pub(super) incompatible: u64,
-    pub(super) compatible: u64,
     pub(super) autoclear: u64,
     pub(super) compression: Compression,
     /// The first sector of the file, to be written again with some fields changed.
@@ -103,12 +102,12 @@ impl Header {
         sector
     }
 
-    /// The first sector without the marks of an image that needs repair.
+    /// The incompatible features without the marks of an image that needs repair.
     pub(super) fn repaired(&self) -> u64 {
         self.incompatible & !(DIRTY | CORRUPT)
     }
 
-    /// The entries of the refcount table.
+    /// Bytes of the refcount table.
     pub(super) fn refcount_table_bytes(&self) -> u64 {
         self.refcount_table_clusters.saturating_mul(self.geometry.cluster())
     }
@@ -174,7 +173,6 @@ pub(super) fn parse(bytes: &[u8], file_len: u64) -> Result<Header, Error> {
         snapshots: be32(bytes, 60).into(),
         snapshot_table: be64(bytes, 64),
         incompatible,
-        compatible: field(80),
         autoclear: field(at::AUTOCLEAR),
         compression: compression(incompatible, if length > V3_LEN { bytes.get(104) } else { None })?,
         sector,

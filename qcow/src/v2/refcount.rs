@@ -113,6 +113,16 @@ impl Refcounts {
         true
     }
 
+    /// Keeps the counts of these clusters in memory.
+    pub(super) fn keep(&mut self, clusters: Range<u64>) {
+        clusters.for_each(|cluster| self.cache.pin(self.slice_of(cluster)));
+    }
+
+    /// Ends [`Refcounts::keep`].
+    pub(super) fn let_go(&mut self, clusters: Range<u64>) {
+        clusters.for_each(|cluster| self.cache.unpin(self.slice_of(cluster)));
+    }
+
     /// The writes that bring all changes so far to the file.
     pub(super) fn take_writes(&mut self) -> Vec<MetaWrite> {
         let dirty = std::mem::take(&mut self.dirty);

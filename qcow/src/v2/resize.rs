@@ -40,9 +40,9 @@ impl Qcow2 {
             let clusters = down(g.round_up(entries.saturating_mul(8)), g.cluster_bits);
             let device = (!self.regular).then_some(file_len);
             let place = match writing.extend(&mut self.header, clusters, clusters, file_len, device)? {
-                Found::Yes((place, more)) => {
-                    steps.extend(more);
-                    place
+                Found::Yes(more) => {
+                    steps.extend(more.steps);
+                    more.clusters
                 }
                 Found::Load(_) => {
                     return Err(Error::invalid(
@@ -114,8 +114,11 @@ impl Qcow2 {
             writing.metadata.remove_range(old, old_len, &g);
             writing.metadata.add_range(offset, entries.saturating_mul(8), &g);
             if old_len > 0 {
-                metadata::clusters(old, old_len, &g).for_each(|cluster| writing.free_later(cluster));
+                let gone = metadata::clusters(old, old_len, &g);
+                gone.clone().for_each(|cluster| writing.free_later(cluster));
+                writing.refcounts.let_go(gone);
             }
+            writing.refcounts.keep(metadata::clusters(offset, entries.saturating_mul(8), &g));
             self.l1.resize(index(entries), 0);
             self.header.l1_entries = entries;
             self.header.l1_offset = offset;

@@ -18,7 +18,7 @@ use super::header::{Header, at};
 use super::image::Qcow2;
 use super::refcount::Count;
 use super::write::Writing;
-use super::{Error, geometry};
+use super::{Error, geometry, metadata};
 
 /// Bytes of one reserve: an eighth of what is in use, between these.
 const LEAST_RESERVE: u64 = 1 << 20;
@@ -117,6 +117,11 @@ impl Space {
         Some(self.grown)
     }
 
+    /// True if no preparation is under way, and none has failed and is to be tried again.
+    pub(super) fn is_settled(&self) -> bool {
+        !self.running && self.steps.is_empty()
+    }
+
     /// Steps of a preparation that has failed.
     pub(super) fn failed_steps(&self) -> &[Step] {
         &self.steps
@@ -138,7 +143,9 @@ impl Qcow2 {
         let Some(writing) = &mut self.writing else { return Err(Error::ReadOnly) };
         let available = writing.space.available();
         let busy = writing.space.running || writing.releasing || writing.resizing.is_some();
-        if available >= need && (busy || available >= writing.space.low) {
+        // What has failed is tried again first: there may be changes that wait for it.
+        let whole = writing.space.steps.is_empty();
+        if available >= need && (busy || (whole && available >= writing.space.low)) {
             return Ok(Room::Ready);
         }
         if busy {
@@ -172,7 +179,7 @@ impl Writing {
         file_len: u64,
         device: Option<u64>,
     ) -> Result<Found<()>, Error> {
-        if !self.space.steps.is_empty() && len(&self.space.preparing) >= need {
+        if !self.space.steps.is_empty() && (len(&self.space.preparing) >= need || self.space.has(need)) {
             return Ok(Found::Yes(()));
         }
         // Clusters that are to be freed but could not yet: now is the time to read what that needs.
@@ -192,9 +199,9 @@ impl Writing {
         if (found.len() as u64) < need {
             match self.extend(header, want, need, file_len, device)? {
                 Found::Load(load) => return Ok(Found::Load(load)),
-                Found::Yes((range, more)) => {
-                    steps.extend(more);
-                    self.space.preparing.push_back(range);
+                Found::Yes(more) => {
+                    steps.extend(more.steps);
+                    self.space.preparing.push_back(more.clusters);
                 }
             }
         }
@@ -279,7 +286,7 @@ impl Writing {
         least: u64,
         file_len: u64,
         device: Option<u64>,
-    ) -> Result<Found<(Range<u64>, Vec<Step>)>, Error> {
+    ) -> Result<Found<Extension>, Error> {
         let g = header.geometry;
         let limit = down(device.unwrap_or(MAX_OFFSET), g.cluster_bits);
         let frontier = self.space.frontier;
@@ -310,7 +317,7 @@ impl Writing {
         let steps = self.extend_steps(header, &plan, file_len, device.is_some());
         self.space.extended = frontier..plan.end;
         self.space.frontier = plan.end;
-        Ok(Found::Yes((plan.first..plan.end, steps)))
+        Ok(Found::Yes(Extension { clusters: plan.first..plan.end, steps }))
     }
 
     /// What lies where behind the frontier: new blocks, a new table, `count` clusters. `None` if that is too much.
@@ -353,7 +360,7 @@ impl Writing {
             return steps;
         }
         let blocks = frontier..frontier.saturating_add(plan.blocks.len() as u64);
-        steps.extend(zero_step(&blocks, &g, file_len).into_iter());
+        steps.extend(zero_step(&blocks, &g, file_len));
         if steps.iter().any(|step| matches!(step, Step::Zero(_))) {
             // What is written below must not be overtaken by zeros.
             steps.push(Step::Flush);
@@ -389,7 +396,10 @@ impl Writing {
         let (old, old_len) = (header.refcount_table, header.refcount_table_bytes());
         self.metadata.remove_range(old, old_len, &g);
         self.metadata.add_range(offset, len, &g);
-        super::metadata::clusters(old, old_len, &g).for_each(|cluster| self.free_later(cluster));
+        let gone = metadata::clusters(old, old_len, &g);
+        gone.clone().for_each(|cluster| self.free_later(cluster));
+        self.refcounts.let_go(gone);
+        self.refcounts.keep(metadata::clusters(offset, len, &g));
         header.refcount_table = offset;
         header.refcount_table_clusters = clusters;
         let count = u32::try_from(clusters).unwrap_or(u32::MAX).to_be_bytes();
@@ -419,6 +429,12 @@ impl Writing {
         keys.iter().for_each(|&key| self.refcounts.cache.pin(key));
         self.space.pinned = keys;
     }
+}
+
+/// Clusters that follow each other behind all others, and the steps that reserve them.
+pub(super) struct Extension {
+    pub(super) clusters: Range<u64>,
+    pub(super) steps: Vec<Step>,
 }
 
 /// Where new things lie, in clusters: the blocks from the frontier on, then the table, then what was asked for.

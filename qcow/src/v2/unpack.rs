@@ -2,8 +2,8 @@
 
 use std::io::Read;
 
-use flate2::{Decompress, FlushDecompress};
 use format::Packed;
+use format::inflate::{Wrapping, inflate};
 use ruzstd::decoding::StreamingDecoder;
 
 use super::Error;
@@ -19,16 +19,7 @@ pub(super) fn unpack(
 ) -> Result<(), Error> {
     let damaged = |reason| Error::Packed { offset: packed.offset, reason };
     match compression {
-        Compression::Zlib => {
-            let mut stream = Decompress::new(false);
-            // The decoder reports a full buffer in several ways; what counts is that it is full.
-            stream
-                .decompress(bytes, into, FlushDecompress::Finish)
-                .map_err(|_| damaged("it is no deflate stream"))?;
-            if stream.total_out() != into.len() as u64 {
-                return Err(damaged("the deflate stream is shorter than a cluster"));
-            }
-        }
+        Compression::Zlib => inflate(Wrapping::Raw, bytes, into).map_err(damaged)?,
         Compression::Zstd => {
             let mut left = into;
             let mut input = bytes;

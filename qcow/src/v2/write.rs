@@ -2,6 +2,7 @@
 
 use std::cmp::min;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use format::{MetaWrite, Plan, Prepare, Sector, Source, Step, Write};
 
@@ -71,6 +72,8 @@ pub(super) struct Change {
     /// The data must be durable before the entry names them.
     pub(super) barrier: bool,
     pub(super) state: State,
+    /// Its cluster of the file is not ready before a preparation has ended: that of its first writer.
+    pub(super) unprepared: bool,
 }
 
 /// What planning has found out for a write to a new place.
@@ -105,6 +108,8 @@ pub(super) struct NewTable {
     pub(super) host: u64,
     /// Byte offset of the table that it replaces, which others refer to as well.
     pub(super) old: Option<u64>,
+    /// Its cluster is not ready before a preparation has ended.
+    pub(super) unprepared: bool,
 }
 
 impl Writing {
@@ -122,6 +127,12 @@ impl Writing {
         let mut refcounts = Refcounts::new(header.geometry, table);
         let frontier = find_frontier(source, header, &mut refcounts)?;
         refcounts.cache.pin(refcounts.slice_of(frontier));
+        let l1_bytes = header.l1_entries.saturating_mul(8);
+        for (offset, len) in
+            [(header.refcount_table, header.refcount_table_bytes()), (header.l1_offset, l1_bytes)]
+        {
+            load_counts(source, &mut refcounts, refcounts_of(offset, len, header))?;
+        }
         let aligned = !source.regular || rest(source.size, header.geometry.cluster_bits) == 0;
         let stage = if header.autoclear == 0 && aligned { Stage::Started } else { Stage::Resting };
         Ok(Self {
@@ -198,6 +209,28 @@ impl Writing {
     }
 }
 
+/// The clusters of a table; none for a table of no length.
+fn refcounts_of(offset: u64, len: u64, header: &Header) -> Range<u64> {
+    if len == 0 { 0..0 } else { metadata::clusters(offset, len, &header.geometry) }
+}
+
+/// Reads the reference counts of clusters, and keeps them. They are those of tables that may move when the image grows, and
+/// what they leave is given back without further reading.
+fn load_counts(
+    source: &mut Source<'_>,
+    refcounts: &mut Refcounts,
+    clusters: Range<u64>,
+) -> Result<(), Error> {
+    for cluster in clusters.clone() {
+        if let Ok(Count::Missing(load)) = refcounts.get(cluster) {
+            let bytes = read(source, "refcount block", load.offset, load.len.into())?;
+            refcounts.cache.insert(refcounts.slice_of(cluster), bytes.into());
+        }
+    }
+    refcounts.keep(clusters);
+    Ok(())
+}
+
 /// The first cluster from which on none is in use, by the last reference count that is not 0.
 fn find_frontier(source: &mut Source<'_>, header: &Header, refcounts: &mut Refcounts) -> Result<u64, Error> {
     let g = &header.geometry;
@@ -253,7 +286,7 @@ impl Qcow2 {
     }
 
     /// The clusters of the disk that some sectors lie in.
-    pub(super) fn clusters_of(&self, sector: Sector, count: u32) -> std::ops::Range<u64> {
+    pub(super) fn clusters_of(&self, sector: Sector, count: u32) -> Range<u64> {
         let bits = self.geometry.sector_bits();
         let last = sector.saturating_add(count.into()).saturating_sub(1);
         down(sector, bits)..down(last, bits).saturating_add(1)
@@ -311,6 +344,8 @@ impl Qcow2 {
             && let Some(grown) = writing.space.prepared(done)
         {
             self.file_len = self.file_len.max(grown);
+            writing.changes.values_mut().for_each(|change| change.unprepared = false);
+            writing.tables.values_mut().for_each(|table| table.unprepared = false);
         }
     }
 
@@ -341,7 +376,8 @@ impl Qcow2 {
     fn join_change(&mut self, cluster: u64, sector: Sector, count: u32) -> Option<Plan> {
         let bits = self.geometry.sector_bits();
         let change = self.writing.as_mut()?.changes.get_mut(&cluster)?;
-        let Some(host) = change.host.filter(|_| !(change.exclusive && change.writers > 0)) else {
+        let taken = change.unprepared || (change.exclusive && change.writers > 0);
+        let Some(host) = change.host.filter(|_| !taken) else {
             return Some(Plan::Wait);
         };
         let first = rest(sector, bits);
@@ -399,6 +435,9 @@ impl Qcow2 {
     /// Plans a write to clusters of the disk that get a new place.
     fn plan_new(&mut self, sector: Sector, count: u32) -> Result<Plan, Error> {
         let cluster = down(sector, self.geometry.sector_bits());
+        if self.table_is_unprepared(cluster) && self.writing.as_ref().is_some_and(|w| w.space.running) {
+            return Ok(Plan::Wait);
+        }
         let (old, freed, new_table) = match self.replace(cluster)? {
             Ok(found) => found,
             Err(load) => return Ok(Plan::Load(load)),
@@ -488,7 +527,7 @@ impl Qcow2 {
     }
 
     /// How many of the clusters are where the first one is, and free of changes. They share a slice.
-    fn similar(&self, clusters: std::ops::Range<u64>, old: Cluster) -> u64 {
+    fn similar(&self, clusters: Range<u64>, old: Cluster) -> u64 {
         let g = &self.geometry;
         let slice = down(clusters.start, g.slice_entries());
         let Some(writing) = &self.writing else { return 1 };
@@ -527,13 +566,20 @@ impl Qcow2 {
         Ok(Ok(Some(down(table, g.cluster_bits))))
     }
 
+    /// True if the L2 table for a cluster is new and lies where no preparation has succeeded yet.
+    pub(super) fn table_is_unprepared(&self, cluster: u64) -> bool {
+        let at = down(cluster, self.geometry.l2_bits());
+        let tables = self.writing.as_ref().map(|writing| &writing.tables);
+        tables.and_then(|tables| tables.get(&at)).is_some_and(|table| table.unprepared)
+    }
+
     /// Makes room for a new L2 table.
-    pub(super) fn add_table(&mut self, cluster: u64, host: u64) -> Result<(), Error> {
+    pub(super) fn add_table(&mut self, cluster: u64, host: u64, unprepared: bool) -> Result<(), Error> {
         let g = self.geometry;
         let (table, _) = self.table(cluster)?;
         let at = down(cluster, g.l2_bits());
         if let Some(writing) = &mut self.writing {
-            writing.tables.insert(at, NewTable { host, old: (table != 0).then_some(table) });
+            writing.tables.insert(at, NewTable { host, old: (table != 0).then_some(table), unprepared });
         }
         if table != 0 {
             (up(at, g.slices())..up(at.saturating_add(1), g.slices()))
@@ -552,7 +598,7 @@ impl Qcow2 {
         let table = if fresh.need > 1 { writing.space.take(1, from_new).map(|run| run.start) } else { None };
         let hosts = writing.space.take(fresh.clusters, from_new).ok_or(full)?;
         if let Some(host) = table {
-            self.add_table(first_cluster, host)?;
+            self.add_table(first_cluster, host, from_new)?;
         }
         let clean = match fresh.old {
             Cluster::Absent => self.header.backing.is_none(),
@@ -571,6 +617,7 @@ impl Qcow2 {
                 exclusive: !clean,
                 barrier: !clean,
                 state: State::Filling,
+                unprepared: from_new,
             };
             self.add_change(cluster, change);
         }

@@ -270,7 +270,10 @@ impl<X: Xen> Server<X> {
             Request::Snapshot { minor, image } => {
                 self.command(token, minor, |answer| Command::Snapshot(image, answer))
             }
-            Request::Limit { .. } | Request::Stats { .. } => {
+            Request::Limit { minor, change } => {
+                self.command(token, minor, |answer| Command::Limit(change, answer))
+            }
+            Request::Stats { .. } => {
                 Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that to a running disk".into()))
             }
             Request::Follow => {

@@ -233,15 +233,7 @@ fn two_frontends_share_one_disk() {
     let rig = rig();
     let (_, params) = raw(&rig, "a.img", MIB);
     let (device, mut one) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
-    rig.create_domain(2);
-    let mut second = rig.write_device(2, XVDA, &params, "w");
-    rig.wait_value(&format!("{}/state", second.backend), "2");
-    (second.pid, second.minor) = (device.pid, device.minor);
-    let path = rig.host.control().vbd_path(device.pid, device.minor);
-    rig.store.write(&format!("{}/physical-device-path", second.backend), path.to_str().unwrap());
-    rig.store.write(&format!("{}/hotplug-status", second.backend), "connected");
-    let mut two = Frontend::create(&rig.host.xen(), Shape::simple(DomId(2))).unwrap();
-    rig.connect(&second, &two);
+    let (second, mut two) = also(&rig, &device, 2);
     one.write(Sector(0), &pattern(1, 4096)).unwrap();
     assert!(two.read(Sector(0), 4096).unwrap() == pattern(1, 4096));
     two.write(Sector(0), &pattern(2, 4096)).unwrap();

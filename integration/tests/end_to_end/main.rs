@@ -12,6 +12,7 @@ mod hostile;
 mod hostile_data;
 mod hostile_load;
 mod hostile_ring;
+mod limits;
 mod pause;
 mod protocol;
 mod resize;

@@ -64,6 +64,20 @@ pub fn guest(rig: &Rig, domid: u16, params: &str, shape: Shape) -> (Device, Fron
     (device, frontend)
 }
 
+/// Another guest on the same disk, connected.
+pub fn also(rig: &Rig, first: &Device, domid: u16) -> (Device, Frontend) {
+    rig.create_domain(domid);
+    let mut device = rig.write_device(domid, XVDA, "aio:/the/same", "w");
+    rig.wait_value(&format!("{}/state", device.backend), "2");
+    (device.pid, device.minor) = (first.pid, first.minor);
+    let path = rig.host.control().vbd_path(device.pid, device.minor);
+    rig.store.write(&format!("{}/physical-device-path", device.backend), path.to_str().unwrap());
+    rig.store.write(&format!("{}/hotplug-status", device.backend), "connected");
+    let frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(domid))).unwrap();
+    rig.connect(&device, &frontend);
+    (device, frontend)
+}
+
 /// A number that the backend has published.
 pub fn published(rig: &Rig, device: &Device, key: &str) -> u64 {
     let value = rig.store.read(&format!("{}/{key}", device.backend)).unwrap_or_default();

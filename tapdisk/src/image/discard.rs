@@ -7,6 +7,7 @@ use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 use tap_ctl::proto::Discard;
 
+use super::chain::Chain;
 use super::file::ImageFile;
 use super::layer::Layer;
 use super::{Disk, store};
@@ -41,13 +42,7 @@ fn parts(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
 impl Disk {
     /// What can be discarded; `None` if nothing: the store or the format cannot, or the disk is read-only.
     pub fn discard_limits(&self) -> Option<Discard> {
-        match &self.chain.leaf {
-            _ if self.readonly.get() => None,
-            Layer::Raw(raw) => raw.file.store().discard,
-            // In units of the store's, which the format keeps the guest's sectors aligned with.
-            Layer::Vhd(vhd) => vhd.file.store().discard.map(|limits| Discard { secure: false, ..limits }),
-            Layer::Null(_) => None,
-        }
+        if self.readonly.get() { None } else { self.chain().discard_limits() }
     }
 
     /// Discards `count` sectors, which lie on the disk. Units of the store that they cover only in part stay as they are;
@@ -56,14 +51,37 @@ impl Disk {
     /// With `secure` all of it is made unreadable, or nothing is done: EINVAL if it is not whole blocks of the store.
     pub async fn discard(&self, sector: Sector, count: u64, secure: bool) -> Result<(), Errno> {
         self.check_writable()?;
-        let limits =
-            self.discard_limits().filter(|limits| limits.secure || !secure).ok_or(Errno::EOPNOTSUPP)?;
-        let end = sector.0.checked_add(count).filter(|&end| end <= self.sectors()).ok_or(Errno::EINVAL)?;
-        let raw = match &self.chain.leaf {
+        self.discard_limits().filter(|limits| limits.secure || !secure).ok_or(Errno::EOPNOTSUPP)?;
+        sector.0.checked_add(count).filter(|&end| end <= self.sectors()).ok_or(Errno::EINVAL)?;
+        match &self.filters {
+            None => self.chain.discard(sector, count, secure).await,
+            Some(filters) => Box::pin(filters.discard(&self.chain, sector, count, secure)).await,
+        }
+    }
+}
+
+impl Chain {
+    /// What can be discarded of the leaf.
+    pub fn discard_limits(&self) -> Option<Discard> {
+        match &self.leaf {
+            Layer::Raw(raw) => raw.file.store().discard,
+            // In units of the store's, which the format keeps the guest's sectors aligned with.
+            Layer::Vhd(vhd) => not_secure(&vhd.file),
+            Layer::Qcow(qcow) => not_secure(&qcow.file),
+            Layer::Null(_) => None,
+        }
+    }
+
+    /// Discards `count` sectors, see [`Disk::discard`].
+    pub async fn discard(&self, sector: Sector, count: u64, secure: bool) -> Result<(), Errno> {
+        let limits = self.discard_limits().ok_or(Errno::EOPNOTSUPP)?;
+        let raw = match &self.leaf {
             Layer::Raw(raw) => raw,
             Layer::Vhd(vhd) => return vhd.discard(&self.io, sector, count).await,
+            Layer::Qcow(qcow) => return qcow.discard(&self.io, sector, count).await,
             Layer::Null(_) => return Err(Errno::EOPNOTSUPP),
         };
+        let end = sector.0.checked_add(count).ok_or(Errno::EINVAL)?;
         let range = sector.0 * SECTOR_SIZE..end * SECTOR_SIZE;
         let block = u64::from(raw.file.store().block_size);
         let range = match secure {
@@ -76,6 +94,10 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+fn not_secure(file: &ImageFile) -> Option<Discard> {
+    file.store().discard.map(|limits| Discard { secure: false, ..limits })
 }
 
 async fn discard(io: &Io, file: &ImageFile, range: Range<u64>, secure: bool) -> Result<(), Errno> {

@@ -14,6 +14,7 @@ use crate::sync::WaitSet;
 /// The writes under way in one file.
 #[derive(Debug)]
 pub struct BlockLocks {
+    /// Those who hold a lock and those who wait for one, in the order in which they came.
     active: RefCell<Vec<Active>>,
     ended: WaitSet,
     next: Cell<u64>,
@@ -34,15 +35,27 @@ impl BlockLocks {
 
     /// Waits until bytes `range` may be written; with `alone`, by nobody else at the same time.
     pub async fn lock(&self, range: Range<u64>, alone: bool) -> BlockLock<'_> {
-        while self.active.borrow().iter().any(|other| {
-            (alone || other.alone) && other.range.start < range.end && range.start < other.range.end
-        }) {
-            self.ended.wait().await;
-        }
         let id = self.next.get();
         self.next.set(id.wrapping_add(1));
         self.active.borrow_mut().push(Active { id, range, alone });
-        BlockLock { locks: self, id }
+        // From now on it gives its place up when it is dropped, be that while it waits.
+        let lock = BlockLock { locks: self, id };
+        while self.must_wait(id) {
+            self.ended.wait().await;
+        }
+        lock
+    }
+
+    /// Whether somebody came before who must end first.
+    fn must_wait(&self, id: u64) -> bool {
+        let active = self.active.borrow();
+        let Some(at) = active.iter().position(|active| active.id == id) else { return false };
+        let (before, [own, ..]) = active.split_at(at) else { return false };
+        before.iter().any(|other| {
+            (own.alone || other.alone)
+                && other.range.start < own.range.end
+                && own.range.start < other.range.end
+        })
     }
 }
 
@@ -58,7 +71,7 @@ impl Drop for BlockLock<'_> {
     fn drop(&mut self) {
         let mut active = self.locks.active.borrow_mut();
         if let Some(at) = active.iter().position(|active| active.id == self.id) {
-            active.swap_remove(at);
+            active.remove(at);
         }
         drop(active);
         self.locks.ended.wake_all();
@@ -69,6 +82,30 @@ impl Drop for BlockLock<'_> {
 mod tests {
     use super::*;
     use crate::executor::Executor;
+
+    #[test]
+    fn one_of_a_large_part_is_not_overtaken_by_those_who_come_later() {
+        let scheduler = Rc::new(Scheduler::default());
+        let executor = Executor::new(scheduler.clone());
+        let locks = Rc::new(BlockLocks::new(scheduler.clone()));
+        let gate = Rc::new(WaitSet::new(scheduler));
+        let order = Rc::new(RefCell::new(Vec::new()));
+        for (name, range) in
+            [("first", 0..512), ("large", 0..4096), ("later", 512..1024), ("beside", 4096..4608)]
+        {
+            let (locks, gate, order) = (locks.clone(), gate.clone(), order.clone());
+            executor.spawn(async move {
+                let _lock = locks.lock(range, true).await;
+                order.borrow_mut().push(name);
+                gate.wait().await;
+            });
+        }
+        for expected in [&["first", "beside"][..], &["large"], &["later"]] {
+            executor.run_ready();
+            assert_eq!(order.take(), expected);
+            gate.wake_all();
+        }
+    }
 
     #[test]
     fn writers_of_parts_exclude_each_other_and_writers_of_whole_blocks_only_those() {

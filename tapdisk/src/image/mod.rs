@@ -4,32 +4,40 @@ mod chain;
 mod discard;
 mod error;
 pub mod file;
+mod filter;
 mod formatted;
 mod layer;
 pub mod locks;
 mod null;
 mod open;
 mod policy;
+mod qcow;
 mod ram;
 mod raw;
 mod resize;
 mod share;
 pub mod snapshot;
+mod stack;
 pub mod store;
+mod survey;
 
 use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use blkif::Sector;
 use nix::errno::Errno;
+use tap_ctl::proto::DiskStats;
 
 use self::chain::Chain;
 pub use self::error::OpenError;
 use self::file::ImageFile;
+use self::filter::Filters;
 use self::layer::Layer;
 pub use self::open::open;
 use self::share::Common;
 pub use self::share::DiskShare;
+pub use self::survey::{Holds, Run};
 use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
 use crate::sync::Group;
@@ -70,6 +78,8 @@ pub enum Extent {
 #[derive(Debug)]
 pub struct Disk {
     chain: Chain,
+    /// What stands on top of the images, if anything does.
+    filters: Option<Box<Filters>>,
     io: Io,
     readonly: Cell<bool>,
     flushes: Group,
@@ -78,15 +88,19 @@ pub struct Disk {
 }
 
 impl Disk {
-    fn new(leaf: Layer, parents: Vec<Layer>, io: Io, readonly: bool, sectors: u64) -> Disk {
-        Disk::with(leaf, parents, io, readonly, Common::new(sectors))
-    }
-
-    fn with(leaf: Layer, parents: Vec<Layer>, io: Io, readonly: bool, common: Arc<Common>) -> Disk {
+    fn new(chain: Chain, filters: Option<Box<Filters>>, readonly: bool, common: Arc<Common>) -> Disk {
+        let io = chain.io.clone();
         let flushes = Group::new(io.scheduler.clone());
         let (readonly, resizing) = (Cell::new(readonly), Cell::new(false));
-        let chain = Chain::new(leaf, parents, io.clone());
-        Disk { chain, io, readonly, flushes, resizing, common }
+        Disk { chain, filters, io, readonly, flushes, resizing, common }
+    }
+
+    /// The images that serve now.
+    fn chain(&self) -> &Chain {
+        match &self.filters {
+            None => &self.chain,
+            Some(filters) => filters.serving(&self.chain),
+        }
     }
 
     /// Capacity in sectors of 512 bytes.
@@ -142,18 +156,28 @@ impl Disk {
         if direction == Direction::Write && self.check_writable().is_err() {
             return None;
         }
-        self.chain.start(direction, sector, buf)
+        match &self.filters {
+            None => self.chain.start(direction, sector, buf),
+            Some(filters) => filters.start(&self.chain, direction, sector, buf),
+        }
     }
 
     /// Fills `buf`, whose length is a multiple of 512, from `sector` on.
     pub async fn read(&self, sector: Sector, buf: &Buf) -> Result<(), Errno> {
-        self.chain.read(sector, buf, 0..buf.len()).await
+        match &self.filters {
+            None => self.chain.read(sector, buf, 0..buf.len()).await,
+            // Kept out of the future that every request has room for, as everything else that filters do.
+            Some(filters) => Box::pin(filters.read(&self.chain, sector, buf)).await,
+        }
     }
 
     /// Writes `buf`, whose length is a multiple of 512, to `sector` and on.
     pub async fn write(&self, sector: Sector, buf: &Buf) -> Result<(), Errno> {
         self.check_writable()?;
-        self.chain.write(sector, buf, 0..buf.len()).await
+        match &self.filters {
+            None => self.chain.write(sector, buf, 0..buf.len()).await,
+            Some(filters) => Box::pin(filters.write(&self.chain, sector, buf)).await,
+        }
     }
 
     /// Makes every write that has been answered durable, whichever handle answered it. Flushes that are asked for together
@@ -167,7 +191,10 @@ impl Disk {
         self.flushes
             .run(async || {
                 self.check_writable()?;
-                let result = self.chain.leaf.flush(&self.io).await;
+                let result = match &self.filters {
+                    None => self.chain.leaf.flush(&self.io).await,
+                    Some(filters) => Box::pin(filters.flush(&self.chain)).await,
+                };
                 if let Err(errno) = result {
                     let name = self.name();
                     let why =
@@ -183,11 +210,34 @@ impl Disk {
 
     /// Brings the leaf into its resting state. Nothing may be in flight. Of several handles the last one is closed.
     pub async fn close(&self) -> Result<(), Errno> {
-        if self.check_writable().is_err() {
-            return Ok(());
+        if let Some(filters) = &self.filters {
+            filters.stop().await;
         }
-        self.chain.leaf.close(&self.io).await?;
-        self.flush().await
+        if self.check_writable().is_ok() {
+            self.chain.leaf.close(&self.io).await?;
+            self.flush().await?;
+        }
+        if let Some(filters) = self.filters.as_ref().filter(|_| self.failure().is_none()) {
+            filters.close().await;
+        }
+        Ok(())
+    }
+
+    /// What goes on beside the guests' requests, for the executor of the thread, which must run it. It ends when
+    /// the disk is closed, and can be begun again then.
+    pub fn background(self: &Rc<Disk>) -> Option<impl Future<Output = ()> + use<>> {
+        self.filters.as_ref().filter(|filters| filters.begin_work())?;
+        let disk = self.clone();
+        Some(async move {
+            if let Some(filters) = &disk.filters {
+                filters.work(&disk.chain).await;
+            }
+        })
+    }
+
+    /// What it tells of its images.
+    pub fn stats(&self) -> DiskStats {
+        self.filters.as_ref().map_or_else(DiskStats::default, |filters| filters.stats(self.sectors()))
     }
 }
 

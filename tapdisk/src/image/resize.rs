@@ -1,10 +1,13 @@
 //! Growing a disk while it is in use. A disk never shrinks: the guest may have data everywhere.
 
 use blkif::ids::SECTOR_SIZE;
+use format::Format;
 use nix::errno::Errno;
 
 use super::Disk;
 use super::file::ImageFile;
+use super::filter::Filters;
+use super::formatted::Formatted;
 use super::layer::Layer;
 
 /// What a size that was asked for comes to.
@@ -51,9 +54,24 @@ impl Disk {
         if self.resizing.replace(true) {
             return Err(Errno::EBUSY);
         }
-        let result = self.change_size(size).await;
+        let result = match &self.filters {
+            None => self.change_size(size).await,
+            Some(filters) => Box::pin(self.change_size_below(filters, size)).await,
+        };
         self.resizing.set(false);
         result.map(|()| self.sectors())
+    }
+
+    async fn change_size_below(&self, filters: &Filters, size: Option<u64>) -> Result<(), Errno> {
+        if filters.is_mirroring() && size.is_none_or(|size| size != self.sectors() * SECTOR_SIZE) {
+            return Err(self.refuse_size(
+                "it has a secondary image: end the mirroring first (tap-ctl pause, unpause -2 null)",
+            ));
+        }
+        self.change_size(size).await?;
+        // The guest is not told before: it writes nothing yet to what is new.
+        filters.grown(self.sectors()).await;
+        Ok(())
     }
 
     async fn change_size(&self, size: Option<u64>) -> Result<(), Errno> {
@@ -62,15 +80,18 @@ impl Disk {
             // The size of these is their own.
             _ if size.is_none() => Ok(()),
             Layer::Null(_) => self.own_size(size).map(|sectors| self.common.grow(sectors)),
-            Layer::Vhd(vhd) => {
-                let sectors = self.own_size(size)?;
-                if sectors > self.sectors() {
-                    vhd.resize(&self.io, sectors).await?;
-                    self.common.grow(sectors);
-                }
-                Ok(())
-            }
+            Layer::Vhd(vhd) => self.grow(vhd, size).await,
+            Layer::Qcow(qcow) => self.grow(qcow, size).await,
         }
+    }
+
+    async fn grow<F: Format>(&self, image: &Formatted<F>, size: Option<u64>) -> Result<(), Errno> {
+        let sectors = self.own_size(size)?;
+        if sectors > self.sectors() {
+            image.resize(&self.io, sectors).await?;
+            self.common.grow(sectors);
+        }
+        Ok(())
     }
 
     /// The size asked for, of an image that sets its own.

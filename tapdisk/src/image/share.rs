@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::Disk;
+use super::chain::Chain;
 use super::file::FileShare;
 use super::layer::Layer;
 use super::null::Null;
@@ -65,7 +66,7 @@ impl DiskShare {
             Leaf::Raw(share) => Layer::Raw(Raw { file: share.into() }),
             Leaf::Null => Layer::Null(Null),
         };
-        Disk::with(leaf, Vec::new(), io, self.readonly, self.common)
+        Disk::new(Chain::new(leaf, Vec::new(), io), None, self.readonly, self.common)
     }
 }
 
@@ -76,6 +77,8 @@ impl Disk {
     /// flush stops them all. Growth that one finds, all have. [`Disk::make_readonly`] concerns its own handle only.
     pub fn share(&self) -> Option<DiskShare> {
         let leaf = match &self.chain.leaf {
+            // What filters know is not shared.
+            _ if self.filters.is_some() => return None,
             Layer::Raw(raw) if raw.file.granule() == 512 => Leaf::Raw(raw.file.share()),
             Layer::Null(Null) => Leaf::Null,
             _ => return None,

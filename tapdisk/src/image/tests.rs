@@ -2,6 +2,7 @@
 
 mod blocks;
 mod handles;
+mod qcow;
 mod sealed;
 
 use std::future::Future;
@@ -15,9 +16,7 @@ use proptest::prelude::*;
 use tap_ctl::proto::{ImageSpec, ImageType, OpenParams};
 
 use super::*;
-use crate::buf::Pool;
-use crate::executor::{Executor, Scheduler};
-use crate::reactor::{EngineChoice, Reactor};
+use crate::reactor::EngineChoice;
 
 /// Runs a task on an executor and a reactor of its own.
 pub(crate) fn run<F: Future<Output = ()> + 'static>(task: impl FnOnce(Io) -> F) {
@@ -26,40 +25,22 @@ pub(crate) fn run<F: Future<Output = ()> + 'static>(task: impl FnOnce(Io) -> F) 
 
 /// The same with this engine.
 fn run_on<F: Future<Output = ()> + 'static>(engine: EngineChoice, task: impl FnOnce(Io) -> F) {
-    let scheduler = Rc::new(Scheduler::default());
-    let reactor = Reactor::new(scheduler.clone(), engine).unwrap();
-    let pool = Pool::new(scheduler.clone(), 1 << 20).unwrap();
-    let io = Io { reactor: reactor.clone(), pool, scheduler: scheduler.clone() };
-    let executor = Executor::new(scheduler);
-    let done = Rc::new(Cell::new(false));
-    let task = task(io);
-    executor.spawn({
-        let done = done.clone();
-        async move {
-            task.await;
-            done.set(true);
-        }
-    });
-    while !done.get() {
-        if !executor.run_ready() {
-            reactor.turn(true).unwrap();
-        }
-    }
+    crate::alone::run(engine, 1 << 20, task).unwrap();
 }
 
-fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {
+pub(in crate::image) fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {
     let path = path.to_str().unwrap().to_owned();
     OpenParams { readonly, ..OpenParams::new(ImageSpec { kind, path }) }
 }
 
-async fn write(disk: &Disk, io: &Io, sector: u64, bytes: &[u8]) -> Result<(), Errno> {
-    let mut buf = io.pool.data(bytes.len()).unwrap();
+pub(in crate::image) async fn write(disk: &Disk, io: &Io, sector: u64, bytes: &[u8]) -> Result<(), Errno> {
+    let mut buf = io.pool.data_soon(bytes.len()).await.unwrap();
     buf.bytes_mut().copy_from_slice(bytes);
     disk.write(Sector(sector), &buf).await
 }
 
-async fn read(disk: &Disk, io: &Io, sector: u64, sectors: usize) -> Vec<u8> {
-    let mut buf = io.pool.data(sectors * 512).unwrap();
+pub(in crate::image) async fn read(disk: &Disk, io: &Io, sector: u64, sectors: usize) -> Vec<u8> {
+    let mut buf = io.pool.data_soon(sectors * 512).await.unwrap();
     buf.bytes_mut().fill(0xee);
     disk.read(Sector(sector), &buf).await.unwrap();
     buf.bytes().to_vec()
@@ -179,11 +160,11 @@ fn a_parent_in_use_by_a_reader_can_be_shared_but_not_written() {
 }
 
 /// Creates a dynamic VHD of `mib` MiB.
-fn make(path: &Path, mib: u64) {
+pub(in crate::image) fn make(path: &Path, mib: u64) {
     create(path, DiskType::Dynamic, mib << 20, 0, None);
 }
 
-fn snapshot(child: &Path, parent: &Path) {
+pub(in crate::image) fn snapshot(child: &Path, parent: &Path) {
     snapshot_with(child, parent, None);
 }
 
@@ -349,7 +330,7 @@ proptest! {
 }
 
 /// Polls several futures of one task until all are done.
-async fn join(futures: impl Iterator<Item = impl Future<Output = ()>>) {
+pub(in crate::image) async fn join(futures: impl Iterator<Item = impl Future<Output = ()>>) {
     let mut futures: Vec<_> = futures.map(|future| Some(Box::pin(future))).collect();
     std::future::poll_fn(|context| {
         for place in &mut futures {

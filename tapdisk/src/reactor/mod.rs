@@ -40,7 +40,7 @@ const KEY_COMMANDS: u64 = u64::MAX - 1;
 /// The engine's own.
 const KEY_HELPER: u64 = u64::MAX - 2;
 /// One for each [`Timer`].
-const KEY_TIMERS: [u64; 2] = [u64::MAX - 3, u64::MAX - 4];
+const KEY_TIMERS: [u64; 3] = [u64::MAX - 3, u64::MAX - 4, u64::MAX - 5];
 
 /// Memory that was registered with the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +95,8 @@ pub enum Timer {
     Housekeeping,
     /// Looking at a ring again whose event channel is kept silent.
     HoldOff,
+    /// Looking at a ring again that was not allowed to take a request.
+    Limit,
 }
 
 /// The I/O of one worker thread.
@@ -129,7 +131,7 @@ pub struct Readable {
     /// The command queue.
     pub commands: bool,
     /// The timers whose time has come, by [`Timer`].
-    pub timers: [bool; 2],
+    pub timers: [bool; 3],
 }
 
 #[derive(Clone, Copy, Debug)]

@@ -5,12 +5,10 @@ use tap_ctl::proto::OpenParams;
 /// The name of the first thing in `params` that is not offered.
 pub(super) fn refusal(params: &OpenParams) -> Option<&'static str> {
     let asked = [
-        (params.secondary.is_some(), "a secondary image (-2)"),
-        (params.log.is_some(), "a log of written blocks (-C)"),
+        (params.standby, "a secondary image that waits (-s)"),
         (params.local_cache, "a local read cache (-r)"),
         (params.shared_parent.is_some(), "another disk as parent (-e)"),
         (params.timeout.is_some(), "a request timeout (-t)"),
-        (params.limit.any(), "a limit (--limit)"),
     ];
     asked.into_iter().find_map(|(asked, name)| asked.then_some(name))
 }

@@ -16,7 +16,7 @@ use gntdev::{Access, Grants};
 use nix::errno::Errno;
 use std::os::fd::AsFd;
 use tap_ctl::Reply;
-use tap_ctl::proto::{QueueParams, RingEntry, RingParams};
+use tap_ctl::proto::{LimitChange, Limits, QueueParams, RingEntry, RingParams};
 
 use super::mapped::MappedRing;
 use super::persistent::Persistent;
@@ -24,6 +24,7 @@ use super::ring::Ring;
 use super::seat::{Seat, info};
 use super::serve::{self, Failures, Way};
 use super::thread::{Devices, Served, State, failure, notify};
+use super::throttle::Gate;
 use super::{Answer, Command, Inbox, Notice, Phase, Source, Worker};
 use crate::copier::Copier;
 use crate::io::errno_of;
@@ -174,7 +175,8 @@ impl<X: Xen> State<X> {
             .borrow_mut()
             .bind(dom, queue.remote_port())
             .map_err(|e| (errno_of(&e), format!("cannot bind event channel {}: {e}", queue.port)))?;
-        let ring = Ring::new((dom, vdev), port, geometry, mapped, self.io.scheduler.clone());
+        let gate = Gate::new(self.throttle.clone());
+        let ring = Ring::new((dom, vdev), port, geometry, mapped, gate, self.io.scheduler.clone());
         let way = Way {
             dom,
             seat: self.seat.clone(),
@@ -222,7 +224,7 @@ impl<X: Xen> State<X> {
         let (sender, opened) = channel();
         let worker = Worker::start(
             self.xen.clone(),
-            Source::Share(share),
+            Source::Share(share, self.throttle.clone()),
             self.engine,
             Box::new(move |result| drop(sender.send(result))),
             self.tell.clone(),
@@ -334,6 +336,27 @@ impl<X: Xen> State<X> {
                 }
             }
         });
+    }
+
+    /// Changes what the disk may do in a second; what holds from now on.
+    pub(super) fn limit(&self, change: LimitChange) -> Limits {
+        let before = self.throttle.limits();
+        let limits = before.changed(change);
+        if limits != before {
+            self.throttle.set(limits);
+            self.seat.stay_limited(limits);
+            self.renew_limits();
+            for sibling in self.siblings.borrow().iter() {
+                sibling.worker.send(Command::Limited);
+            }
+            log::info!("{}: limited to {limits}", self.seat.name());
+        }
+        limits
+    }
+
+    /// The limits are others than before.
+    pub(super) fn renew_limits(&self) {
+        self.rings.borrow().iter().for_each(|served| served.ring.gate().renew());
     }
 
     /// For a sibling: the disk has grown.

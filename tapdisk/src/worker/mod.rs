@@ -8,6 +8,7 @@
 //! ```
 
 mod connect;
+mod limit;
 mod mapped;
 mod pause;
 mod persistent;
@@ -16,6 +17,7 @@ mod ring;
 mod seat;
 mod serve;
 mod thread;
+mod throttle;
 
 use std::cell::Cell;
 use std::fmt;
@@ -28,8 +30,9 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tap_ctl::Reply;
-use tap_ctl::proto::{DiskInfo, ImageSpec, OpenParams, Reopen, RingEntry, RingParams};
+use tap_ctl::proto::{DiskInfo, ImageSpec, LimitChange, OpenParams, Reopen, RingEntry, RingParams};
 
+pub use self::throttle::Throttle;
 use crate::image::DiskShare;
 use crate::reactor::EngineChoice;
 use crate::sync::WaitSet;
@@ -43,8 +46,8 @@ const HOUSEKEEPING: Duration = Duration::from_secs(10);
 pub enum Source {
     /// It is opened.
     Open(OpenParams),
-    /// Another thread has it open.
-    Share(DiskShare),
+    /// Another thread has it open, and it has these limits.
+    Share(DiskShare, Arc<Throttle>),
 }
 
 /// What a worker tells without being asked.
@@ -129,6 +132,10 @@ pub enum Command {
     Snapshot(ImageSpec, Answer),
     /// From the thread itself: nothing is in flight any more, and the image was closed with this result.
     Quiet(Result<(), Errno>),
+    /// Change what the disk may do in a second, and tell it.
+    Limit(LimitChange, Answer),
+    /// For a sibling: the limits have changed.
+    Limited,
     /// For a sibling: the disk has grown.
     Grown,
     /// From a sibling: it has ended.
@@ -177,7 +184,7 @@ impl Worker {
         let commands = Commands { queue, wake };
         let image = match &source {
             Source::Open(params) => Some(params.image.clone()),
-            Source::Share(_) => None,
+            Source::Share(..) => None,
         };
         let status = Arc::new(Mutex::new(Status { image, ..Status::default() }));
         let (given, told) = (commands.clone(), status.clone());

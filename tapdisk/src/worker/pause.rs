@@ -145,6 +145,9 @@ impl<X: Xen> State<X> {
     fn go_on(&mut self) {
         self.seat.enter(Phase::Running);
         let sectors = self.seat.info().sectors;
+        if let Some(work) = self.seat.disk().and_then(|disk| disk.background()) {
+            self.executor.spawn(work);
+        }
         for params in self.parked.take() {
             self.serve_parked(params);
         }

@@ -16,10 +16,12 @@ use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
 
+use blkif::ids::{PAGE_SIZE, SECTOR_SIZE};
 use blkif::{BackRing, DomId, Geometry, Port, Rejection, Request, RequestKind, Status, VdevId};
 use gntdev::GrantMap;
 
 use super::mapped::MappedRing;
+use super::throttle::Gate;
 use crate::executor::{Scheduler, TaskId};
 use crate::sync::WaitSet;
 
@@ -43,6 +45,8 @@ pub enum Armed {
     Unmask,
     /// The same, but not before this time has passed.
     Later(Duration),
+    /// There are requests, which may not be taken before this time has passed.
+    Limited(Duration),
     /// Nothing of this ring wakes us: it waits for its own requests, is being disconnected, or is broken.
     Deaf,
 }
@@ -71,6 +75,7 @@ pub struct Ring<M> {
     paused: Cell<bool>,
     /// Requests that are never answered, see [`Ring::hold`].
     unanswered: Cell<usize>,
+    gate: Gate,
     broken: Cell<bool>,
     answered: Cell<bool>,
     ended: WaitSet,
@@ -101,6 +106,7 @@ impl<M: GrantMap> Ring<M> {
         port: Port,
         geometry: Geometry,
         mut mapped: MappedRing<M>,
+        gate: Gate,
         scheduler: Rc<Scheduler>,
     ) -> Ring<M> {
         let slots = (mapped.ring().slots() as usize).min(MAX_SLOTS);
@@ -116,6 +122,7 @@ impl<M: GrantMap> Ring<M> {
             stopping: Cell::new(false),
             paused: Cell::new(false),
             unanswered: Cell::new(0),
+            gate,
             broken: Cell::new(false),
             answered: Cell::new(false),
             ended: WaitSet::new(scheduler.clone()),
@@ -141,6 +148,11 @@ impl<M: GrantMap> Ring<M> {
     /// What the disk is and offers.
     pub fn geometry(&self) -> Geometry {
         self.geometry.get()
+    }
+
+    /// What the disk's limits mean for it.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
     }
 
     /// The disk has grown.
@@ -186,11 +198,15 @@ impl<M: GrantMap> Ring<M> {
         while self.awake.get() && !self.is_closed() && !self.barrier.get() {
             let Some(&slot) = self.idle.borrow().last() else { break };
             let Some(slot_place) = self.slots.get(slot) else { break };
+            if self.gate.is_limited() && !(self.has_unconsumed() && self.gate.admits()) {
+                break;
+            }
             let Some(raw) = self.next_entry() else { break };
             took = true;
             match blkif::request::parse(&raw, &self.geometry.get()) {
                 Ok(request) => {
                     self.barrier.set(matches!(request.kind, RequestKind::Barrier { .. }));
+                    self.gate.charge(most_bytes(&request));
                     self.idle.borrow_mut().pop();
                     slot_place.request.set(Some(request));
                     if let Some(task) = slot_place.task.get() {
@@ -227,9 +243,13 @@ impl<M: GrantMap> Ring<M> {
 
     /// Whether there is a request to take, for polling: the frontend is not asked to notify.
     pub fn has_work(&self) -> bool {
-        let open = self.awake.get() && !self.is_closed() && !self.barrier.get();
+        let open = self.awake.get() && !self.is_closed() && !self.barrier.get() && !self.gate.is_waiting();
+        open && self.has_unconsumed()
+    }
+
+    fn has_unconsumed(&self) -> bool {
         // A broken ring counts as work: taking finds out.
-        open && self.with_ring(BackRing::has_unconsumed).is_some_and(|found| found.unwrap_or(true))
+        self.with_ring(BackRing::has_unconsumed).is_some_and(|found| found.unwrap_or(true))
     }
 
     /// To be called before sleeping.
@@ -238,6 +258,10 @@ impl<M: GrantMap> Ring<M> {
             // A request that ends makes the next turn look again.
             return Armed::Deaf;
         }
+        if let Some(time) = self.gate.wait() {
+            return Armed::Limited(time);
+        }
+        self.gate.rest();
         if !self.awake.get() {
             return Armed::Listening;
         }
@@ -359,12 +383,24 @@ impl<M: GrantMap> Ring<M> {
     /// Takes no more requests; every slot's task ends when its request has.
     pub fn stop(&self) {
         self.stopping.set(true);
+        self.gate.rest();
         for slot in &self.slots {
             if let Some(task) = slot.task.get() {
                 self.scheduler.wake(task);
             }
         }
         self.ended.wake_all();
+    }
+}
+
+/// Bytes that a request moves at most: how much an indirect one does is not known before its segments are.
+fn most_bytes(request: &Request) -> u64 {
+    match &request.kind {
+        RequestKind::Read { segments, .. }
+        | RequestKind::Write { segments, .. }
+        | RequestKind::Barrier { segments, .. } => u64::from(segments.sectors()) * SECTOR_SIZE,
+        RequestKind::Indirect { count, .. } => u64::from(*count) * PAGE_SIZE as u64,
+        RequestKind::Flush | RequestKind::Discard { .. } => 0,
     }
 }
 

@@ -6,7 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use tap_ctl::proto::{DiskInfo, ImageSpec, OpenParams};
+use tap_ctl::proto::{DiskInfo, ImageSpec, Limits, OpenParams};
 
 use super::Phase;
 use crate::executor::Scheduler;
@@ -124,6 +124,13 @@ impl Seat {
         }
         let seen = self.info();
         self.seen.set(DiskInfo { readonly: true, ..seen });
+    }
+
+    /// Whenever the disk is opened again, it is with these limits.
+    pub fn stay_limited(&self, limit: Limits) {
+        if let Some(params) = &mut *self.params.borrow_mut() {
+            params.limit = limit;
+        }
     }
 
     /// Lets go of the disk, which closes its files if nobody else has it.

@@ -14,6 +14,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use blkif::ids::PAGE_SIZE;
 use blkif::request::{Transfer, parse_indirect};
 use blkif::{DomId, GrantRef, Request, RequestKind, Sector, Segment, Status};
 use gntdev::{CopyDirection, CopySegment, Grants};
@@ -192,6 +193,8 @@ where
                 {
                     return Err(errno).into();
                 }
+                let moved: u64 = list.iter().map(|segment| u64::from(segment.bytes())).sum();
+                ring.gate().refund((u64::from(*count) * PAGE_SIZE as u64).saturating_sub(moved));
                 match transfer {
                     Transfer::Read => self.read(disk, *sector, list, pages).await.into(),
                     Transfer::Write => self.write(disk, *sector, list, pages).await.into(),

@@ -24,7 +24,7 @@ use super::poll::{Advice, Poller};
 use super::ring::{Armed, Ring};
 use super::seat::Seat;
 use super::serve::Way;
-use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, Source};
+use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, Source, Throttle};
 use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
 use crate::executor::{Executor, Scheduler};
@@ -68,6 +68,9 @@ pub(super) struct State<X: Xen> {
     pub siblings: Rc<RefCell<Vec<Sibling>>>,
     /// Further rings of our frontends, of one queue each, that are served again after a pause.
     pub parked: Rc<RefCell<Vec<RingParams>>>,
+    pub throttle: Arc<Throttle>,
+    /// When the timer for limits is due, if it is set.
+    limit_timer: Cell<Option<Instant>>,
     /// What to do when the disk is paused.
     pub after_pause: Vec<Then>,
     pub poller: Poller,
@@ -128,25 +131,31 @@ fn set_up<X: Xen>(
     let pool = Pool::new(scheduler.clone(), DATA_BYTES).map_err(|e| system("buffers", &e))?;
     reactor.watch_commands(inbox.fd()).map_err(|e| system("the I/O engine", &e))?;
     let io = Io { reactor, pool, scheduler: scheduler.clone() };
-    let (disk, params) = match source {
+    let (disk, params, throttle) = match source {
         Source::Open(params) => {
             let disk =
                 image::open(&params, &io).map_err(|error| failure(error.errno(), error.to_string()))?;
-            (disk, Some(params))
+            let throttle = Throttle::new(params.limit);
+            (disk, Some(params), throttle)
         }
-        Source::Share(share) => (share.open(io.clone()), None),
+        Source::Share(share, throttle) => (share.open(io.clone()), None, throttle),
     };
-    let seat = Rc::new(Seat::new(disk, params, scheduler.clone()));
+    let (executor, seat) = (Executor::new(scheduler.clone()), Rc::new(Seat::new(disk, params, scheduler)));
+    if let Some(work) = seat.disk().and_then(|disk| disk.background()) {
+        executor.spawn(work);
+    }
     Ok(State {
         xen,
         engine,
         io,
-        executor: Executor::new(scheduler),
+        executor,
         seat,
         devices: None,
         rings: Rc::default(),
         siblings: Rc::default(),
         parked: Rc::default(),
+        throttle,
+        limit_timer: Cell::new(None),
         after_pause: Vec::new(),
         poller: Poller::default(),
         inbox: Rc::new(inbox),
@@ -211,6 +220,10 @@ impl<X: Xen> State<X> {
         if readable.timers[Timer::HoldOff as usize] {
             self.rings.borrow().iter().for_each(|served| served.ring.release_hold());
         }
+        if readable.timers[Timer::Limit as usize] {
+            // The rings look for themselves.
+            self.limit_timer.set(None);
+        }
         if readable.timers[Timer::Housekeeping as usize] {
             self.housekeeping.set(false);
             self.clean_up()?;
@@ -260,6 +273,7 @@ impl<X: Xen> State<X> {
                         log::debug!("{ring:?}: unmasking its event channel failed: {error}");
                     }
                 }
+                Armed::Limited(time) => self.look_again(time)?,
                 Armed::Later(time) => self.io.reactor.timer(Timer::HoldOff, time)?,
                 Armed::Listening | Armed::Deaf => {}
             }
@@ -269,6 +283,16 @@ impl<X: Xen> State<X> {
         }
         self.plan_housekeeping()?;
         Ok(true)
+    }
+
+    /// Has the rings looked at again after this time.
+    fn look_again(&self, after: Duration) -> io::Result<()> {
+        let when = Instant::now() + after;
+        if self.limit_timer.get().is_none_or(|set| when < set) {
+            self.limit_timer.set(Some(when));
+            self.io.reactor.timer(Timer::Limit, after)?;
+        }
+        Ok(())
     }
 
     /// Sets the timer while there is something that could be given back: an idle disk is left alone.
@@ -331,6 +355,8 @@ impl<X: Xen> State<X> {
             }),
             Command::Snapshot(image, answer) => self.pause(Then::Snapshot(image, answer)),
             Command::Quiet(closed) => self.quiet(closed),
+            Command::Limit(change, answer) => answer.give(Reply::Limits(self.limit(change))),
+            Command::Limited => self.renew_limits(),
             Command::Grown => self.grown(),
             Command::SiblingEnded(number) => self.sibling_ended(number),
             Command::Close(answer) => self.close(answer),

@@ -7,9 +7,12 @@ mod check;
 mod create;
 pub mod disk;
 mod key;
+mod modify;
 mod query;
 mod read;
+mod repair;
 mod resize;
+mod revert;
 mod scan;
 mod set;
 mod snapshot;
@@ -33,6 +36,11 @@ pub(crate) struct Failure {
 impl Failure {
     fn new(errno: i32, text: impl Into<String>) -> Self {
         Self { text: text.into(), errno }
+    }
+
+    /// An image that could not be opened.
+    fn opening(path: &Path, errno: i32) -> Self {
+        Self::new(errno, format!("error opening {}: -{errno}", path.display()))
     }
 
     /// A failure whose text is already printed.
@@ -97,7 +105,10 @@ fn dispatch(name: &str, args: impl Iterator<Item = OsString>, out: &mut dyn Writ
         "scan" => (scan::run, scan::OPTIONS, scan::USAGE),
         "check" => (check::run, check::OPTIONS, check::USAGE),
         "key" => (key::run, key::OPTIONS, key::USAGE),
-        "repair" | "fill" | "coalesce" | "modify" | "revert" | "copy" => {
+        "repair" => (repair::run, repair::OPTIONS, repair::USAGE),
+        "modify" => (modify::run, modify::OPTIONS, modify::USAGE),
+        "revert" => (revert::run, revert::OPTIONS, revert::USAGE),
+        "fill" | "coalesce" | "copy" => {
             return Err(Failure::new(libc::ENOSYS, format!("this version has no command {name}")));
         }
         _ => {

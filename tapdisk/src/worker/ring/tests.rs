@@ -1,12 +1,16 @@
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use blkif::abi::{HEADER_SIZE, header, op};
 use blkif::encode::{Draft, DraftSegment};
 use blkif::{Abi, GrantRef, RingOrder};
 
+use tap_ctl::proto::Limits;
+
 use super::*;
 use crate::executor::Executor;
+use crate::worker::Throttle;
 
 /// A page that the test, as the guest, shares with the ring.
 #[repr(align(4096))]
@@ -52,6 +56,10 @@ impl Guest {
 }
 
 fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Scheduler>) {
+    connect_limited(Throttle::new(Limits::default()))
+}
+
+fn connect_limited(throttle: Arc<Throttle>) -> (Guest, Rc<Ring<TestMap>>, Rc<Scheduler>) {
     let page = Rc::new(Page(std::array::from_fn(|_| AtomicU32::new(0))));
     let mapped = MappedRing::attach(TestMap(page.clone()), Abi::X86_64, RingOrder::default()).unwrap();
     let scheduler = Rc::new(Scheduler::default());
@@ -64,7 +72,8 @@ fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Scheduler>) {
         discard_secure: false,
         max_indirect: 0,
     };
-    let ring = Ring::new((DomId(1), VdevId(51712)), Port(1), geometry, mapped, scheduler.clone());
+    let gate = Gate::new(throttle);
+    let ring = Ring::new((DomId(1), VdevId(51712)), Port(1), geometry, mapped, gate, scheduler.clone());
     (Guest { page, produced: 0 }, Rc::new(ring), scheduler)
 }
 
@@ -252,4 +261,21 @@ fn a_rejected_request_is_answered_without_a_slot() {
     assert!(taken.borrow().is_empty());
     ring.push();
     assert_eq!(guest.answered(), 2);
+}
+
+#[test]
+fn a_ring_over_its_limit_leaves_requests_where_they_are_and_asks_to_be_looked_at_again() {
+    let limits = Limits { iops: 1, burst_iops: 1, ..Limits::default() };
+    let throttle = Throttle::new(limits);
+    let (mut guest, ring, _) = connect_limited(throttle.clone());
+    (0..5).for_each(|id| guest.push(op::READ, id, 1));
+    assert!(ring.take() && !ring.take());
+    assert_eq!(ring.in_flight(), 2, "the burst, and the one that is owed for");
+    assert!(!ring.has_work(), "there is nothing to poll for");
+    let Armed::Limited(time) = ring.arm() else { panic!() };
+    assert!(time <= Duration::from_secs(1), "{time:?}");
+    throttle.set(Limits::default());
+    ring.gate().renew();
+    assert!(ring.take());
+    assert_eq!((ring.in_flight(), ring.gate().waits()), (5, 1));
 }

@@ -1,0 +1,164 @@
+//! What stands between a disk's images and its guests, whatever the format of the images.
+//!
+//! | filter | what it does |
+//! |---|---|
+//! | [`dirty_log`] | notes which blocks are written |
+//! | [`mirror`] | writes to a second image too |
+//!
+//! A write passes through them in this order, so that a block is noted before anything of it is written anywhere. A disk
+//! without filters pays for them with one look at an `Option`; with one it has a single thread, because what a filter
+//! knows is not shared.
+
+mod dirty_log;
+mod mirror;
+
+use std::path::Path;
+
+use blkif::Sector;
+use blkif::ids::SECTOR_SIZE;
+use nix::errno::Errno;
+use tap_ctl::proto::{DiskStats, OpenParams};
+
+use self::dirty_log::DirtyLog;
+use self::mirror::Mirror;
+use super::OpenError;
+use super::chain::Chain;
+use crate::buf::Buf;
+use crate::io::{Direction, Io, Transfer};
+
+/// The filters of a disk.
+#[derive(Debug)]
+pub struct Filters {
+    io: Io,
+    log: Option<DirtyLog>,
+    mirror: Option<Mirror>,
+}
+
+impl Filters {
+    /// What `params` asks for on top of a disk of so many sectors; `None`: nothing.
+    pub fn open(params: &OpenParams, sectors: u64, io: &Io) -> Result<Option<Box<Filters>>, OpenError> {
+        let mirror =
+            params.secondary.as_ref().map(|spec| Mirror::open(spec, params, sectors, io)).transpose()?;
+        // Last, because it changes something. What is never written needs no log.
+        let log = params.log.as_ref().filter(|_| !params.readonly);
+        let log = log.map(|path| DirtyLog::open(Path::new(path), sectors * SECTOR_SIZE, io)).transpose()?;
+        let needed = mirror.is_some() || log.is_some();
+        Ok(needed.then(|| Box::new(Filters { io: io.clone(), log, mirror })))
+    }
+
+    /// The images that serve now, where `chain` did at first.
+    pub fn serving<'a>(&'a self, chain: &'a Chain) -> &'a Chain {
+        self.mirror.as_ref().and_then(Mirror::successor).unwrap_or(chain)
+    }
+
+    /// Whether each write goes to two images.
+    pub fn is_mirroring(&self) -> bool {
+        self.mirror.as_ref().is_some_and(Mirror::is_active)
+    }
+
+    /// As [`Disk::start`](super::Disk::start).
+    pub fn start<'a>(
+        &'a self,
+        chain: &'a Chain,
+        direction: Direction,
+        sector: Sector,
+        buf: &Buf,
+    ) -> Option<Transfer<'a>> {
+        self.mirror.iter().for_each(Mirror::count_request);
+        if direction == Direction::Write {
+            let noted = self.log.as_ref().is_none_or(|log| log.has(sector, buf.len() as u64 / SECTOR_SIZE));
+            if self.is_mirroring() || !noted {
+                return None;
+            }
+        }
+        self.serving(chain).start(direction, sector, buf)
+    }
+
+    /// Fills `buf` from `sector` on.
+    pub async fn read(&self, chain: &Chain, sector: Sector, buf: &Buf) -> Result<(), Errno> {
+        self.serving(chain).read(sector, buf, 0..buf.len()).await
+    }
+
+    /// Writes `buf` to `sector` and on.
+    pub async fn write(&self, chain: &Chain, sector: Sector, buf: &Buf) -> Result<(), Errno> {
+        self.note(sector, buf.len() as u64 / SECTOR_SIZE).await;
+        match &self.mirror {
+            Some(mirror) => mirror.write(chain, sector, buf).await,
+            None => chain.write(sector, buf, 0..buf.len()).await,
+        }
+    }
+
+    /// Discards sectors, which lie on the disk.
+    pub async fn discard(
+        &self,
+        chain: &Chain,
+        sector: Sector,
+        count: u64,
+        secure: bool,
+    ) -> Result<(), Errno> {
+        self.note(sector, count).await;
+        match &self.mirror {
+            Some(mirror) => mirror.discard(chain, sector, count, secure).await,
+            None => chain.discard(sector, count, secure).await,
+        }
+    }
+
+    async fn note(&self, sector: Sector, count: u64) {
+        if let Some(log) = &self.log {
+            log.note(&self.io, sector, count).await;
+        }
+    }
+
+    /// Makes what was written durable, its notes first.
+    pub async fn flush(&self, chain: &Chain) -> Result<(), Errno> {
+        if let Some(log) = &self.log {
+            log.flush(&self.io).await;
+        }
+        match &self.mirror {
+            Some(mirror) => mirror.flush(chain).await,
+            None => chain.leaf.flush(&self.io).await,
+        }
+    }
+
+    /// The disk has grown.
+    pub async fn grown(&self, sectors: u64) {
+        if let Some(log) = &self.log {
+            log.grow(&self.io, sectors * SECTOR_SIZE).await;
+        }
+    }
+
+    /// Whether there is something for [`Filters::work`], which is to be begun then.
+    pub fn begin_work(&self) -> bool {
+        self.mirror.as_ref().is_some_and(Mirror::begin_work)
+    }
+
+    /// What goes on beside the guests' requests, until [`Filters::stop`].
+    pub async fn work(&self, chain: &Chain) {
+        if let Some(mirror) = &self.mirror {
+            mirror.work(chain).await;
+        }
+    }
+
+    /// Has [`Filters::work`] end, and waits for it.
+    pub async fn stop(&self) {
+        if let Some(mirror) = &self.mirror {
+            mirror.stop().await;
+        }
+    }
+
+    /// Brings what belongs to the filters into its resting state. Nothing may be in flight.
+    pub async fn close(&self) {
+        if let Some(mirror) = &self.mirror {
+            mirror.close().await;
+        }
+        if let Some(log) = &self.log {
+            log.close(&self.io).await;
+        }
+    }
+
+    /// What there is to tell of a disk of so many sectors.
+    pub fn stats(&self, sectors: u64) -> DiskStats {
+        let mirror = self.mirror.as_ref().map(|mirror| mirror.stats(sectors));
+        DiskStats { mirror, ..DiskStats::default() }
+    }
+}

@@ -23,7 +23,7 @@ use super::null::Null;
 use super::raw::Raw;
 use super::share::Common;
 use super::stack::{self, Stack};
-use super::{Disk, OpenError, cache, policy, ram};
+use super::{Disk, OpenError, cache, policy, qcow, ram};
 use crate::io::Io;
 
 /// What a child says of its parent.
@@ -37,6 +37,11 @@ pub(super) enum Backing {
         name: PathBuf,
         /// The format.
         kind: ImageType,
+    },
+    /// By its name alone: it is raw, and nothing else.
+    Bare {
+        /// As it stands in the child.
+        name: PathBuf,
     },
 }
 
@@ -54,7 +59,7 @@ pub(super) struct Opener<'a> {
     pub(super) io: &'a Io,
     visited: Visited,
     /// The leaf is open.
-    below: bool,
+    pub(super) below: bool,
 }
 
 /// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails; but a log of
@@ -169,6 +174,7 @@ impl Opener<'_> {
                 Ok(Opened { layer: Layer::Raw(Raw::new(file)?), backing: None })
             }
             ImageType::Vhd => self.open_vhd(file, writable),
+            ImageType::Qcow => self.open_qcow(file, writable),
             other => {
                 let text = format!("images of type {} are not built in", other.name());
                 Err(OpenError::new(file.path(), Errno::ENOSYS, text))
@@ -188,6 +194,9 @@ impl Opener<'_> {
             self.enter(&file)?;
             file.lock(Mode::Shared)?;
             keep(&file)?;
+            if matches!(backing, Backing::Bare { .. }) {
+                qcow::check_bare(&file)?;
+            }
             let opened = self.open(backing.kind(), file, false)?;
             if let (Backing::Vhd(parent), Layer::Vhd(vhd)) = (&backing, &opened.layer) {
                 check_identity(parent, vhd.with_core(Vhd::uuid)).map_err(|error| refuse(&path, &error))?;
@@ -237,6 +246,7 @@ impl Backing {
     /// The parent's format.
     fn kind(&self) -> ImageType {
         match self {
+            Backing::Bare { .. } => ImageType::Aio,
             Backing::Vhd(parent) if parent.uuid.is_null() => ImageType::Aio,
             Backing::Vhd(_) => ImageType::Vhd,
             Backing::Named { kind, .. } => *kind,
@@ -260,8 +270,8 @@ fn find(child: &Path, backing: &Backing, policy: &Policy) -> Result<PathBuf, Ope
     let folder = child.parent().unwrap_or(Path::new("/"));
     let tried = match backing {
         Backing::Vhd(parent) => candidates(folder, parent).map_err(|error| refuse(child, &error))?,
-        Backing::Named { name, .. } if is_plain(name) => vec![folder.join(name)],
-        Backing::Named { name, .. } => {
+        Backing::Named { name, .. } | Backing::Bare { name } if is_plain(name) => vec![folder.join(name)],
+        Backing::Named { name, .. } | Backing::Bare { name } => {
             let text = format!("its backing file {} is no plain path, and is not opened", name.display());
             return Err(OpenError::new(child, Errno::EPERM, text));
         }

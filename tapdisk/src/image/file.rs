@@ -81,6 +81,7 @@ pub struct ImageFile {
     locks: OnceCell<BlockLocks>,
     /// The same file through the page cache, for writing; see [`ImageFile::tail`].
     buffered: RefCell<Option<Rc<File>>>,
+    flushes_deferred: Cell<bool>,
     /// Of `file`, as transfers name it.
     target: Cell<Target>,
     at_hand: RefCell<Option<FixedFile>>,
@@ -120,6 +121,7 @@ impl From<FileShare> for ImageFile {
             memory_align,
             locks: OnceCell::new(),
             buffered: RefCell::new(None),
+            flushes_deferred: Cell::new(false),
         }
     }
 }
@@ -243,6 +245,16 @@ impl ImageFile {
         }
         let file = self.reopen(OpenOptions::new().read(true).write(true), 0).map_err(|e| errno_of(&e))?;
         Ok(Some(buffered.insert(Rc::new(file)).clone()))
+    }
+
+    /// Whether nothing is to be made durable for now.
+    pub fn are_flushes_deferred(&self) -> bool {
+        self.flushes_deferred.get()
+    }
+
+    /// From now on, or no more, flushing does nothing.
+    pub fn defer_flushes(&self, defer: bool) {
+        self.flushes_deferred.set(defer);
     }
 
     /// Length in bytes when it was locked.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
+use qcow::v1::Qcow;
 use vhd::Vhd;
 
 use super::Extent;
@@ -27,6 +28,8 @@ pub enum Layer {
     Raw(Raw),
     /// VHD.
     Vhd(Box<Formatted<Vhd>>),
+    /// qcow, version 1.
+    Qcow(Box<Formatted<Qcow>>),
     /// No image.
     Null(Null),
 }
@@ -37,6 +40,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
+            Layer::Qcow(qcow) => Some(&qcow.file),
             Layer::Null(_) => None,
         }
     }
@@ -46,6 +50,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
+            Layer::Qcow(qcow) => qcow.sectors(),
             Layer::Null(_) => 0,
         }
     }
@@ -55,6 +60,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
+            Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
             Layer::Null(_) => None,
         }
     }
@@ -64,6 +70,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
+            Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
             Layer::Null(_) => None,
         }
     }
@@ -73,6 +80,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
+            Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
             Layer::Null(null) => Ok(null.map(count)),
         }
     }
@@ -88,6 +96,7 @@ impl Layer {
     ) -> Result<usize, Errno> {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
+            Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
             Layer::Raw(_) | Layer::Null(_) => Ok(0),
         }
     }
@@ -107,6 +116,7 @@ impl Layer {
                 io.write(&raw.file, offset, buf, range).await
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
+            Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
     }
@@ -123,6 +133,7 @@ impl Layer {
     pub async fn close(&self, io: &Io) -> Result<(), Errno> {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
+            Layer::Qcow(qcow) => qcow.close(io).await,
             Layer::Raw(_) | Layer::Null(_) => Ok(()),
         }
     }

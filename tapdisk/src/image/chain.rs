@@ -8,6 +8,7 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
+use tap_ctl::proto::CacheStats;
 
 use super::file::ImageFile;
 use super::layer::Layer;
@@ -111,13 +112,44 @@ impl Chain {
                 Ok(())
             }
             (_, Place::File(file, offset), count) if count == all => {
-                self.io.read(file, offset, buf, range).await
+                self.read_file(file, offset, buf, range).await
             }
             (_, Place::Layer(Layer::Nbd(nbd)), count) if count == all => {
                 nbd.read(&self.io, sector, buf, range).await
             }
             _ => self.read_scattered(sector, buf, range).await,
         }
+    }
+
+    /// Reads from one file, or from what a cache has of it.
+    async fn read_file(
+        &self,
+        file: &ImageFile,
+        offset: u64,
+        buf: &Buf,
+        range: Range<usize>,
+    ) -> Result<(), Errno> {
+        match file.cached() {
+            None => self.io.read(file, offset, buf, range).await,
+            // Kept out of the future that every request has room for.
+            Some(cached) => Box::pin(cached.read(&self.io, file, offset, buf, range)).await,
+        }
+    }
+
+    /// What the cache for parents has done for this chain, if there is one.
+    pub fn cache_stats(&self) -> Option<CacheStats> {
+        let mut stats: Option<CacheStats> = None;
+        for cached in self.parents.iter().filter_map(|layer| layer.file()?.cached()) {
+            let stats = stats.get_or_insert_with(|| CacheStats {
+                bytes: cached.cache().bytes(),
+                limit: cached.cache().limit(),
+                ..CacheStats::default()
+            });
+            let found = cached.found();
+            stats.hits += found.hits / SECTOR_SIZE;
+            stats.misses += found.misses / SECTOR_SIZE;
+        }
+        stats
     }
 
     async fn read_scattered(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
@@ -133,10 +165,10 @@ impl Chain {
                 Place::Layer(layer) => end = at + layer.read(&self.io, here, buf, at..end).await?,
                 Place::File(file, offset) => {
                     let piece = buf.piece(at..end).ok_or(Errno::EINVAL)?;
-                    if file.takes(offset, piece) {
+                    if file.cached().is_none() && file.takes(offset, piece) {
                         flying.add(self.io.start(Direction::Read, file, offset, piece)).await?;
                     } else {
-                        self.io.read(file, offset, buf, at..end).await?;
+                        self.read_file(file, offset, buf, at..end).await?;
                     }
                 }
             }

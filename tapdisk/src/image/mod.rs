@@ -1,5 +1,6 @@
 //! A disk: a [chain](chain::Chain) of images, and what is between it and its guests.
 
+pub mod cache;
 mod chain;
 mod discard;
 mod error;
@@ -236,7 +237,9 @@ impl Disk {
 
     /// What it tells of its images.
     pub fn stats(&self) -> DiskStats {
-        self.filters.as_ref().map_or_else(DiskStats::default, |filters| filters.stats(self.sectors()))
+        let filters = self.filters.as_ref();
+        let stats = filters.map_or_else(DiskStats::default, |filters| filters.stats(self.sectors()));
+        DiskStats { cache: self.chain.cache_stats(), ..stats }
     }
 }
 

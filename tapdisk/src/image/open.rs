@@ -24,7 +24,7 @@ use super::null::Null;
 use super::raw::Raw;
 use super::share::Common;
 use super::stack::{self, Stack};
-use super::{Disk, OpenError, policy, qcow, ram};
+use super::{Disk, OpenError, cache, policy, qcow, ram};
 use crate::io::Io;
 
 /// What a child says of its parent.
@@ -158,6 +158,9 @@ impl<'a> Opener<'a> {
             ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
             _ => ImageFile::open(path, mode, !self.params.buffered)?,
         };
+        if self.below {
+            keep(&file)?;
+        }
         self.open_file(image.kind, file, writable)
     }
 
@@ -196,6 +199,7 @@ impl Opener<'_> {
             // Before the lock: an image that is its own ancestor would otherwise be told to be in use, by ourselves.
             self.enter(&file)?;
             file.lock(Mode::Shared)?;
+            keep(&file)?;
             if matches!(backing, Backing::Bare { .. }) {
                 qcow::check_bare(&file)?;
             }
@@ -259,6 +263,12 @@ impl Backing {
     fn proves_itself(&self) -> bool {
         matches!(self, Backing::Vhd(parent) if !parent.uuid.is_null())
     }
+}
+
+/// Has the cache for parents, if there is one, keep what is read of one.
+fn keep(file: &ImageFile) -> Result<(), OpenError> {
+    let kept = cache::shared().map_or(Ok(()), |cache| file.keep_in(&cache));
+    kept.map_err(|error| OpenError::io(file.path(), "cannot stat", &error))
 }
 
 /// The canonical path of the parent that `child` names.

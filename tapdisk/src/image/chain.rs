@@ -8,8 +8,10 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
+use tap_ctl::proto::{ImageSpec, ImageStats, ReadWrite};
 
 use super::file::ImageFile;
+use super::hits::Hits;
 use super::layer::Layer;
 use super::{Extent, bytes};
 use crate::buf::Buf;
@@ -22,6 +24,8 @@ pub struct Chain {
     pub leaf: Layer,
     /// The others, the nearest first.
     pub parents: Vec<Layer>,
+    /// What each image has served, the leaf first. That a request failed later does not count here.
+    hits: Vec<Hits>,
     /// The thread's means.
     pub(super) io: Io,
 }
@@ -33,42 +37,82 @@ enum Place<'a> {
     Layer(&'a Layer),
 }
 
+/// The first sectors of a range.
+struct Found<'a> {
+    place: Place<'a>,
+    /// Of the image that has them; `None`: none has.
+    hits: Option<&'a Hits>,
+    count: u32,
+}
+
+impl Found<'_> {
+    /// They are being read.
+    fn count(&self, sectors: u32) {
+        if let Some(hits) = self.hits {
+            hits.add(Direction::Read, sectors);
+        }
+    }
+}
+
 impl Chain {
     /// A chain whose images are served by the thread of `io`.
     pub fn new(leaf: Layer, parents: Vec<Layer>, io: Io) -> Chain {
         for file in std::iter::once(&leaf).chain(&parents).filter_map(Layer::file) {
             file.register(&io.reactor);
         }
-        Chain { leaf, parents, io }
+        let hits = (0..=parents.len()).map(|_| Hits::default()).collect();
+        Chain { leaf, parents, hits, io }
     }
 
     /// The images, the leaf first, with their capacities as far as the chain must mind them: what is asked of the leaf lies on
     /// the disk.
-    fn layers(&self) -> impl Iterator<Item = (&Layer, u64)> {
+    fn layers(&self) -> impl Iterator<Item = (&Layer, &Hits, u64)> {
         let parents = self.parents.iter().map(|layer| (layer, layer.sectors()));
-        std::iter::once((&self.leaf, u64::MAX)).chain(parents)
+        let layers = std::iter::once((&self.leaf, u64::MAX)).chain(parents);
+        layers.zip(&self.hits).map(|((layer, sectors), hits)| (layer, hits, sectors))
     }
 
-    /// Where `sector` is, and of how many of `count` sectors this is true.
-    async fn resolve(&self, sector: Sector, mut count: u32) -> Result<(Place<'_>, u32), Errno> {
-        for (layer, sectors) in self.layers() {
+    fn count(&self, direction: Direction, sectors: u32) {
+        if let Some(leaf) = self.hits.first() {
+            leaf.add(direction, sectors);
+        }
+    }
+
+    /// What the images have served, the leaf first.
+    pub fn stats(&self) -> Vec<ImageStats> {
+        let one = |(layer, hits, _): (&Layer, &Hits, u64)| {
+            let path =
+                layer.file().map_or_else(String::new, |file| file.path().to_string_lossy().into_owned());
+            let image = ImageSpec { kind: layer.kind(), path };
+            ImageStats { image, hits: hits.get(), fail: ReadWrite::default() }
+        };
+        self.layers().map(one).collect()
+    }
+
+    /// Where `sector` is, of how many of `count` sectors this is true, and whose numbers they count to.
+    async fn resolve(&self, sector: Sector, mut count: u32) -> Result<Found<'_>, Errno> {
+        for (layer, hits, sectors) in self.layers() {
             // A parent may be shorter than its child: beyond its end there are zeros.
             let left = sectors.saturating_sub(sector.0);
             if left == 0 {
                 break;
             }
             count = u32::try_from(left).map_or(count, |left| left.min(count));
-            match layer.map(&self.io, sector, count).await? {
+            let (place, count) = match layer.map(&self.io, sector, count).await? {
                 Extent::Data { offset, count } => {
                     let file = layer.file().ok_or(Errno::EIO)?;
-                    return Ok((Place::File(file, offset), count));
+                    (Place::File(file, offset), count)
                 }
-                Extent::Zero { count } => return Ok((Place::Zeros, count)),
-                Extent::Own { count } => return Ok((Place::Layer(layer), count)),
-                Extent::Parent { count: part } => count = part,
-            }
+                Extent::Zero { count } => (Place::Zeros, count),
+                Extent::Own { count } => (Place::Layer(layer), count),
+                Extent::Parent { count: part } => {
+                    count = part;
+                    continue;
+                }
+            };
+            return Ok(Found { place, hits: Some(hits), count });
         }
-        Ok((Place::Zeros, count))
+        Ok(Found { place: Place::Zeros, hits: None, count })
     }
 
     /// Starts to move all of `buf` if that takes a single transfer and nothing must be read or locked first, as is the case
@@ -86,22 +130,28 @@ impl Chain {
                 place
             }
         };
-        self.io.start_whole(direction, file, offset, buf.piece(0..buf.len())?)
+        let started = self.io.start_whole(direction, file, offset, buf.piece(0..buf.len())?)?;
+        self.count(direction, count);
+        Some(started)
     }
 
     /// Fills `range` of `buf`, whole sectors, from `sector` on.
     pub async fn read(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
         let all = u32::try_from(range.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
         if let Some((file, offset)) = self.leaf.place(sector, all) {
+            self.count(Direction::Read, all);
             return self.io.read(file, offset, buf, range).await;
         }
         // Most requests are in one place, which spares them the room for several transfers.
-        match self.resolve(sector, all).await? {
-            (Place::Zeros, count) if count == all => {
+        let found = self.resolve(sector, all).await?;
+        match found.place {
+            Place::Zeros if found.count == all => {
+                found.count(all);
                 buf.zero(range);
                 Ok(())
             }
-            (Place::File(file, offset), count) if count == all => {
+            Place::File(file, offset) if found.count == all => {
+                found.count(all);
                 self.io.read(file, offset, buf, range).await
             }
             _ => self.read_scattered(sector, buf, range).await,
@@ -114,9 +164,9 @@ impl Chain {
         while at < range.end {
             let here = Sector(sector.0 + (at - range.start) as u64 / SECTOR_SIZE);
             let count = u32::try_from((range.end - at) as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
-            let (place, count) = self.resolve(here, count).await?;
-            let mut end = at + bytes(count);
-            match place {
+            let found = self.resolve(here, count).await?;
+            let mut end = at + bytes(found.count);
+            match found.place {
                 Place::Zeros => buf.zero(at..end),
                 Place::Layer(layer) => end = at + layer.read(&self.io, here, buf, at..end).await?,
                 Place::File(file, offset) => {
@@ -128,6 +178,7 @@ impl Chain {
                     }
                 }
             }
+            found.count(u32::try_from((end - at) / bytes(1)).unwrap_or(u32::MAX));
             at = end;
         }
         flying.finish().await
@@ -135,6 +186,7 @@ impl Chain {
 
     /// Writes `range` of `buf`, whole sectors, from `sector` on.
     pub async fn write(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
+        self.count(Direction::Write, u32::try_from(range.len() as u64 / SECTOR_SIZE).unwrap_or(u32::MAX));
         self.leaf.write(&self.io, self, sector, buf, range).await
     }
 }

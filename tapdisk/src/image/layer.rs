@@ -5,6 +5,7 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
+use tap_ctl::proto::ImageType;
 use vhd::Vhd;
 
 use super::Extent;
@@ -32,6 +33,15 @@ pub enum Layer {
 }
 
 impl Layer {
+    /// The format. How the bytes of a raw image get to its store makes no difference here.
+    pub fn kind(&self) -> ImageType {
+        match self {
+            Layer::Raw(_) => ImageType::Aio,
+            Layer::Vhd(_) => ImageType::Vhd,
+            Layer::Null(_) => ImageType::Null,
+        }
+    }
+
     /// The file of an image that has just one.
     pub fn file(&self) -> Option<&ImageFile> {
         match self {

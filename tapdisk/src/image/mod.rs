@@ -6,6 +6,7 @@ mod error;
 pub mod file;
 mod filter;
 mod formatted;
+mod hits;
 mod layer;
 pub mod locks;
 mod null;
@@ -30,7 +31,7 @@ use self::chain::Chain;
 pub use self::error::OpenError;
 use self::file::ImageFile;
 use self::filter::Filters;
-use self::layer::Layer;
+
 pub use self::open::open;
 use self::share::Common;
 pub use self::share::DiskShare;
@@ -233,7 +234,8 @@ impl Disk {
 
     /// What it tells of its images.
     pub fn stats(&self) -> DiskStats {
-        self.filters.as_ref().map_or_else(DiskStats::default, |filters| filters.stats(self.sectors()))
+        let filters = self.filters.as_ref().map(|filters| filters.stats(self.sectors()));
+        DiskStats { images: self.chain().stats(), ..filters.unwrap_or_default() }
     }
 }
 

@@ -39,8 +39,10 @@
 pub mod blocking;
 pub mod cache;
 pub mod cipher;
+pub mod fresh;
 pub mod inflate;
 mod source;
+pub mod tail;
 #[cfg(feature = "testing")]
 pub mod testing;
 

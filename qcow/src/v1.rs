@@ -13,7 +13,6 @@
 //! of the guest's data; then everything is made durable; then come the entries that lead to it. A machine that stops in
 //! between leaves clusters that nothing names.
 
-mod alloc;
 pub mod check;
 mod create;
 mod directory;

@@ -11,7 +11,7 @@ use crate::footer::RawFooter;
 use crate::{BlockIndex, Error, SECTOR_SIZE};
 
 /// First byte that no block may reach, so that all sector numbers in a file fit into the table's 32 bits.
-const MAX_FILE: u64 = u32::MAX as u64 * SECTOR_SIZE;
+pub(crate) const MAX_FILE: u64 = u32::MAX as u64 * SECTOR_SIZE;
 
 /// Places for blocks that are not in the table yet.
 #[derive(Debug)]
@@ -218,7 +218,7 @@ impl Allocator {
 
 /// The entry of a block placed at or behind byte `start`, and the first byte behind it. The data begin at a multiple of
 /// 4096 bytes, as blktap and Hyper-V place them, which wastes a gap before the bitmap.
-fn place(start: u64, layout: &Layout) -> Option<(u32, u64)> {
+pub(crate) fn place(start: u64, layout: &Layout) -> Option<(u32, u64)> {
     let bitmap_sectors = u64::from(layout.bitmap_sectors);
     let data = start.div_ceil(SECTOR_SIZE).checked_add(bitmap_sectors)?.checked_next_multiple_of(8)?;
     let entry = u32::try_from(data.checked_sub(bitmap_sectors)?).ok()?;

@@ -91,6 +91,12 @@ impl Bat {
         self.entries = entries;
     }
 
+    /// The bytes behind the last entry that belong to nobody, up to the end of its sector.
+    pub(crate) fn padding(&self) -> Vec<u8> {
+        let first = usize::try_from(self.entries).unwrap_or(usize::MAX);
+        self.table.get(first..).unwrap_or_default().as_bytes().to_vec()
+    }
+
     /// The number of blocks of the disk.
     pub(crate) fn entries(&self) -> u32 {
         self.entries

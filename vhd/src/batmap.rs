@@ -166,6 +166,27 @@ impl Batmap {
         self.changed = true;
     }
 
+    /// What to write to have the batmap elsewhere: its header at byte `header`, its map of so many sectors at `offset`, for a
+    /// disk of `disk_size` bytes. Of the bits that were not covered before only those stay that `full` confirms.
+    pub(crate) fn moved(
+        &self,
+        header: u64,
+        offset: u64,
+        sectors: u32,
+        disk_size: u64,
+        full: impl Fn(u32) -> bool,
+    ) -> Vec<MetaWrite> {
+        let mut raw = self.header.clone();
+        raw.offset = offset.into();
+        raw.sectors = sectors.into();
+        let mut map = self.map.clone();
+        map.resize(usize::try_from(sectors).unwrap_or(0).saturating_mul(LEN), 0);
+        let mut moved = Self::new(raw, header, map, disk_size, true);
+        let before = self.covered_bits;
+        moved.retain(|block| block < before || full(block));
+        moved.writes(disk_size)
+    }
+
     /// Clears the bits that `keep` does not confirm; returns how many there were.
     pub(crate) fn retain(&mut self, keep: impl Fn(u32) -> bool) -> u32 {
         let mut cleared = 0_u32;

@@ -4,7 +4,7 @@ use format::{MetaWrite, Step};
 use zerocopy::IntoBytes;
 
 use crate::image::EndFooter;
-use crate::{Error, KeyHash, SECTOR_SIZE, Vhd};
+use crate::{Error, KeyHash, SECTOR_SIZE, Vhd, bat};
 
 impl Vhd {
     /// The steps of a clean close. All writes must have ended, with everything committed.
@@ -31,7 +31,7 @@ impl Vhd {
     }
 
     /// Writes the footer to all its places, the deciding one first.
-    fn footer_steps(&self, steps: &mut Vec<Step>) {
+    pub(crate) fn footer_steps(&self, steps: &mut Vec<Step>) {
         let bytes = self.footer.sealed().as_bytes().to_vec();
         let write = |offset| Step::Write(MetaWrite { offset, bytes: bytes.clone() });
         match &self.dynamic {
@@ -50,7 +50,7 @@ impl Vhd {
         steps.push(Step::Flush);
     }
 
-    fn close_batmap(&self, steps: &mut Vec<Step>) {
+    pub(crate) fn close_batmap(&self, steps: &mut Vec<Step>) {
         let Some(batmap) = self.dynamic.as_ref().and_then(|dynamic| dynamic.batmap.as_ref()) else { return };
         let writes = batmap.writes(self.footer.current_size.get());
         if !writes.is_empty() {
@@ -95,6 +95,67 @@ impl Vhd {
         let mut steps = Vec::new();
         self.close_batmap(&mut steps);
         Ok(steps)
+    }
+
+    /// The steps before some blocks may become partly written: the batmap calls them full no more.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`].
+    pub fn partial_steps(&mut self, blocks: &[crate::BlockIndex]) -> Result<Vec<Step>, Error> {
+        if !self.writable {
+            return Err(Error::ReadOnly);
+        }
+        let mut steps = Vec::new();
+        if let Some(batmap) = self.dynamic.as_mut().and_then(|dynamic| dynamic.batmap.as_mut()) {
+            batmap.retain(|block| blocks.binary_search(&block).is_err());
+        }
+        self.close_batmap(&mut steps);
+        Ok(steps)
+    }
+
+    /// The steps that drop all data of the image.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`], and [`Error::Invalid`] for a fixed image.
+    pub fn clear_steps(&mut self) -> Result<Vec<Step>, Error> {
+        if !self.writable {
+            return Err(Error::ReadOnly);
+        }
+        let Some(dynamic) = &mut self.dynamic else {
+            return Err(Error::invalid("image", "a fixed image cannot be emptied"));
+        };
+        let mut steps = Vec::new();
+        // Nothing may be called full that is not there any more.
+        if let Some(batmap) = &mut dynamic.batmap {
+            batmap.retain(|_| false);
+            steps.extend(batmap.writes(self.footer.current_size.get()).into_iter().map(Step::Write));
+            steps.push(Step::Flush);
+        }
+        let entries = dynamic.bat.entries();
+        let bytes = bat::UNUSED.to_be_bytes().repeat(usize::try_from(entries).unwrap_or(0));
+        let mut table = MetaWrite { offset: dynamic.layout.table_offset, bytes };
+        let keep = dynamic.bat.padding();
+        table.bytes.extend(keep);
+        steps.extend([Step::Write(table), Step::Flush]);
+        dynamic.end_of_data = dynamic.layout.end_of_headers;
+        self.footer_steps(&mut steps);
+        Ok(steps)
+    }
+
+    /// The steps that put the footer where the end of a file or device of `size` bytes will be; `now` is its length. Its
+    /// length is then to be changed by other means, except that a shorter file becomes as long.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the data do not fit before it, or the device is smaller.
+    pub fn phys_size_steps(&self, size: u64, now: u64, regular: bool) -> Result<Vec<Step>, Error> {
+        let offset = size.checked_sub(SECTOR_SIZE).filter(|&offset| offset >= self.end_of_data());
+        let fits = size.is_multiple_of(SECTOR_SIZE) && (regular || size <= now);
+        let Some(offset) = offset.filter(|_| fits && self.dynamic.is_some()) else {
+            let least = self.end_of_data().saturating_add(SECTOR_SIZE);
+            return Err(Error::invalid("size", format!("{size} bytes are no end for an image of {least}")));
+        };
+        let bytes = self.footer.sealed().as_bytes().to_vec();
+        Ok(vec![Step::Write(MetaWrite { offset, bytes }), Step::Flush])
     }
 
     /// Sets the storage managers' marker, and returns the steps that put it on disk.

@@ -20,6 +20,21 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// A file could not be written.
+    #[error("cannot write the {what}: {source}")]
+    Unwritten {
+        /// Which one.
+        what: &'static str,
+        /// What the operating system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Told to stop here, as storage managers' tests do.
+    #[error("Failing at {point}")]
+    Stopped {
+        /// The name of the place.
+        point: &'static str,
+    },
     /// The file cannot hold even a footer.
     #[error("{size} bytes are too few for a VHD, which has a footer of 512")]
     TooShort {
@@ -45,7 +60,7 @@ pub enum Error {
         limit: u64,
     },
     /// The footer carries the mark of an unfinished journalled operation.
-    #[error("an interrupted resize left a journal pending; run 'vhd-util revert' with its journal first")]
+    #[error("an operation that was cut short has left a journal: run 'vhd-util revert' with it first")]
     JournalPending,
     /// The image is encrypted and no key can be given.
     #[error("the image is encrypted; without its key only ciphertext could be read")]
@@ -86,6 +101,12 @@ pub enum Error {
         /// Size of the disk.
         sectors: u64,
     },
+    /// The path of a new parent does not fit where the old one stands.
+    #[error("the path of the parent does not fit into the {space} bytes of its locator")]
+    NameTooLong {
+        /// The room in bytes.
+        space: usize,
+    },
     /// A differencing image with no usable name of its parent.
     #[error("no parent locator holds a usable name")]
     NoParentName,
@@ -120,15 +141,19 @@ impl Error {
     /// The positive errno that stands for this error in exit codes and replies.
     pub fn errno(&self) -> i32 {
         match self {
-            Self::Io { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
+            Self::Io { source, .. } | Self::Unwritten { source, .. } => {
+                source.raw_os_error().unwrap_or(libc::EIO)
+            }
             // What libvhd answers when the footer cannot be read in full.
             Self::TooShort { .. } | Self::Corrupt { .. } | Self::Poisoned => libc::EIO,
             Self::Invalid { .. }
+            | Self::Stopped { .. }
             | Self::Encrypted
             | Self::NotEncrypted
             | Self::OutOfRange { .. }
             | Self::NoParentName
             | Self::ParentChanged { .. } => libc::EINVAL,
+            Self::NameTooLong { .. } => libc::ENAMETOOLONG,
             Self::WrongKey => libc::ENOKEY,
             Self::TooBig { .. } => libc::EFBIG,
             Self::JournalPending => libc::EBUSY,

@@ -262,7 +262,7 @@ fn open_dynamic(
 }
 
 /// The first byte that blocks must not reach: the end of a file, the footer at the end of a device.
-fn data_limit(source: &Source<'_>) -> u64 {
+pub(crate) fn data_limit(source: &Source<'_>) -> u64 {
     if source.regular { source.size } else { source.size.saturating_sub(SECTOR_SIZE) }
 }
 

@@ -5,8 +5,8 @@ use std::fmt;
 use format::Source;
 use format::cache::Tables;
 use format::cipher::Cipher;
+use format::tail::Tail;
 
-use super::alloc::{Allocator, LIMIT};
 use super::directory::{Directory, Order};
 use super::header::{Backing, Header, LEN, XEN_SPARSE};
 use super::image::{Qcow, decode_table};
@@ -15,6 +15,9 @@ use super::{Error, SECTOR};
 
 /// Bytes of tables in memory, unless something else is asked for. They cover 8 GiB of a disk with clusters of 4 KiB.
 const CACHE: u64 = 16 << 20;
+
+/// A file ends before this: an entry has one bit for something else, and a file offset is a signed number.
+const LIMIT: u64 = i64::MAX as u64 & !0xffff;
 
 /// How to open an image.
 #[derive(Clone)]
@@ -61,8 +64,8 @@ pub fn open(mut source: Source<'_>, options: &OpenOptions<'_>) -> Result<Qcow, E
         header.end()
     };
     let limit = if source.regular { LIMIT } else { source.size };
-    let alloc = Allocator::new(header.geometry.cluster_bytes(), end, limit, header.size);
-    let l2_bits = header.geometry.l2_bits;
+    let tail = Tail::new(header.geometry.cluster_bytes(), end, limit, header.size);
+    let writes = Writes::new(tail, header.geometry);
     let mut image = Qcow {
         sectors: header.size >> 9,
         header,
@@ -72,7 +75,7 @@ pub fn open(mut source: Source<'_>, options: &OpenOptions<'_>) -> Result<Qcow, E
         tables: Tables::new(usize::try_from(capacity).unwrap_or(2)),
         limit: source.size,
         cipher,
-        writes: Writes::new(alloc, l2_bits),
+        writes,
     };
     decide_order(&mut image)?;
     if options.writable {
@@ -169,10 +172,10 @@ impl Qcow {
     /// Nothing new is placed before the directory's end or that of a table.
     fn avoid_metadata(&mut self) {
         let len = self.header.geometry.table_bytes();
-        self.writes.alloc.avoid(self.directory.range().end);
+        self.writes.tail.avoid(self.directory.range().end);
         let places: Vec<u64> = self.directory.iter().filter(|&place| place != 0).collect();
         for end in places.into_iter().filter_map(|place| place.checked_add(len)) {
-            self.writes.alloc.avoid(end);
+            self.writes.tail.avoid(end);
         }
     }
 

@@ -1,29 +1,27 @@
 //! Writing: new clusters are filled first, and become part of the image by a commit.
-//!
-//! A new cluster is always written whole, by one writer. So whatever is at its place before does not matter, and neither a
-//! backing file nor encryption needs a way of its own.
 
 use std::collections::BTreeMap;
 
-use format::{DiscardPlan, MetaWrite, Plan, Sector, Step, Write};
+use format::fresh::{Fresh, in_place};
+use format::tail::Tail;
+use format::{DiscardPlan, MetaWrite, Plan, Sector, Step};
 use zerocopy::IntoBytes;
 
-use super::alloc::Allocator;
 use super::directory::{Directory, Order};
-use super::header::{LEN, XEN_BIG_ENDIAN, XEN_PAGE};
+use super::header::{Geometry, LEN, XEN_BIG_ENDIAN, XEN_PAGE as PAGE};
 use super::image::{Entry, Qcow, Run};
 use super::{Error, SECTOR};
 
 /// The state of all writing to one image.
 #[derive(Debug)]
 pub(super) struct Writes {
-    pub(super) alloc: Allocator,
+    pub(super) tail: Tail,
     pub(super) poisoned: bool,
     /// The first sector of the file, if the image has Xen's extension and is writable.
     pub(super) first_sector: Option<Vec<u8>>,
     l2_bits: u32,
     /// Clusters that have a place and are not part of the image.
-    fresh: BTreeMap<u64, Fresh>,
+    fresh: Fresh,
     /// Places for tables that are not in the directory.
     tables: BTreeMap<u32, u64>,
     /// The place of a new directory, if it must move.
@@ -31,23 +29,6 @@ pub(super) struct Writes {
     commit: Option<Commit>,
     /// The directory was changed, so Xen's checksum is not right any more.
     stale_checksum: bool,
-}
-
-/// A cluster on its way into the image.
-#[derive(Debug, Clone, Copy)]
-struct Fresh {
-    place: u64,
-    state: State,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// A writer fills it, and nobody else may touch it.
-    Filling,
-    /// It is whole.
-    Filled,
-    /// It is part of the commit under way.
-    Committing,
 }
 
 /// What the commit under way makes of the image.
@@ -64,13 +45,13 @@ struct Commit {
 }
 
 impl Writes {
-    pub(super) fn new(alloc: Allocator, l2_bits: u32) -> Self {
+    pub(super) fn new(tail: Tail, geometry: Geometry) -> Self {
         Self {
-            alloc,
+            tail,
             poisoned: false,
             first_sector: None,
-            l2_bits,
-            fresh: BTreeMap::new(),
+            l2_bits: geometry.l2_bits,
+            fresh: Fresh::new(geometry.cluster_sectors()),
             tables: BTreeMap::new(),
             directory: None,
             commit: None,
@@ -81,29 +62,15 @@ impl Writes {
     /// True if a table must stay in memory, because a cluster of it is on its way.
     pub(super) fn touches(&self, table: u64) -> bool {
         let first = |table: u64| table << self.l2_bits;
-        self.fresh.range(first(table)..first(table.saturating_add(1))).next().is_some()
-    }
-
-    fn take_filled(&mut self) -> Vec<(u64, u64)> {
-        let filled = self.fresh.iter_mut().filter(|(_, fresh)| fresh.state == State::Filled);
-        filled
-            .map(|(&cluster, fresh)| {
-                fresh.state = State::Committing;
-                (cluster, fresh.place)
-            })
-            .collect()
+        self.fresh.touches(first(table)..first(table.saturating_add(1)))
     }
 }
 
 impl Qcow {
     pub(super) fn plan(&mut self, sector: Sector, count: u32) -> Result<Plan, Error> {
         self.check_writable(sector, count)?;
-        let cluster = self.position(sector).cluster;
-        if let Some(fresh) = self.writes.fresh.get(&cluster) {
-            return Ok(match fresh.state {
-                State::Filling => Plan::Wait,
-                State::Filled | State::Committing => self.plan_beside(sector, count, fresh.place),
-            });
+        if let Some(plan) = self.writes.fresh.plan(sector, count) {
+            return Ok(plan);
         }
         match self.run(sector, count)? {
             (Run::Unread(load), _) => {
@@ -123,65 +90,32 @@ impl Qcow {
         if self.writes.poisoned { Err(Error::Poisoned) } else { Ok(()) }
     }
 
-    /// Plans a write to clusters that are whole and wait for their commit; the first is at `place`.
-    fn plan_beside(&self, sector: Sector, count: u32, place: u64) -> Plan {
-        let at = self.position(sector);
-        let bytes = self.header.geometry.cluster_bytes();
-        let mut found = self.header.geometry.cluster_sectors().saturating_sub(at.first);
-        let (mut cluster, mut next) = (at.cluster, place);
-        while found < count {
-            (cluster, next) = (cluster.saturating_add(1), next.saturating_add(bytes));
-            match self.writes.fresh.get(&cluster) {
-                Some(fresh) if fresh.place == next && fresh.state != State::Filling => {
-                    found = found.saturating_add(self.header.geometry.cluster_sectors());
-                }
-                _ => break,
-            }
-        }
-        in_place(place.saturating_add(u64::from(at.first).saturating_mul(SECTOR)), found.min(count), true)
-    }
-
     /// Plans a write to clusters of one table that need a place.
     fn plan_new(&mut self, sector: Sector, count: u32) -> Result<Plan, Error> {
-        let (at, geometry) = (self.position(sector), self.header.geometry);
-        let per_cluster = u64::from(geometry.cluster_sectors());
-        let wanted = u64::from(at.first).saturating_add(count.into()).div_ceil(per_cluster);
-        let busy = self.writes.fresh.range(at.cluster..).next().map(|(&cluster, _)| cluster);
-        let clusters = busy.map_or(wanted, |busy| wanted.min(busy.saturating_sub(at.cluster)));
-        self.reserve_metadata(at.table)?;
-        let len = clusters.saturating_mul(geometry.cluster_bytes());
-        let start = at.cluster.saturating_mul(geometry.cluster_bytes());
+        self.reserve_metadata(self.position(sector).table)?;
+        let (clusters, len) = self.writes.fresh.run(sector, count);
         // Small clusters that are written by the page shall lie by the page.
-        let align = if len.is_multiple_of(XEN_PAGE) && start.is_multiple_of(XEN_PAGE) { XEN_PAGE } else { 0 };
-        let place = self.writes.alloc.take(len, align)?;
-        for i in 0..clusters {
-            let place = place.saturating_add(i.saturating_mul(geometry.cluster_bytes()));
-            let fresh = Fresh { place, state: State::Filling };
-            self.writes.fresh.insert(at.cluster.saturating_add(i), fresh);
-        }
-        let end = at.cluster.saturating_add(clusters).saturating_mul(per_cluster).min(self.sectors);
-        let behind = end.saturating_sub(sector);
-        let count = u64::from(count).min(behind);
-        Ok(Plan::Write(Write {
-            offset: place.saturating_add(u64::from(at.first).saturating_mul(SECTOR)),
-            count: u32::try_from(count).unwrap_or(u32::MAX),
-            prepare: None,
-            copy_before: at.first,
-            copy_after: u32::try_from(behind.saturating_sub(count)).unwrap_or(0),
-            publish: true,
-        }))
+        let start = sector.saturating_sub(self.position(sector).first.into()).saturating_mul(SECTOR);
+        let align = if len.is_multiple_of(PAGE) && start.is_multiple_of(PAGE) { PAGE } else { 0 };
+        let place = self.take(len, align)?;
+        Ok(Plan::Write(self.writes.fresh.claim(sector, count, clusters, place, self.sectors)))
+    }
+
+    fn take(&mut self, len: u64, align: u64) -> Result<u64, Error> {
+        let tail = &mut self.writes.tail;
+        tail.take(len, align).ok_or(Error::NoSpace { end: tail.end(), len })
     }
 
     /// Finds room for a table that is not there, and for the directory if it must move.
     fn reserve_metadata(&mut self, table: u32) -> Result<(), Error> {
         if self.directory.get(table) == 0 && !self.writes.tables.contains_key(&table) {
-            let place = self.writes.alloc.take(self.header.geometry.table_bytes(), 0)?;
+            let place = self.take(self.header.geometry.table_bytes(), 0)?;
             self.writes.tables.insert(table, place);
         }
         if self.directory_moves() && self.writes.directory.is_none() {
             let range = self.directory.range();
             let len = range.end.saturating_sub(range.start);
-            self.writes.directory = Some(self.writes.alloc.take(len, XEN_PAGE)?);
+            self.writes.directory = Some(self.take(len, PAGE)?);
         }
         Ok(())
     }
@@ -193,27 +127,8 @@ impl Qcow {
     }
 
     pub(super) fn note_written(&mut self, sector: Sector, count: u32, done: bool) {
-        if count == 0 {
-            return;
-        }
-        let last = sector.saturating_add(count.into()).saturating_sub(1);
-        let (first, last) = (self.position(sector).cluster, self.position(last).cluster);
-        let bytes = self.header.geometry.cluster_bytes();
-        // From the back, because only the last place can be given back.
-        for cluster in (first..=last).rev() {
-            match self.writes.fresh.get_mut(&cluster) {
-                Some(fresh) if fresh.state == State::Filling => {
-                    if done {
-                        fresh.state = State::Filled;
-                    } else {
-                        let place = fresh.place;
-                        self.writes.fresh.remove(&cluster);
-                        self.writes.alloc.give_back(place, bytes);
-                    }
-                }
-                // Written beside others, or part of the image by now.
-                _ => {}
-            }
+        if let Some(lost) = self.writes.fresh.written(sector, count, done) {
+            self.writes.tail.give_back(lost);
         }
     }
 
@@ -235,7 +150,7 @@ impl Qcow {
         if self.writes.poisoned || self.writes.commit.is_some() {
             return None;
         }
-        let clusters = self.writes.take_filled();
+        let clusters = self.writes.fresh.take();
         if clusters.is_empty() {
             return None;
         }
@@ -383,7 +298,7 @@ impl Qcow {
             let writes = &self.writes;
             self.tables.insert(table.into(), entries, |table| writes.touches(table));
             for &(cluster, place) in group {
-                self.writes.fresh.remove(&cluster);
+                self.writes.fresh.publish(cluster);
                 end = end.max(place.saturating_add(geometry.cluster_bytes()));
             }
         }
@@ -409,7 +324,7 @@ impl Qcow {
         let geometry = self.header.geometry;
         let end = |entry: &u64| Entry::decode(*entry, geometry).end(geometry);
         for end in table.iter().filter_map(end) {
-            self.writes.alloc.avoid(end);
+            self.writes.tail.avoid(end);
         }
     }
 }
@@ -419,10 +334,6 @@ const DIRECTORY_FIELD: u64 = 40;
 
 fn directory_place(directory: &Directory) -> u64 {
     directory.range().start
-}
-
-fn in_place(offset: u64, count: u32, publish: bool) -> Plan {
-    Plan::Write(Write { offset, count, prepare: None, copy_before: 0, copy_after: 0, publish })
 }
 
 fn encode(entries: &[u64]) -> Vec<u8> {

@@ -8,7 +8,7 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
-use tap_ctl::proto::{ImageSpec, ImageStats, ReadWrite};
+use tap_ctl::proto::{CacheStats, ImageSpec, ImageStats, ReadWrite};
 
 use super::file::ImageFile;
 use super::hits::Hits;
@@ -24,34 +24,22 @@ pub struct Chain {
     pub leaf: Layer,
     /// The others, the nearest first.
     pub parents: Vec<Layer>,
-    /// What each image has served, the leaf first. That a request failed later does not count here.
+    /// What each image has served, the leaf first. That a transfer failed later makes no difference here.
     hits: Vec<Hits>,
     /// The thread's means.
     pub(super) io: Io,
 }
 
 /// Where the first sectors of a range are.
-enum Place<'a> {
+pub(super) enum Place<'a> {
+    /// In this file, from a byte offset on.
     File(&'a ImageFile, u64),
+    /// Nowhere, as an image says: zeros.
     Zeros,
+    /// In no image: zeros.
+    Nowhere,
+    /// Where this image alone can read them.
     Layer(&'a Layer),
-}
-
-/// The first sectors of a range.
-struct Found<'a> {
-    place: Place<'a>,
-    /// Of the image that has them; `None`: none has.
-    hits: Option<&'a Hits>,
-    count: u32,
-}
-
-impl Found<'_> {
-    /// They are being read.
-    fn count(&self, sectors: u32) {
-        if let Some(hits) = self.hits {
-            hits.add(Direction::Read, sectors);
-        }
-    }
 }
 
 impl Chain {
@@ -64,55 +52,55 @@ impl Chain {
         Chain { leaf, parents, hits, io }
     }
 
-    /// The images, the leaf first, with their capacities as far as the chain must mind them: what is asked of the leaf lies on
-    /// the disk.
-    fn layers(&self) -> impl Iterator<Item = (&Layer, &Hits, u64)> {
-        let parents = self.parents.iter().map(|layer| (layer, layer.sectors()));
-        let layers = std::iter::once((&self.leaf, u64::MAX)).chain(parents);
-        layers.zip(&self.hits).map(|((layer, sectors), hits)| (layer, hits, sectors))
-    }
-
-    fn count(&self, direction: Direction, sectors: u32) {
-        if let Some(leaf) = self.hits.first() {
-            leaf.add(direction, sectors);
+    /// The image of this depth serves so many sectors.
+    fn count(&self, depth: usize, direction: Direction, sectors: u32) {
+        if let Some(hits) = self.hits.get(depth) {
+            hits.add(direction, sectors);
         }
     }
 
     /// What the images have served, the leaf first.
     pub fn stats(&self) -> Vec<ImageStats> {
-        let one = |(layer, hits, _): (&Layer, &Hits, u64)| {
+        let one = |((layer, _), hits): ((&Layer, u64), &Hits)| {
             let path =
                 layer.file().map_or_else(String::new, |file| file.path().to_string_lossy().into_owned());
             let image = ImageSpec { kind: layer.kind(), path };
             ImageStats { image, hits: hits.get(), fail: ReadWrite::default() }
         };
-        self.layers().map(one).collect()
+        self.layers().zip(&self.hits).map(one).collect()
     }
 
-    /// Where `sector` is, of how many of `count` sectors this is true, and whose numbers they count to.
-    async fn resolve(&self, sector: Sector, mut count: u32) -> Result<Found<'_>, Errno> {
-        for (layer, hits, sectors) in self.layers() {
+    /// The images, the leaf first, with their capacities as far as the chain must mind them: what is asked of the leaf lies on
+    /// the disk.
+    pub(super) fn layers(&self) -> impl Iterator<Item = (&Layer, u64)> {
+        let parents = self.parents.iter().map(|layer| (layer, layer.sectors()));
+        std::iter::once((&self.leaf, u64::MAX)).chain(parents)
+    }
+
+    /// Where `sector` is, and of how many of `count` sectors this is true. With the number of the image that says so.
+    pub(super) async fn find(
+        &self,
+        sector: Sector,
+        mut count: u32,
+    ) -> Result<(usize, Place<'_>, u32), Errno> {
+        for (depth, (layer, sectors)) in self.layers().enumerate() {
             // A parent may be shorter than its child: beyond its end there are zeros.
             let left = sectors.saturating_sub(sector.0);
             if left == 0 {
                 break;
             }
             count = u32::try_from(left).map_or(count, |left| left.min(count));
-            let (place, count) = match layer.map(&self.io, sector, count).await? {
+            match layer.map(&self.io, sector, count).await? {
                 Extent::Data { offset, count } => {
                     let file = layer.file().ok_or(Errno::EIO)?;
-                    (Place::File(file, offset), count)
+                    return Ok((depth, Place::File(file, offset), count));
                 }
-                Extent::Zero { count } => (Place::Zeros, count),
-                Extent::Own { count } => (Place::Layer(layer), count),
-                Extent::Parent { count: part } => {
-                    count = part;
-                    continue;
-                }
-            };
-            return Ok(Found { place, hits: Some(hits), count });
+                Extent::Zero { count } => return Ok((depth, Place::Zeros, count)),
+                Extent::Own { count } => return Ok((depth, Place::Layer(layer), count)),
+                Extent::Parent { count: part } => count = part,
+            }
         }
-        Ok(Found { place: Place::Zeros, hits: None, count })
+        Ok((self.parents.len(), Place::Nowhere, count))
     }
 
     /// Starts to move all of `buf` if that takes a single transfer and nothing must be read or locked first, as is the case
@@ -131,7 +119,7 @@ impl Chain {
             }
         };
         let started = self.io.start_whole(direction, file, offset, buf.piece(0..buf.len())?)?;
-        self.count(direction, count);
+        self.count(0, direction, count);
         Some(started)
     }
 
@@ -139,23 +127,53 @@ impl Chain {
     pub async fn read(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
         let all = u32::try_from(range.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
         if let Some((file, offset)) = self.leaf.place(sector, all) {
-            self.count(Direction::Read, all);
+            self.count(0, Direction::Read, all);
             return self.io.read(file, offset, buf, range).await;
         }
         // Most requests are in one place, which spares them the room for several transfers.
-        let found = self.resolve(sector, all).await?;
-        match found.place {
-            Place::Zeros if found.count == all => {
-                found.count(all);
+        match self.find(sector, all).await? {
+            (depth, Place::Zeros | Place::Nowhere, count) if count == all => {
+                self.count(depth, Direction::Read, all);
                 buf.zero(range);
                 Ok(())
             }
-            Place::File(file, offset) if found.count == all => {
-                found.count(all);
-                self.io.read(file, offset, buf, range).await
+            (depth, Place::File(file, offset), count) if count == all => {
+                self.count(depth, Direction::Read, all);
+                self.read_file(file, offset, buf, range).await
             }
             _ => self.read_scattered(sector, buf, range).await,
         }
+    }
+
+    /// Reads from one file, or from what a cache has of it.
+    async fn read_file(
+        &self,
+        file: &ImageFile,
+        offset: u64,
+        buf: &Buf,
+        range: Range<usize>,
+    ) -> Result<(), Errno> {
+        match file.cached() {
+            None => self.io.read(file, offset, buf, range).await,
+            // Kept out of the future that every request has room for.
+            Some(cached) => Box::pin(cached.read(&self.io, file, offset, buf, range)).await,
+        }
+    }
+
+    /// What the cache for parents has done for this chain, if there is one.
+    pub fn cache_stats(&self) -> Option<CacheStats> {
+        let mut stats: Option<CacheStats> = None;
+        for cached in self.parents.iter().filter_map(|layer| layer.file()?.cached()) {
+            let stats = stats.get_or_insert_with(|| CacheStats {
+                bytes: cached.cache().bytes(),
+                limit: cached.cache().limit(),
+                ..CacheStats::default()
+            });
+            let found = cached.found();
+            stats.hits += found.hits / SECTOR_SIZE;
+            stats.misses += found.misses / SECTOR_SIZE;
+        }
+        stats
     }
 
     async fn read_scattered(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
@@ -164,21 +182,21 @@ impl Chain {
         while at < range.end {
             let here = Sector(sector.0 + (at - range.start) as u64 / SECTOR_SIZE);
             let count = u32::try_from((range.end - at) as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
-            let found = self.resolve(here, count).await?;
-            let mut end = at + bytes(found.count);
-            match found.place {
-                Place::Zeros => buf.zero(at..end),
+            let (depth, place, count) = self.find(here, count).await?;
+            let mut end = at + bytes(count);
+            match place {
+                Place::Zeros | Place::Nowhere => buf.zero(at..end),
                 Place::Layer(layer) => end = at + layer.read(&self.io, here, buf, at..end).await?,
                 Place::File(file, offset) => {
                     let piece = buf.piece(at..end).ok_or(Errno::EINVAL)?;
-                    if file.takes(offset, piece) {
+                    if file.cached().is_none() && file.takes(offset, piece) {
                         flying.add(self.io.start(Direction::Read, file, offset, piece)).await?;
                     } else {
-                        self.io.read(file, offset, buf, at..end).await?;
+                        self.read_file(file, offset, buf, at..end).await?;
                     }
                 }
             }
-            found.count(u32::try_from((end - at) / bytes(1)).unwrap_or(u32::MAX));
+            self.count(depth, Direction::Read, u32::try_from((end - at) / bytes(1)).unwrap_or(u32::MAX));
             at = end;
         }
         flying.finish().await
@@ -186,7 +204,7 @@ impl Chain {
 
     /// Writes `range` of `buf`, whole sectors, from `sector` on.
     pub async fn write(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
-        self.count(Direction::Write, u32::try_from(range.len() as u64 / SECTOR_SIZE).unwrap_or(u32::MAX));
+        self.count(0, Direction::Write, u32::try_from(range.len() / bytes(1)).unwrap_or(u32::MAX));
         self.leaf.write(&self.io, self, sector, buf, range).await
     }
 }

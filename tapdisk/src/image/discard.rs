@@ -66,7 +66,8 @@ impl Chain {
         match &self.leaf {
             Layer::Raw(raw) => raw.file.store().discard,
             // In units of the store's, which the format keeps the guest's sectors aligned with.
-            Layer::Vhd(vhd) => vhd.file.store().discard.map(|limits| Discard { secure: false, ..limits }),
+            Layer::Vhd(vhd) => not_secure(&vhd.file),
+            Layer::Qcow(qcow) => not_secure(&qcow.file),
             Layer::Null(_) => None,
         }
     }
@@ -77,6 +78,7 @@ impl Chain {
         let raw = match &self.leaf {
             Layer::Raw(raw) => raw,
             Layer::Vhd(vhd) => return vhd.discard(&self.io, sector, count).await,
+            Layer::Qcow(qcow) => return qcow.discard(&self.io, sector, count).await,
             Layer::Null(_) => return Err(Errno::EOPNOTSUPP),
         };
         let end = sector.0.checked_add(count).ok_or(Errno::EINVAL)?;
@@ -92,6 +94,10 @@ impl Chain {
         }
         Ok(())
     }
+}
+
+fn not_secure(file: &ImageFile) -> Option<Discard> {
+    file.store().discard.map(|limits| Discard { secure: false, ..limits })
 }
 
 async fn discard(io: &Io, file: &ImageFile, range: Range<u64>, secure: bool) -> Result<(), Errno> {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
+use qcow::v1::Qcow;
 use tap_ctl::proto::ImageType;
 use vhd::Vhd;
 
@@ -28,6 +29,8 @@ pub enum Layer {
     Raw(Raw),
     /// VHD.
     Vhd(Box<Formatted<Vhd>>),
+    /// qcow, version 1.
+    Qcow(Box<Formatted<Qcow>>),
     /// No image.
     Null(Null),
 }
@@ -38,6 +41,7 @@ impl Layer {
         match self {
             Layer::Raw(_) => ImageType::Aio,
             Layer::Vhd(_) => ImageType::Vhd,
+            Layer::Qcow(_) => ImageType::Qcow,
             Layer::Null(_) => ImageType::Null,
         }
     }
@@ -47,6 +51,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
+            Layer::Qcow(qcow) => Some(&qcow.file),
             Layer::Null(_) => None,
         }
     }
@@ -56,6 +61,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
+            Layer::Qcow(qcow) => qcow.sectors(),
             Layer::Null(_) => 0,
         }
     }
@@ -65,6 +71,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
+            Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
             Layer::Null(_) => None,
         }
     }
@@ -74,6 +81,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
+            Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
             Layer::Null(_) => None,
         }
     }
@@ -83,6 +91,7 @@ impl Layer {
         match self {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
+            Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
             Layer::Null(null) => Ok(null.map(count)),
         }
     }
@@ -98,6 +107,7 @@ impl Layer {
     ) -> Result<usize, Errno> {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
+            Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
             Layer::Raw(_) | Layer::Null(_) => Ok(0),
         }
     }
@@ -117,6 +127,7 @@ impl Layer {
                 io.write(&raw.file, offset, buf, range).await
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
+            Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
     }
@@ -133,6 +144,7 @@ impl Layer {
     pub async fn close(&self, io: &Io) -> Result<(), Errno> {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
+            Layer::Qcow(qcow) => qcow.close(io).await,
             Layer::Raw(_) | Layer::Null(_) => Ok(()),
         }
     }

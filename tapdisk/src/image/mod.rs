@@ -1,5 +1,6 @@
 //! A disk: a [chain](chain::Chain) of images, and what is between it and its guests.
 
+pub mod cache;
 mod chain;
 mod discard;
 mod error;
@@ -12,12 +13,15 @@ pub mod locks;
 mod null;
 mod open;
 mod policy;
+mod qcow;
 mod ram;
 mod raw;
 mod resize;
 mod share;
 pub mod snapshot;
+mod stack;
 pub mod store;
+mod survey;
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -35,6 +39,7 @@ use self::filter::Filters;
 pub use self::open::open;
 use self::share::Common;
 pub use self::share::DiskShare;
+pub use self::survey::{Holds, Run};
 use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
 use crate::sync::Group;
@@ -234,8 +239,9 @@ impl Disk {
 
     /// What it tells of its images.
     pub fn stats(&self) -> DiskStats {
-        let filters = self.filters.as_ref().map(|filters| filters.stats(self.sectors()));
-        DiskStats { images: self.chain().stats(), ..filters.unwrap_or_default() }
+        let filters = self.filters.as_ref();
+        let stats = filters.map_or_else(DiskStats::default, |filters| filters.stats(self.sectors()));
+        DiskStats { images: self.chain().stats(), cache: self.chain.cache_stats(), ..stats }
     }
 }
 

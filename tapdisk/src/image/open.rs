@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
-use tap_ctl::proto::{ImageType, OpenParams, null_size};
+use tap_ctl::proto::{ImageSpec, ImageType, OpenParams, null_size};
 use vhd::chain::{Policy, Visited, candidates, check_identity, is_plain};
 use vhd::{ParentRef, Vhd};
 
@@ -22,7 +22,8 @@ use super::layer::Layer;
 use super::null::Null;
 use super::raw::Raw;
 use super::share::Common;
-use super::{Disk, OpenError, policy, ram};
+use super::stack::{self, Stack};
+use super::{Disk, OpenError, cache, policy, qcow, ram};
 use crate::io::Io;
 
 /// What a child says of its parent.
@@ -36,6 +37,11 @@ pub(super) enum Backing {
         name: PathBuf,
         /// The format.
         kind: ImageType,
+    },
+    /// By its name alone: it is raw, and nothing else.
+    Bare {
+        /// As it stands in the child.
+        name: PathBuf,
     },
 }
 
@@ -53,7 +59,7 @@ pub(super) struct Opener<'a> {
     pub(super) io: &'a Io,
     visited: Visited,
     /// The leaf is open.
-    below: bool,
+    pub(super) below: bool,
 }
 
 /// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails; but a log of
@@ -80,34 +86,84 @@ impl Images {
 
 /// Opens the image that `params` names, with what is below it.
 pub(super) fn open_images(params: &OpenParams, io: &Io) -> Result<Images, OpenError> {
-    let path = Path::new(&params.image.path);
-    let mode = if params.readonly { Mode::Shared } else { Mode::Exclusive };
-    let file = match params.image.kind {
-        ImageType::Null => {
-            let bytes = null_size(&params.image.path)
-                .ok_or_else(|| OpenError::new(path, Errno::EINVAL, "is no size of a null image in bytes"))?;
-            return Ok(Images::new(Layer::Null(Null), Vec::new(), bytes / SECTOR_SIZE, io));
-        }
-        ImageType::Ram => {
-            let raw = Raw::new(ram::open(&params.image.path)?)?;
-            let sectors = raw.sectors();
-            return Ok(Images::new(Layer::Raw(raw), Vec::new(), sectors, io));
-        }
-        ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
-        _ => ImageFile::open(path, mode, !params.buffered)?,
+    let mut opener = Opener::new(params, io);
+    let stack = match params.image.kind {
+        ImageType::XChain => stack::read(Path::new(&params.image.path))?,
+        _ => Stack { leaf: params.image.clone(), below: Vec::new() },
     };
-    open_over(file, params, io)
+    let leaf = opener.open_named(&stack.leaf, !params.readonly)?;
+    opener.below = true;
+    let mut parents = Vec::new();
+    let mut last = (leaf.path, leaf.opened.backing);
+    for image in &stack.below {
+        let named = opener.open_named(image, false)?;
+        parents.push(named.opened.layer);
+        last = (named.path, named.opened.backing);
+    }
+    if let (Some(path), backing) = last {
+        parents.extend(opener.open_parents(path, backing)?);
+    }
+    Ok(Images::new(leaf.opened.layer, parents, leaf.sectors, io))
 }
 
 /// The same over an open file, which is the leaf.
+#[cfg(test)]
 pub(super) fn open_over(file: ImageFile, params: &OpenParams, io: &Io) -> Result<Images, OpenError> {
-    let mut opener = Opener { params, io, visited: Visited::default(), below: false };
-    let path = canonical(file.path())?;
-    opener.enter(&file)?;
-    let Opened { layer, backing } = opener.open(params.image.kind, file, !params.readonly)?;
-    let parents = opener.open_parents(path, backing)?;
-    let sectors = layer.sectors();
-    Ok(Images::new(layer, parents, sectors, io))
+    let mut opener = Opener::new(params, io);
+    let Named { opened, sectors, path } = opener.open_file(params.image.kind, file, !params.readonly)?;
+    let parents = match path {
+        Some(path) => opener.open_parents(path, opened.backing)?,
+        None => Vec::new(),
+    };
+    Ok(Images::new(opened.layer, parents, sectors, io))
+}
+
+/// An image that the administrator has named.
+#[derive(Debug)]
+struct Named {
+    opened: Opened,
+    /// Capacity.
+    sectors: u64,
+    /// The canonical path of its file.
+    path: Option<PathBuf>,
+}
+
+impl<'a> Opener<'a> {
+    fn new(params: &'a OpenParams, io: &'a Io) -> Opener<'a> {
+        Opener { params, io, visited: Visited::default(), below: false }
+    }
+
+    fn open_named(&mut self, image: &ImageSpec, writable: bool) -> Result<Named, OpenError> {
+        let path = Path::new(&image.path);
+        let mode = if writable { Mode::Exclusive } else { Mode::Shared };
+        let apart = |layer, sectors| Named { opened: Opened { layer, backing: None }, sectors, path: None };
+        let file = match image.kind {
+            ImageType::Null => {
+                let bytes = null_size(&image.path).ok_or_else(|| {
+                    OpenError::new(path, Errno::EINVAL, "is no size of a null image in bytes")
+                })?;
+                return Ok(apart(Layer::Null(Null), bytes / SECTOR_SIZE));
+            }
+            ImageType::Ram => {
+                let raw = Raw::new(ram::open(&image.path)?)?;
+                let sectors = raw.sectors();
+                return Ok(apart(Layer::Raw(raw), sectors));
+            }
+            ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
+            _ => ImageFile::open(path, mode, !self.params.buffered)?,
+        };
+        if self.below {
+            keep(&file)?;
+        }
+        self.open_file(image.kind, file, writable)
+    }
+
+    fn open_file(&mut self, kind: ImageType, file: ImageFile, writable: bool) -> Result<Named, OpenError> {
+        let path = canonical(file.path())?;
+        self.enter(&file)?;
+        let opened = self.open(kind, file, writable)?;
+        Ok(Named { sectors: opened.layer.sectors(), path: Some(path), opened })
+    }
 }
 
 impl Opener<'_> {
@@ -118,6 +174,7 @@ impl Opener<'_> {
                 Ok(Opened { layer: Layer::Raw(Raw::new(file)?), backing: None })
             }
             ImageType::Vhd => self.open_vhd(file, writable),
+            ImageType::Qcow => self.open_qcow(file, writable),
             other => {
                 let text = format!("images of type {} are not built in", other.name());
                 Err(OpenError::new(file.path(), Errno::ENOSYS, text))
@@ -136,6 +193,10 @@ impl Opener<'_> {
             // Before the lock: an image that is its own ancestor would otherwise be told to be in use, by ourselves.
             self.enter(&file)?;
             file.lock(Mode::Shared)?;
+            keep(&file)?;
+            if matches!(backing, Backing::Bare { .. }) {
+                qcow::check_bare(&file)?;
+            }
             let opened = self.open(backing.kind(), file, false)?;
             if let (Backing::Vhd(parent), Layer::Vhd(vhd)) = (&backing, &opened.layer) {
                 check_identity(parent, vhd.with_core(Vhd::uuid)).map_err(|error| refuse(&path, &error))?;
@@ -185,6 +246,7 @@ impl Backing {
     /// The parent's format.
     fn kind(&self) -> ImageType {
         match self {
+            Backing::Bare { .. } => ImageType::Aio,
             Backing::Vhd(parent) if parent.uuid.is_null() => ImageType::Aio,
             Backing::Vhd(_) => ImageType::Vhd,
             Backing::Named { kind, .. } => *kind,
@@ -197,13 +259,19 @@ impl Backing {
     }
 }
 
+/// Has the cache for parents, if there is one, keep what is read of one.
+fn keep(file: &ImageFile) -> Result<(), OpenError> {
+    let kept = cache::shared().map_or(Ok(()), |cache| file.keep_in(&cache));
+    kept.map_err(|error| OpenError::io(file.path(), "cannot stat", &error))
+}
+
 /// The canonical path of the parent that `child` names.
 fn find(child: &Path, backing: &Backing, policy: &Policy) -> Result<PathBuf, OpenError> {
     let folder = child.parent().unwrap_or(Path::new("/"));
     let tried = match backing {
         Backing::Vhd(parent) => candidates(folder, parent).map_err(|error| refuse(child, &error))?,
-        Backing::Named { name, .. } if is_plain(name) => vec![folder.join(name)],
-        Backing::Named { name, .. } => {
+        Backing::Named { name, .. } | Backing::Bare { name } if is_plain(name) => vec![folder.join(name)],
+        Backing::Named { name, .. } | Backing::Bare { name } => {
             let text = format!("its backing file {} is no plain path, and is not opened", name.display());
             return Err(OpenError::new(child, Errno::EPERM, text));
         }

@@ -1,11 +1,13 @@
 //! Growing a disk while it is in use. A disk never shrinks: the guest may have data everywhere.
 
 use blkif::ids::SECTOR_SIZE;
+use format::Format;
 use nix::errno::Errno;
 
 use super::Disk;
 use super::file::ImageFile;
 use super::filter::Filters;
+use super::formatted::Formatted;
 use super::layer::Layer;
 
 /// What a size that was asked for comes to.
@@ -78,15 +80,18 @@ impl Disk {
             // The size of these is their own.
             _ if size.is_none() => Ok(()),
             Layer::Null(_) => self.own_size(size).map(|sectors| self.common.grow(sectors)),
-            Layer::Vhd(vhd) => {
-                let sectors = self.own_size(size)?;
-                if sectors > self.sectors() {
-                    vhd.resize(&self.io, sectors).await?;
-                    self.common.grow(sectors);
-                }
-                Ok(())
-            }
+            Layer::Vhd(vhd) => self.grow(vhd, size).await,
+            Layer::Qcow(qcow) => self.grow(qcow, size).await,
         }
+    }
+
+    async fn grow<F: Format>(&self, image: &Formatted<F>, size: Option<u64>) -> Result<(), Errno> {
+        let sectors = self.own_size(size)?;
+        if sectors > self.sectors() {
+            image.resize(&self.io, sectors).await?;
+            self.common.grow(sectors);
+        }
+        Ok(())
     }
 
     /// The size asked for, of an image that sets its own.

@@ -4,6 +4,8 @@ use std::cmp::Ordering;
 use std::io::Write;
 use std::path::Path;
 
+use format::blocking::Storage;
+
 use super::args::Args;
 use super::create::now;
 use super::disk::{Disk, open_parent};

@@ -5,6 +5,8 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use format::blocking::Storage;
+
 use super::args::Args;
 use super::disk::{Disk, random};
 use super::{Failure, errno_of, in_use, wrong_usage};
@@ -60,9 +62,9 @@ pub(super) fn write_new(path: &Path, image: &NewImage) -> Result<(), Failure> {
     let file = FileOptions::new().read(true).write(true).create(true).truncate(false).open(path);
     let file =
         file.map_err(|error| Failure::new(errno_of(&error), format!("{}: {error}", path.display())))?;
-    let disk = Disk::new(file, path.canonicalize()?)?;
+    let mut disk = Disk::new(file, path.canonicalize()?)?;
     disk.lock(true).map_err(|error| in_use(path, &error))?;
-    fill(&disk, image).inspect_err(|_| {
+    fill(&mut disk, image).inspect_err(|_| {
         if disk.regular {
             // The first error is the one to report.
             let _ = fs::remove_file(&disk.path);
@@ -70,20 +72,19 @@ pub(super) fn write_new(path: &Path, image: &NewImage) -> Result<(), Failure> {
     })
 }
 
-fn fill(disk: &Disk, image: &NewImage) -> Result<(), Failure> {
+fn fill(disk: &mut Disk, image: &NewImage) -> Result<(), Failure> {
     let bytes = image.build((!disk.regular).then_some(disk.size))?;
     if disk.regular {
         disk.set_len(0)?;
     }
     if image.kind == DiskType::Fixed {
-        disk.zero(0, image.size)?;
+        disk.zero(0..image.size)?;
     }
     for write in &bytes.writes {
-        disk.write(write)?;
+        disk.write_at(write.offset, &write.bytes)?;
     }
     if disk.regular {
         disk.set_len(bytes.len)?;
     }
-    disk.sync()?;
-    Ok(())
+    Ok(disk.sync_name()?)
 }

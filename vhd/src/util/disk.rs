@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions as FileOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -9,8 +10,11 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::chain::{self, Policy, Visited};
+use crate::journal::{Journal, State};
+use crate::transfer::Run;
 use crate::{Error, OpenOptions, SECTOR_SIZE, Vhd};
-use format::{Format, Load, Lookup, MetaWrite, Source, Step};
+use format::blocking::Storage;
+use format::{Format, Load, Lookup, Source};
 
 /// A file or block device that holds an image.
 #[derive(Debug)]
@@ -35,9 +39,21 @@ impl Disk {
     /// Those of the operating system, and `EINVAL` for anything else, on which it does not block.
     pub fn open(path: &Path, writable: bool) -> io::Result<Self> {
         let path = path.canonicalize()?;
+        recover(&path)?;
+        Self::open_as_is(path, writable)
+    }
+
+    /// Opens the file at a canonical path, in whatever state an interrupted operation has left it.
+    fn open_as_is(path: PathBuf, writable: bool) -> io::Result<Self> {
         let mut options = FileOptions::new();
         options.read(true).write(writable).custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW);
         Self::new(options.open(&path)?, path)
+    }
+
+    /// Looks at the length again.
+    pub(super) fn measure(&mut self) -> io::Result<()> {
+        self.size = self.file.size()?;
+        Ok(())
     }
 
     /// Takes an open file.
@@ -58,20 +74,30 @@ impl Disk {
     /// byte for "nobody else may write" (`block/file-posix.c`).
     pub(super) fn lock(&self, exclusive: bool) -> io::Result<()> {
         let ranges: &[(i64, i64)] = if exclusive { &[(0, 0)] } else { &[(0, 1), (201, 1)] };
-        for &(l_start, l_len) in ranges {
-            let lock = libc::flock {
-                l_type: lock_type(if exclusive { libc::F_WRLCK } else { libc::F_RDLCK }),
-                l_whence: lock_type(libc::SEEK_SET),
-                l_start,
-                l_len,
-                l_pid: 0,
-            };
-            fcntl(&self.file, FcntlArg::F_OFD_SETLK(&lock)).map_err(|errno| match errno {
-                Errno::EAGAIN | Errno::EACCES => io::Error::from_raw_os_error(libc::EBUSY),
-                errno => errno.into(),
-            })?;
-        }
+        let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+        ranges.iter().try_for_each(|&(start, len)| self.lock_range(kind, start, len))
+    }
+
+    fn lock_range(&self, kind: libc::c_int, start: i64, len: i64) -> io::Result<()> {
+        let lock = libc::flock {
+            l_type: lock_type(kind),
+            l_whence: lock_type(libc::SEEK_SET),
+            l_start: start,
+            l_len: len,
+            l_pid: 0,
+        };
+        fcntl(&self.file, FcntlArg::F_OFD_SETLK(&lock)).map_err(|errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => io::Error::from_raw_os_error(libc::EBUSY),
+            errno => errno.into(),
+        })?;
         Ok(())
+    }
+
+    /// Lets readers go on, but no writer and nobody else who does this: for changes that readers of the chain cannot see,
+    /// because a child hides them.
+    pub(super) fn lock_beside_readers(&self) -> io::Result<()> {
+        self.lock(false)?;
+        self.lock_range(libc::F_WRLCK, 1, 1)
     }
 
     /// Gives a view of the image to `use_source`.
@@ -95,48 +121,40 @@ impl Disk {
         self.path.parent().unwrap_or(Path::new("/"))
     }
 
-    pub(super) fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buf, offset)
-    }
-
-    pub(super) fn write(&self, write: &MetaWrite) -> io::Result<()> {
-        self.file.write_all_at(&write.bytes, write.offset)
-    }
-
-    /// Carries out steps in their order.
-    pub(super) fn carry_out(&self, steps: &[Step]) -> io::Result<()> {
-        for step in steps {
-            match step {
-                Step::Write(write) => self.write(write)?,
-                Step::Zero(range) => self.zero(range.start, range.end)?,
-                Step::Truncate(len) => self.file.set_len(*len)?,
-                // Room that nobody needs may stay.
-                Step::Punch(_) => {}
-                Step::Flush => self.file.sync_data()?,
-            }
-        }
-        Ok(())
-    }
-
-    /// Fills a range with zeros.
-    pub(super) fn zero(&self, mut offset: u64, end: u64) -> io::Result<()> {
-        let zeros = vec![0; 1 << 20];
-        while offset < end {
-            let len = usize::try_from(end.saturating_sub(offset)).unwrap_or(usize::MAX).min(zeros.len());
-            self.file.write_all_at(zeros.get(..len).unwrap_or(&zeros), offset)?;
-            offset = offset.saturating_add(len as u64);
-        }
-        Ok(())
-    }
-
-    pub(super) fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
-    }
-
     /// Makes the file and its name durable.
-    pub(super) fn sync(&self) -> io::Result<()> {
+    pub(super) fn sync_name(&self) -> io::Result<()> {
         self.file.sync_all()?;
-        if self.regular { File::open(self.folder())?.sync_all() } else { Ok(()) }
+        if self.regular { sync_folder(&self.path) } else { Ok(()) }
+    }
+}
+
+impl Storage for Disk {
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        Storage::read_at(&self.file, offset, buf)
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        Storage::write_at(&mut self.file, offset, bytes)
+    }
+
+    fn size(&self) -> io::Result<u64> {
+        self.file.size()
+    }
+
+    fn is_regular(&self) -> io::Result<bool> {
+        Ok(self.regular)
+    }
+
+    fn set_len(&mut self, len: u64) -> io::Result<()> {
+        Storage::set_len(&mut self.file, len)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        Storage::sync(&mut self.file)
+    }
+
+    fn punch(&mut self, range: Range<u64>) -> io::Result<()> {
+        self.file.punch(range)
     }
 }
 
@@ -222,6 +240,23 @@ pub fn read_chain(layers: &mut [Layer], sector: u64, buf: &mut [u8]) -> Result<(
     Ok(())
 }
 
+/// The run that begins at `sector` of a chain whose disk has `sectors`, with its data if a layer has it.
+pub(super) fn runs(layers: &mut [Layer], sector: u64, sectors: u64) -> Result<Run, Error> {
+    const MOST: u64 = 2048;
+    let wanted = u32::try_from(sectors.saturating_sub(sector).min(MOST)).unwrap_or(u32::MAX);
+    let Found { place, count } = locate(layers, sector, wanted)?;
+    let data = match place {
+        None => None,
+        Some((disk, offset)) => {
+            let len = u64::from(count).saturating_mul(SECTOR_SIZE);
+            let mut data = vec![0; usize::try_from(len).unwrap_or(0)];
+            disk.read_at(offset, &mut data).map_err(|source| data_error(offset, source))?;
+            Some(data)
+        }
+    };
+    Ok(Run { count, data })
+}
+
 /// A run of sectors with the place of its data, `None` for zeros.
 struct Found<'a> {
     place: Option<(&'a Disk, u64)>,
@@ -273,6 +308,50 @@ fn within(sectors: u64, sector: u64, count: u32) -> u32 {
 
 fn data_error(offset: u64, source: io::Error) -> Error {
     Error::Io { what: "data", offset, source }
+}
+
+/// The journal of a change of the parent of the image at `path`.
+pub(super) fn journal_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".relink-journal");
+    name.into()
+}
+
+/// Undoes a change of the parent that was cut short.
+fn recover(path: &Path) -> io::Result<()> {
+    let name = journal_of(path);
+    let mut journal = match FileOptions::new().read(true).write(true).open(&name) {
+        Ok(journal) => journal,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let mut disk = Disk::open_as_is(path.to_owned(), true)?;
+    disk.lock(true)?;
+    undo(&mut disk, &mut journal).map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+    match std::fs::remove_file(&name) {
+        // Whoever was at work has just ended.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done.and_then(|()| sync_folder(&name)),
+    }
+}
+
+/// Writes back what a journal holds if the image needs it. A journal that is not complete is one of an image that was not
+/// touched.
+pub(super) fn undo(disk: &mut Disk, journal: &mut File) -> Result<(), Error> {
+    match Journal::read(journal) {
+        Err(Error::Invalid { .. }) => Ok(()),
+        Err(error) => Err(error),
+        Ok(saved) => match saved.state(disk)? {
+            State::Whole => Ok(()),
+            State::Interrupted => saved.undo(disk),
+        },
+    }
+}
+
+/// Makes the names in the folder of `path` durable.
+pub(super) fn sync_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 /// The kernel's constants in the type of the lock's fields.

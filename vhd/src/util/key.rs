@@ -5,6 +5,8 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
+use format::blocking::carry_out;
+
 use super::args::Args;
 use super::disk::Disk;
 use super::query::LOOK;
@@ -41,7 +43,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
 }
 
 fn set(name: &Path, key: KeyHash) -> Result<(), Failure> {
-    let disk = Disk::open(name, true).map_err(|error| open_failure(name, errno_of(&error)))?;
+    let mut disk = Disk::open(name, true).map_err(|error| open_failure(name, errno_of(&error)))?;
     disk.lock(true).map_err(|error| in_use(name, &error))?;
     let options = OpenOptions { writable: true, allow_encrypted: true, ..OpenOptions::default() };
     let mut vhd = disk.vhd(&options).map_err(|error| open_failure(name, error.errno()))?;
@@ -52,7 +54,7 @@ fn set(name: &Path, key: KeyHash) -> Result<(), Failure> {
     if vhd.allocated_blocks() > 0 {
         return refuse("the image has data already: a key can be set for an empty one only");
     }
-    Ok(disk.carry_out(&vhd.set_key_hash(key)?)?)
+    Ok(carry_out(&mut disk, &vhd.set_key_hash(key)?)?)
 }
 
 fn check(name: &Path, path: &Path, out: &mut dyn Write) -> Result<(), Failure> {

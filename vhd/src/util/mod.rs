@@ -4,12 +4,19 @@
 
 mod args;
 mod check;
+mod coalesce;
+mod copy;
 mod create;
 pub mod disk;
+mod fill;
 mod key;
+mod modify;
+mod progress;
 mod query;
 mod read;
+mod repair;
 mod resize;
+mod revert;
 mod scan;
 mod set;
 mod snapshot;
@@ -33,6 +40,11 @@ pub(crate) struct Failure {
 impl Failure {
     fn new(errno: i32, text: impl Into<String>) -> Self {
         Self { text: text.into(), errno }
+    }
+
+    /// An image that could not be opened.
+    fn opening(path: &Path, errno: i32) -> Self {
+        Self::new(errno, format!("error opening {}: -{errno}", path.display()))
     }
 
     /// A failure whose text is already printed.
@@ -97,9 +109,12 @@ fn dispatch(name: &str, args: impl Iterator<Item = OsString>, out: &mut dyn Writ
         "scan" => (scan::run, scan::OPTIONS, scan::USAGE),
         "check" => (check::run, check::OPTIONS, check::USAGE),
         "key" => (key::run, key::OPTIONS, key::USAGE),
-        "repair" | "fill" | "coalesce" | "modify" | "revert" | "copy" => {
-            return Err(Failure::new(libc::ENOSYS, format!("this version has no command {name}")));
-        }
+        "repair" => (repair::run, repair::OPTIONS, repair::USAGE),
+        "modify" => (modify::run, modify::OPTIONS, modify::USAGE),
+        "revert" => (revert::run, revert::OPTIONS, revert::USAGE),
+        "fill" => (fill::run, fill::OPTIONS, fill::USAGE),
+        "coalesce" => (coalesce::run, coalesce::OPTIONS, coalesce::USAGE),
+        "copy" => (copy::run, copy::OPTIONS, copy::USAGE),
         _ => {
             writeln!(out, "invalid COMMAND {name}")?;
             return usage(out);

@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use format::blocking::Storage;
+
 use super::args::Args;
 use super::disk::{Disk, open_chain, read_chain};
 use super::query::LOOK;

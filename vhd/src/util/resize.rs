@@ -1,36 +1,122 @@
-//! `vhd-util resize`: growing an image in place, as far as its allocation table has room.
+//! `vhd-util resize`: in place with `-f`, as far as the allocation table has room, or under a journal.
 
+use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use format::Format;
+use format::blocking::carry_out;
 
 use super::args::Args;
-use super::disk::Disk;
+use super::disk::{Disk, sync_folder, undo};
 use super::{Failure, errno_of, in_use, wrong_usage};
-use crate::{Error, OpenOptions};
+use crate::enlarge::{self, Point};
+use crate::journal;
+use crate::{DiskType, Error, OpenOptions, Vhd};
 
 pub(super) const OPTIONS: &str = "n:s:j:f";
-pub(super) const USAGE: &str = "options: <-n name> <-s size (in MB)> <-f fast resize> [-h help]";
+pub(super) const USAGE: &str = "options: <-n name> <-s size (in MB)> (<-j journal>|<-f fast>) [-h help]\n\nWithout -f the \
+                                image must not be in use, and what the resize changes is kept in the journal until it \
+                                is complete: 'vhd-util revert' undoes what was cut short. An image made with -S <msize> \
+                                has room for the metadata of a disk of <msize>, and up to that it can be resized with \
+                                -f, in use too and without a journal.";
 
-pub(super) fn run(args: &Args, _out: &mut dyn Write) -> Result<(), Failure> {
+pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
     let path = args.path('n').ok_or_else(wrong_usage)?;
     let size = args.number::<u64>('s')?.ok_or_else(wrong_usage)?;
-    if !args.has('f') {
-        let text = "this version resizes with -f only: within the room that 'vhd-util create -S' provides";
-        return Err(Failure::new(libc::ENOSYS, text));
+    let sectors = size.saturating_mul(2048);
+    match (args.path('j'), args.has('f')) {
+        (None, true) => fast(path, sectors),
+        (Some(journal), false) => journalled(path, sectors, journal, out),
+        _ => Err(wrong_usage()),
     }
-    let failure = |error: &Error| Failure::new(error.errno(), format!("resize failed: {error}"));
-    let opening = |errno: i32| Failure::new(errno, format!("error opening {}: -{errno}", path.display()));
-    let disk = Disk::open(path, true).map_err(|error| opening(errno_of(&error)))?;
+}
+
+fn failure(error: &Error) -> Failure {
+    Failure::new(error.errno(), format!("resize failed: {error}"))
+}
+
+fn open_vhd(disk: &Disk, path: &Path) -> Result<Vhd, Failure> {
+    let options = OpenOptions { writable: true, allow_encrypted: true, ..OpenOptions::default() };
+    let vhd = disk.vhd(&options);
+    let vhd = vhd.map_err(|error| Failure::opening(path, error.errno()))?;
+    if vhd.footer().tap_version().is_none() {
+        let text = format!("{} not created by xen; resize not supported", path.display());
+        return Err(Failure::new(libc::EINVAL, text));
+    }
+    Ok(vhd)
+}
+
+fn fast(path: &Path, sectors: u64) -> Result<(), Failure> {
+    let mut disk = Disk::open(path, true).map_err(|error| Failure::opening(path, errno_of(&error)))?;
     // A program that serves the image knows a size of its own, and is asked to change it. Readers do not mind.
     disk.lock(false).map_err(|error| in_use(path, &error))?;
-    let options = OpenOptions { writable: true, allow_encrypted: true, ..OpenOptions::default() };
-    let mut vhd = disk.vhd(&options).map_err(|error| opening(error.errno()))?;
-    let sectors = size.saturating_mul(2048);
+    let mut vhd = open_vhd(&disk, path)?;
     // Nothing else is under way in an image that was opened just now.
-    if let Some(resize) = vhd.begin_resize(sectors).map_err(|error| failure(&error))? {
-        disk.carry_out(&resize)?;
-        vhd.resize_done();
+    if let Some(steps) = vhd.begin_resize(sectors).map_err(|error| failure(&error))? {
+        carry_out(&mut disk, &steps)?;
+        vhd.resize_ended(true);
     }
     Ok(())
+}
+
+fn journalled(path: &Path, sectors: u64, journal: &Path, out: &mut dyn Write) -> Result<(), Failure> {
+    let mut disk = Disk::open(path, true).map_err(|error| Failure::opening(path, errno_of(&error)))?;
+    disk.lock(true).map_err(|error| in_use(path, &error))?;
+    let mut vhd = open_vhd(&disk, path)?;
+    if sectors < vhd.sectors() && vhd.kind() != DiskType::Fixed {
+        writeln!(out, "dynamic shrink not fully implemented")?;
+        return Err(Failure::new(libc::ENOSYS, format!("resize failed: -{}", libc::ENOSYS)));
+    }
+    if sectors == vhd.sectors() {
+        return Ok(());
+    }
+    if vhd.needs_tidying(disk.size, disk.regular) {
+        carry_out(&mut disk, &vhd.tidying_steps())?;
+        vhd = open_vhd(&disk, path)?;
+    }
+    let mut file = create_journal(journal)?;
+    let mut at = |point: Point| stop_at(point.variable());
+    let result = enlarge::resize(&vhd, &mut disk, &mut file, sectors, &mut at);
+    match result {
+        Ok(()) => drop_journal(journal, &mut file),
+        Err(error @ Error::Stopped { .. }) => Err(error.into()),
+        Err(error) => {
+            writeln!(out, "resize failed: {error}")?;
+            undo(&mut disk, &mut file)?;
+            drop_journal(journal, &mut file)?;
+            Err(Failure::silent(error.errno()))
+        }
+    }
+}
+
+/// Stops where storage managers' tests want to see what a stop leaves.
+pub(super) fn stop_at(point: &'static str) -> Result<(), Error> {
+    match std::env::var_os(point) {
+        None => Ok(()),
+        Some(_) => Err(Error::Stopped { point }),
+    }
+}
+
+/// Makes a journal in a new file, or opens a block device for it.
+pub(super) fn create_journal(path: &Path) -> Result<File, Failure> {
+    let device = fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
+    let mut options = File::options();
+    options.read(true).write(true).create_new(!device);
+    let file = options.open(path).and_then(|file| sync_folder(path).map(|()| file));
+    file.map_err(|error| {
+        let errno = errno_of(&error);
+        Failure::new(errno, format!("creating journal failed: -{errno}"))
+    })
+}
+
+/// Ends a journal that is not needed any more.
+pub(super) fn drop_journal(path: &Path, file: &mut File) -> Result<(), Failure> {
+    if file.metadata()?.file_type().is_block_device() {
+        return Ok(journal::void(file)?);
+    }
+    Ok(fs::remove_file(path).and_then(|()| sync_folder(path))?)
 }
 
 #[cfg(test)]
@@ -59,7 +145,6 @@ mod tests {
         for (line, code, text) in [
             ("resize -s 602 -f", 22, "has room for"),
             ("resize -s 8 -f", 22, "fewer"),
-            ("resize -s 700 -j journal", 38, "-f only"),
             ("resize -f", 22, "options:"),
         ] {
             let (found, said) = vhd_util(line, &image);

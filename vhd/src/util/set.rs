@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use format::blocking::carry_out;
+
 use super::args::Args;
 use super::disk::Disk;
 use super::{Failure, errno_of, in_use, wrong_usage};
@@ -16,7 +18,7 @@ pub(super) fn run(args: &Args, _out: &mut dyn Write) -> Result<(), Failure> {
     let value = args.number::<u8>('v')?.ok_or_else(wrong_usage)?;
     let failure = |errno: i32| Failure::new(errno, format!("error opening {}: -{errno}", path.display()));
     let field = args.text('f').and_then(|field| field.to_str()).ok_or_else(wrong_usage)?;
-    let disk = Disk::open(path, true).map_err(|error| failure(errno_of(&error)))?;
+    let mut disk = Disk::open(path, true).map_err(|error| failure(errno_of(&error)))?;
     // The footer is where a writer of blocks would put the next one. Readers do not mind.
     disk.lock(false).map_err(|error| in_use(path, &error))?;
     let options = OpenOptions { writable: true, allow_encrypted: true, ..OpenOptions::default() };
@@ -26,6 +28,5 @@ pub(super) fn run(args: &Args, _out: &mut dyn Write) -> Result<(), Failure> {
         "marker" => vhd.set_marker(value)?,
         _ => return Err(wrong_usage()),
     };
-    disk.carry_out(&steps)?;
-    Ok(())
+    Ok(carry_out(&mut disk, &steps)?)
 }

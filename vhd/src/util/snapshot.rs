@@ -68,7 +68,7 @@ fn first_with_data(chain: &[Layer]) -> Option<&Layer> {
     chain.iter().find(|layer| !layer.vhd.as_ref().is_some_and(empty))
 }
 
-fn describe(parent: &Layer, folder: &std::path::Path) -> Result<NewParent, Failure> {
+pub(super) fn describe(parent: &Layer, folder: &std::path::Path) -> Result<NewParent, Failure> {
     let path = chain::relative(folder, &parent.disk.path);
     let name = parent.disk.path.file_name();
     let (Some(path), Some(name)) = (path.to_str(), name.and_then(|name| name.to_str())) else {

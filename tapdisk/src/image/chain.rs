@@ -141,6 +141,9 @@ impl Chain {
                 self.count(depth, Direction::Read, all);
                 self.read_file(file, offset, buf, range).await
             }
+            (_, Place::Layer(Layer::Nbd(nbd)), count) if count == all => {
+                nbd.read(&self.io, sector, buf, range).await
+            }
             _ => self.read_scattered(sector, buf, range).await,
         }
     }

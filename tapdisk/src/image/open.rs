@@ -19,6 +19,7 @@ use super::file::{ImageFile, Mode};
 use super::filter::Filters;
 use super::formatted::Formatted;
 use super::layer::Layer;
+use super::nbd::{self, Nbd};
 use super::null::Null;
 use super::raw::Raw;
 use super::share::Common;
@@ -148,6 +149,11 @@ impl<'a> Opener<'a> {
                 let raw = Raw::new(ram::open(&image.path)?)?;
                 let sectors = raw.sectors();
                 return Ok(apart(Layer::Raw(raw), sectors));
+            }
+            ImageType::Nbd => {
+                let nbd = Nbd::open(&image.path, !writable, nbd::Limits::default(), self.io)?;
+                let sectors = nbd.sectors();
+                return Ok(apart(Layer::Nbd(Box::new(nbd)), sectors));
             }
             ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
             _ => ImageFile::open(path, mode, !self.params.buffered)?,

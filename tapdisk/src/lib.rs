@@ -15,11 +15,13 @@
 //! | [`image`] | chains of layers, and opening them |
 //! | [`io`], [`reactor`], [`buf`], [`copier`] | moving bytes |
 //! | [`executor`], [`sync`] | tasks and waiting |
+//! | [`alone`] | the same without rings, for tools |
 //! | [`xen`] | real devices or simulated ones |
 //!
 //! Unsafe code is in `buf`, `copier`, `image::store`, `reactor::{uring, pool}` and `worker::mapped` only; each begins with
 //! its invariants.
 
+pub mod alone;
 pub mod buf;
 pub mod cli;
 pub mod copier;

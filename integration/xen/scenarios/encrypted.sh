@@ -1,13 +1,13 @@
 # about: a guest on an encrypted VHD, whose key the administrator gives to tap-ctl; the file shows nothing of its data
 # limit: 200
-head -c 64 /dev/urandom >'disk.vhd,aes-xts-plain,512.key'
+head -c 64 /dev/urandom >'disk,aes-xts-plain,512.key'
 vhd-util create -n disk.vhd -s 64
-vhd-util key -s -n disk.vhd -k "$WORK/disk.vhd,aes-xts-plain,512.key"
+vhd-util key -s -n disk.vhd -k "$WORK/disk,aes-xts-plain,512.key"
 start_xenio
 
 # with_key: the disk is served before the guest comes; block-tap finds it.
 with_key() {
-    tap-ctl create -a "vhd:$WORK/disk.vhd" -E <'disk.vhd,aes-xts-plain,512.key' >/dev/null
+    tap-ctl create -a "vhd:$WORK/disk.vhd" -E <'disk,aes-xts-plain,512.key' >/dev/null
 }
 
 ! tap-ctl create -a "vhd:$WORK/disk.vhd" 2>no-key.log || fail "an encrypted image was opened without its key"
@@ -17,7 +17,7 @@ assert_nothing_left
 with_key
 guest g1 pv "$(vhd xvda disk.vhd)" <<'JOB'
 set -e
-yes 'a line that must not be found in the image' | head -c 16M >/tmp/data
+yes 'a line that must not be found in the image' | head -c 16777216 >/tmp/data
 dd if=/tmp/data of=/dev/xvda bs=1M oflag=direct 2>/dev/null
 dd if=/dev/urandom of=/dev/xvda bs=1M seek=32 count=8 oflag=direct 2>/dev/null
 sync

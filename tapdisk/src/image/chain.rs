@@ -8,6 +8,7 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
+use tap_ctl::proto::CacheStats;
 
 use super::file::ImageFile;
 use super::layer::Layer;
@@ -27,9 +28,14 @@ pub struct Chain {
 }
 
 /// Where the first sectors of a range are.
-enum Place<'a> {
+pub(super) enum Place<'a> {
+    /// In this file, from a byte offset on.
     File(&'a ImageFile, u64),
+    /// Nowhere, as an image says: zeros.
     Zeros,
+    /// In no image: zeros.
+    Nowhere,
+    /// Where this image alone can read them.
     Layer(&'a Layer),
 }
 
@@ -44,14 +50,18 @@ impl Chain {
 
     /// The images, the leaf first, with their capacities as far as the chain must mind them: what is asked of the leaf lies on
     /// the disk.
-    fn layers(&self) -> impl Iterator<Item = (&Layer, u64)> {
+    pub(super) fn layers(&self) -> impl Iterator<Item = (&Layer, u64)> {
         let parents = self.parents.iter().map(|layer| (layer, layer.sectors()));
         std::iter::once((&self.leaf, u64::MAX)).chain(parents)
     }
 
-    /// Where `sector` is, and of how many of `count` sectors this is true.
-    async fn resolve(&self, sector: Sector, mut count: u32) -> Result<(Place<'_>, u32), Errno> {
-        for (layer, sectors) in self.layers() {
+    /// Where `sector` is, and of how many of `count` sectors this is true. With the number of the image that says so.
+    pub(super) async fn find(
+        &self,
+        sector: Sector,
+        mut count: u32,
+    ) -> Result<(usize, Place<'_>, u32), Errno> {
+        for (depth, (layer, sectors)) in self.layers().enumerate() {
             // A parent may be shorter than its child: beyond its end there are zeros.
             let left = sectors.saturating_sub(sector.0);
             if left == 0 {
@@ -61,14 +71,14 @@ impl Chain {
             match layer.map(&self.io, sector, count).await? {
                 Extent::Data { offset, count } => {
                     let file = layer.file().ok_or(Errno::EIO)?;
-                    return Ok((Place::File(file, offset), count));
+                    return Ok((depth, Place::File(file, offset), count));
                 }
-                Extent::Zero { count } => return Ok((Place::Zeros, count)),
-                Extent::Own { count } => return Ok((Place::Layer(layer), count)),
+                Extent::Zero { count } => return Ok((depth, Place::Zeros, count)),
+                Extent::Own { count } => return Ok((depth, Place::Layer(layer), count)),
                 Extent::Parent { count: part } => count = part,
             }
         }
-        Ok((Place::Zeros, count))
+        Ok((self.parents.len(), Place::Nowhere, count))
     }
 
     /// Starts to move all of `buf` if that takes a single transfer and nothing must be read or locked first, as is the case
@@ -96,16 +106,50 @@ impl Chain {
             return self.io.read(file, offset, buf, range).await;
         }
         // Most requests are in one place, which spares them the room for several transfers.
-        match self.resolve(sector, all).await? {
-            (Place::Zeros, count) if count == all => {
+        match self.find(sector, all).await? {
+            (_, Place::Zeros | Place::Nowhere, count) if count == all => {
                 buf.zero(range);
                 Ok(())
             }
-            (Place::File(file, offset), count) if count == all => {
-                self.io.read(file, offset, buf, range).await
+            (_, Place::File(file, offset), count) if count == all => {
+                self.read_file(file, offset, buf, range).await
+            }
+            (_, Place::Layer(Layer::Nbd(nbd)), count) if count == all => {
+                nbd.read(&self.io, sector, buf, range).await
             }
             _ => self.read_scattered(sector, buf, range).await,
         }
+    }
+
+    /// Reads from one file, or from what a cache has of it.
+    async fn read_file(
+        &self,
+        file: &ImageFile,
+        offset: u64,
+        buf: &Buf,
+        range: Range<usize>,
+    ) -> Result<(), Errno> {
+        match file.cached() {
+            None => self.io.read(file, offset, buf, range).await,
+            // Kept out of the future that every request has room for.
+            Some(cached) => Box::pin(cached.read(&self.io, file, offset, buf, range)).await,
+        }
+    }
+
+    /// What the cache for parents has done for this chain, if there is one.
+    pub fn cache_stats(&self) -> Option<CacheStats> {
+        let mut stats: Option<CacheStats> = None;
+        for cached in self.parents.iter().filter_map(|layer| layer.file()?.cached()) {
+            let stats = stats.get_or_insert_with(|| CacheStats {
+                bytes: cached.cache().bytes(),
+                limit: cached.cache().limit(),
+                ..CacheStats::default()
+            });
+            let found = cached.found();
+            stats.hits += found.hits / SECTOR_SIZE;
+            stats.misses += found.misses / SECTOR_SIZE;
+        }
+        stats
     }
 
     async fn read_scattered(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
@@ -114,17 +158,17 @@ impl Chain {
         while at < range.end {
             let here = Sector(sector.0 + (at - range.start) as u64 / SECTOR_SIZE);
             let count = u32::try_from((range.end - at) as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
-            let (place, count) = self.resolve(here, count).await?;
+            let (_, place, count) = self.find(here, count).await?;
             let mut end = at + bytes(count);
             match place {
-                Place::Zeros => buf.zero(at..end),
+                Place::Zeros | Place::Nowhere => buf.zero(at..end),
                 Place::Layer(layer) => end = at + layer.read(&self.io, here, buf, at..end).await?,
                 Place::File(file, offset) => {
                     let piece = buf.piece(at..end).ok_or(Errno::EINVAL)?;
-                    if file.takes(offset, piece) {
+                    if file.cached().is_none() && file.takes(offset, piece) {
                         flying.add(self.io.start(Direction::Read, file, offset, piece)).await?;
                     } else {
-                        self.io.read(file, offset, buf, at..end).await?;
+                        self.read_file(file, offset, buf, at..end).await?;
                     }
                 }
             }

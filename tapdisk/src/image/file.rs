@@ -19,6 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::OpenError;
+use super::cache::{Cache, Cached};
 use super::locks::BlockLocks;
 use super::store::Store;
 use crate::buf::Piece;
@@ -81,9 +82,11 @@ pub struct ImageFile {
     locks: OnceCell<BlockLocks>,
     /// The same file through the page cache, for writing; see [`ImageFile::tail`].
     buffered: RefCell<Option<Rc<File>>>,
+    flushes_deferred: Cell<bool>,
     /// Of `file`, as transfers name it.
     target: Cell<Target>,
     at_hand: RefCell<Option<FixedFile>>,
+    cached: OnceCell<Cached>,
 }
 
 /// What another thread needs for an [`ImageFile`] of its own over the same descriptor.
@@ -120,6 +123,8 @@ impl From<FileShare> for ImageFile {
             memory_align,
             locks: OnceCell::new(),
             buffered: RefCell::new(None),
+            cached: OnceCell::new(),
+            flushes_deferred: Cell::new(false),
         }
     }
 }
@@ -217,6 +222,18 @@ impl ImageFile {
         self.granule
     }
 
+    /// Has what is read of it kept in a cache. Only for a file that nobody writes while it is open.
+    pub fn keep_in(&self, cache: &Arc<Cache>) -> std::io::Result<()> {
+        let cached = cache.enter(self)?;
+        self.cached.get_or_init(|| cached);
+        Ok(())
+    }
+
+    /// Its share in a cache.
+    pub fn cached(&self) -> Option<&Cached> {
+        self.cached.get()
+    }
+
     /// Whether a transfer can go to the descriptor as it is.
     pub fn takes(&self, offset: u64, piece: Piece) -> bool {
         let position = (offset | u64::from(piece.len)) & u64::from(self.granule - 1);
@@ -243,6 +260,16 @@ impl ImageFile {
         }
         let file = self.reopen(OpenOptions::new().read(true).write(true), 0).map_err(|e| errno_of(&e))?;
         Ok(Some(buffered.insert(Rc::new(file)).clone()))
+    }
+
+    /// Whether nothing is to be made durable for now.
+    pub fn are_flushes_deferred(&self) -> bool {
+        self.flushes_deferred.get()
+    }
+
+    /// From now on, or no more, flushing does nothing.
+    pub fn defer_flushes(&self, defer: bool) {
+        self.flushes_deferred.set(defer);
     }
 
     /// Length in bytes when it was locked.

@@ -15,10 +15,9 @@ use ::vhd::create::{NewImage, NewParent};
 use proptest::prelude::*;
 use tap_ctl::proto::{ImageSpec, ImageType, OpenParams};
 
+use super::file::ImageFile;
 use super::*;
-use crate::buf::Pool;
-use crate::executor::{Executor, Scheduler};
-use crate::reactor::{EngineChoice, Reactor};
+use crate::reactor::EngineChoice;
 
 /// Runs a task on an executor and a reactor of its own.
 pub(crate) fn run<F: Future<Output = ()> + 'static>(task: impl FnOnce(Io) -> F) {
@@ -27,25 +26,7 @@ pub(crate) fn run<F: Future<Output = ()> + 'static>(task: impl FnOnce(Io) -> F) 
 
 /// The same with this engine.
 fn run_on<F: Future<Output = ()> + 'static>(engine: EngineChoice, task: impl FnOnce(Io) -> F) {
-    let scheduler = Rc::new(Scheduler::default());
-    let reactor = Reactor::new(scheduler.clone(), engine).unwrap();
-    let pool = Pool::new(scheduler.clone(), 1 << 20).unwrap();
-    let io = Io { reactor: reactor.clone(), pool, scheduler: scheduler.clone() };
-    let executor = Executor::new(scheduler);
-    let done = Rc::new(Cell::new(false));
-    let task = task(io);
-    executor.spawn({
-        let done = done.clone();
-        async move {
-            task.await;
-            done.set(true);
-        }
-    });
-    while !done.get() {
-        if !executor.run_ready() {
-            reactor.turn(true).unwrap();
-        }
-    }
+    crate::alone::run(engine, 1 << 20, task).unwrap();
 }
 
 pub(in crate::image) fn params(kind: ImageType, path: &Path, readonly: bool) -> OpenParams {

@@ -274,9 +274,7 @@ impl<X: Xen> Server<X> {
             Request::Limit { minor, change } => {
                 self.command(token, minor, |answer| Command::Limit(change, answer))
             }
-            Request::Stats { .. } => {
-                Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that to a running disk".into()))
-            }
+            Request::Stats { minor } => self.command(token, minor, Command::Statistics),
             Request::Follow => {
                 self.follow(token);
                 None

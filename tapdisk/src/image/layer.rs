@@ -7,6 +7,7 @@ use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 use qcow::v1::Qcow;
+use tap_ctl::proto::ImageType;
 use vhd::Vhd;
 
 use super::Extent;
@@ -39,6 +40,17 @@ pub enum Layer {
 }
 
 impl Layer {
+    /// The format. How the bytes of a raw image get to its store makes no difference here.
+    pub fn kind(&self) -> ImageType {
+        match self {
+            Layer::Raw(_) => ImageType::Aio,
+            Layer::Vhd(_) => ImageType::Vhd,
+            Layer::Qcow(_) => ImageType::Qcow,
+            Layer::Nbd(_) => ImageType::Nbd,
+            Layer::Null(_) => ImageType::Null,
+        }
+    }
+
     /// The file of an image that has just one.
     pub fn file(&self) -> Option<&ImageFile> {
         match self {

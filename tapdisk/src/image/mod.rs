@@ -7,6 +7,7 @@ mod error;
 pub mod file;
 mod filter;
 mod formatted;
+mod hits;
 mod layer;
 pub mod locks;
 mod nbd;
@@ -239,7 +240,7 @@ impl Disk {
     pub fn stats(&self) -> DiskStats {
         let filters = self.filters.as_ref();
         let stats = filters.map_or_else(DiskStats::default, |filters| filters.stats(self.sectors()));
-        DiskStats { cache: self.chain.cache_stats(), ..stats }
+        DiskStats { images: self.chain().stats(), cache: self.chain.cache_stats(), ..stats }
     }
 }
 

@@ -1,0 +1,4 @@
+//! qcow2 against models, crashes, malformed images and QEMU's tools.
+
+mod checks;
+mod support;

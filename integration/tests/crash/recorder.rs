@@ -53,8 +53,8 @@ impl Recorder {
     /// Records what a program does to the file from its start to its end, which is to be a success.
     pub fn run(file: &Path, start: Memory, program: &Path, args: &[&str]) -> Recorder {
         let recorder = Recorder::new(file, start);
-        let output = recorder.strace().arg(program).args(args).stderr(Stdio::piped()).output().unwrap();
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        let output = recorder.strace().arg(program).args(args).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {output:?}");
         recorder
     }
 
@@ -76,14 +76,18 @@ impl Recorder {
         self.trace.metadata().unwrap().len()
     }
 
+    /// The whole trace so far, for [`changes_of`] other files.
+    pub fn trace(&self) -> String {
+        std::fs::read_to_string(&self.trace).unwrap()
+    }
+
     /// Ends the recording once the program has ended: what the file was at first, and what was done to it, each with the
     /// moment from which on it is there.
     pub fn stop(mut self) -> (Memory, Vec<(u64, Op)>) {
         if let Some(mut strace) = self.strace.take() {
             wait(|| strace.try_wait().unwrap().is_some(), "strace has seen the program end");
         }
-        let text = std::fs::read_to_string(&self.trace).unwrap();
-        let log = parse(&text, &self.file);
+        let log = changes_of(&self.trace(), &self.file);
         // The log is all there is to know: it leads to what the file is now.
         let mut state = self.start.clone();
         log.iter().for_each(|(_, op)| state.apply(op));
@@ -102,8 +106,8 @@ impl Drop for Recorder {
     }
 }
 
-/// What a trace tells of a file.
-fn parse(text: &str, file: &Path) -> Vec<(u64, Op)> {
+/// What a trace tells of a file: what was done to it, each with the moment from which on it is there.
+pub fn changes_of(text: &str, file: &Path) -> Vec<(u64, Op)> {
     let name: String = file.to_str().unwrap().bytes().map(|byte| format!("\\x{byte:02x}")).collect();
     let ours = format!("<{name}>");
     let mut ops = Vec::new();
@@ -197,7 +201,7 @@ fn a_trace_is_read() {
                 1 ftruncate(3<\\x2f\\x61>, 9) = 0\n\
                 1 fallocate(3<\\x2f\\x61>, FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE, 4096, 8192) = 0\n\
                 1 pwrite64(3<\\x2f\\x61>, \"\\x78\\x79\", 2, 3) = -1 ENOSPC (No space left on device)\n";
-    let ops = parse(text, Path::new("/a")).into_iter().map(|(_, op)| op).collect::<Vec<_>>();
+    let ops = changes_of(text, Path::new("/a")).into_iter().map(|(_, op)| op).collect::<Vec<_>>();
     let expected = [
         Op::Write(3, b"xy".to_vec()),
         Op::Flush,

@@ -52,6 +52,16 @@ pub fn count(bits: &[u8], count: u32) -> u32 {
     (count & !7..count).filter(|&bit| get(bits, bit)).fold(whole, |sum, _| sum.saturating_add(1))
 }
 
+/// Clears in `bits` every bit that is set in `other`; returns whether there was one.
+pub fn clear(bits: &mut [u8], other: &[u8]) -> bool {
+    let mut changed = false;
+    for (to, from) in bits.iter_mut().zip(other) {
+        changed |= *to & from != 0;
+        *to &= !from;
+    }
+    changed
+}
+
 /// Sets in `bits` every bit that is set in `other`.
 pub fn merge(bits: &mut [u8], other: &[u8]) {
     for (to, from) in bits.iter_mut().zip(other) {

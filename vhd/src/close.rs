@@ -97,6 +97,22 @@ impl Vhd {
         Ok(steps)
     }
 
+    /// The steps before some blocks may become partly written: the batmap calls them full no more.
+    ///
+    /// # Errors
+    /// [`Error::ReadOnly`].
+    pub fn partial_steps(&mut self, blocks: &[crate::BlockIndex]) -> Result<Vec<Step>, Error> {
+        if !self.writable {
+            return Err(Error::ReadOnly);
+        }
+        let mut steps = Vec::new();
+        if let Some(batmap) = self.dynamic.as_mut().and_then(|dynamic| dynamic.batmap.as_mut()) {
+            batmap.retain(|block| blocks.binary_search(&block).is_err());
+        }
+        self.close_batmap(&mut steps);
+        Ok(steps)
+    }
+
     /// The steps that drop all data of the image.
     ///
     /// # Errors

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::cmp::min;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::ops::Range;
 
 use format::cipher::Cipher;
 use format::{Load, Lookup, Source};
@@ -182,6 +183,13 @@ impl Vhd {
     /// The sector at which the bitmap of `block` begins, `None` if the block is not allocated.
     pub fn block_entry(&self, block: BlockIndex) -> Option<u32> {
         self.dynamic.as_ref()?.bat.get(block)
+    }
+
+    /// Bytes of the bitmap of `block`, `None` if the block is not allocated.
+    pub fn bitmap_range(&self, block: BlockIndex) -> Option<Range<u64>> {
+        let dynamic = self.dynamic.as_ref()?;
+        let extent = dynamic.layout.extent(dynamic.bat.get(block)?);
+        Some(extent.bitmap..extent.data)
     }
 
     /// Number of blocks of the virtual disk.

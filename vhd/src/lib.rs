@@ -43,6 +43,7 @@ pub mod relink;
 pub mod repair;
 mod resize;
 pub mod time;
+pub mod transfer;
 pub mod util;
 mod uuid;
 mod write;

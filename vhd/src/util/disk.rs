@@ -11,6 +11,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use crate::chain::{self, Policy, Visited};
 use crate::journal::{Journal, State};
+use crate::transfer::Run;
 use crate::{Error, OpenOptions, SECTOR_SIZE, Vhd};
 use format::blocking::Storage;
 use format::{Format, Load, Lookup, Source};
@@ -73,20 +74,30 @@ impl Disk {
     /// byte for "nobody else may write" (`block/file-posix.c`).
     pub(super) fn lock(&self, exclusive: bool) -> io::Result<()> {
         let ranges: &[(i64, i64)] = if exclusive { &[(0, 0)] } else { &[(0, 1), (201, 1)] };
-        for &(l_start, l_len) in ranges {
-            let lock = libc::flock {
-                l_type: lock_type(if exclusive { libc::F_WRLCK } else { libc::F_RDLCK }),
-                l_whence: lock_type(libc::SEEK_SET),
-                l_start,
-                l_len,
-                l_pid: 0,
-            };
-            fcntl(&self.file, FcntlArg::F_OFD_SETLK(&lock)).map_err(|errno| match errno {
-                Errno::EAGAIN | Errno::EACCES => io::Error::from_raw_os_error(libc::EBUSY),
-                errno => errno.into(),
-            })?;
-        }
+        let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+        ranges.iter().try_for_each(|&(start, len)| self.lock_range(kind, start, len))
+    }
+
+    fn lock_range(&self, kind: libc::c_int, start: i64, len: i64) -> io::Result<()> {
+        let lock = libc::flock {
+            l_type: lock_type(kind),
+            l_whence: lock_type(libc::SEEK_SET),
+            l_start: start,
+            l_len: len,
+            l_pid: 0,
+        };
+        fcntl(&self.file, FcntlArg::F_OFD_SETLK(&lock)).map_err(|errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => io::Error::from_raw_os_error(libc::EBUSY),
+            errno => errno.into(),
+        })?;
         Ok(())
+    }
+
+    /// Lets readers go on, but no writer and nobody else who does this: for changes that readers of the chain cannot see,
+    /// because a child hides them.
+    pub(super) fn lock_beside_readers(&self) -> io::Result<()> {
+        self.lock(false)?;
+        self.lock_range(libc::F_WRLCK, 1, 1)
     }
 
     /// Gives a view of the image to `use_source`.
@@ -227,6 +238,23 @@ pub fn read_chain(layers: &mut [Layer], sector: u64, buf: &mut [u8]) -> Result<(
         done = done.saturating_add(len);
     }
     Ok(())
+}
+
+/// The run that begins at `sector` of a chain whose disk has `sectors`, with its data if a layer has it.
+pub(super) fn runs(layers: &mut [Layer], sector: u64, sectors: u64) -> Result<Run, Error> {
+    const MOST: u64 = 2048;
+    let wanted = u32::try_from(sectors.saturating_sub(sector).min(MOST)).unwrap_or(u32::MAX);
+    let Found { place, count } = locate(layers, sector, wanted)?;
+    let data = match place {
+        None => None,
+        Some((disk, offset)) => {
+            let len = u64::from(count).saturating_mul(SECTOR_SIZE);
+            let mut data = vec![0; usize::try_from(len).unwrap_or(0)];
+            disk.read_at(offset, &mut data).map_err(|source| data_error(offset, source))?;
+            Some(data)
+        }
+    };
+    Ok(Run { count, data })
 }
 
 /// A run of sectors with the place of its data, `None` for zeros.

@@ -4,10 +4,14 @@
 
 mod args;
 mod check;
+mod coalesce;
+mod copy;
 mod create;
 pub mod disk;
+mod fill;
 mod key;
 mod modify;
+mod progress;
 mod query;
 mod read;
 mod repair;
@@ -108,9 +112,9 @@ fn dispatch(name: &str, args: impl Iterator<Item = OsString>, out: &mut dyn Writ
         "repair" => (repair::run, repair::OPTIONS, repair::USAGE),
         "modify" => (modify::run, modify::OPTIONS, modify::USAGE),
         "revert" => (revert::run, revert::OPTIONS, revert::USAGE),
-        "fill" | "coalesce" | "copy" => {
-            return Err(Failure::new(libc::ENOSYS, format!("this version has no command {name}")));
-        }
+        "fill" => (fill::run, fill::OPTIONS, fill::USAGE),
+        "coalesce" => (coalesce::run, coalesce::OPTIONS, coalesce::USAGE),
+        "copy" => (copy::run, copy::OPTIONS, copy::USAGE),
         _ => {
             writeln!(out, "invalid COMMAND {name}")?;
             return usage(out);

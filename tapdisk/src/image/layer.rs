@@ -6,6 +6,7 @@ use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 use qcow::v1::Qcow;
+use qcow::v2::Qcow2;
 use vhd::Vhd;
 
 use super::Extent;
@@ -30,6 +31,8 @@ pub enum Layer {
     Vhd(Box<Formatted<Vhd>>),
     /// qcow, version 1.
     Qcow(Box<Formatted<Qcow>>),
+    /// qcow2.
+    Qcow2(Box<Formatted<Qcow2>>),
     /// No image.
     Null(Null),
 }
@@ -41,6 +44,7 @@ impl Layer {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
             Layer::Qcow(qcow) => Some(&qcow.file),
+            Layer::Qcow2(qcow) => Some(&qcow.file),
             Layer::Null(_) => None,
         }
     }
@@ -51,6 +55,7 @@ impl Layer {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
             Layer::Qcow(qcow) => qcow.sectors(),
+            Layer::Qcow2(qcow) => qcow.sectors(),
             Layer::Null(_) => 0,
         }
     }
@@ -61,6 +66,7 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
+            Layer::Qcow2(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
             Layer::Null(_) => None,
         }
     }
@@ -71,6 +77,7 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
+            Layer::Qcow2(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
             Layer::Null(_) => None,
         }
     }
@@ -81,6 +88,7 @@ impl Layer {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
             Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
+            Layer::Qcow2(qcow) => qcow.map(io, sector, count).await,
             Layer::Null(null) => Ok(null.map(count)),
         }
     }
@@ -97,6 +105,7 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
+            Layer::Qcow2(qcow) => qcow.read(io, sector, buf, range).await,
             Layer::Raw(_) | Layer::Null(_) => Ok(0),
         }
     }
@@ -117,6 +126,7 @@ impl Layer {
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
+            Layer::Qcow2(qcow) => qcow.write(io, chain, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
     }
@@ -134,6 +144,7 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
             Layer::Qcow(qcow) => qcow.close(io).await,
+            Layer::Qcow2(qcow) => qcow.close(io).await,
             Layer::Raw(_) | Layer::Null(_) => Ok(()),
         }
     }

@@ -12,6 +12,7 @@ mod null;
 mod open;
 mod policy;
 mod qcow;
+mod qcow2;
 mod ram;
 mod raw;
 mod resize;

@@ -1,18 +1,21 @@
 //! One image of a chain, whatever its format.
 
 use std::ops::Range;
+use std::path::Path;
 
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 use qcow::v1::Qcow;
 use qcow::v2::Qcow2;
+use tap_ctl::proto::ImageType;
 use vhd::Vhd;
 
 use super::Extent;
 use super::chain::Chain;
 use super::file::ImageFile;
 use super::formatted::Formatted;
+use super::nbd::Nbd;
 use super::null::Null;
 use super::raw::Raw;
 use crate::buf::Buf;
@@ -33,11 +36,25 @@ pub enum Layer {
     Qcow(Box<Formatted<Qcow>>),
     /// qcow2.
     Qcow2(Box<Formatted<Qcow2>>),
+    /// What an NBD server has.
+    Nbd(Box<Nbd>),
     /// No image.
     Null(Null),
 }
 
 impl Layer {
+    /// The format. How the bytes of a raw image get to its store makes no difference here.
+    pub fn kind(&self) -> ImageType {
+        match self {
+            Layer::Raw(_) => ImageType::Aio,
+            Layer::Vhd(_) => ImageType::Vhd,
+            Layer::Qcow(_) => ImageType::Qcow,
+            Layer::Qcow2(_) => ImageType::Qcow2,
+            Layer::Nbd(_) => ImageType::Nbd,
+            Layer::Null(_) => ImageType::Null,
+        }
+    }
+
     /// The file of an image that has just one.
     pub fn file(&self) -> Option<&ImageFile> {
         match self {
@@ -45,7 +62,25 @@ impl Layer {
             Layer::Vhd(vhd) => Some(&vhd.file),
             Layer::Qcow(qcow) => Some(&qcow.file),
             Layer::Qcow2(qcow) => Some(&qcow.file),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
+        }
+    }
+
+    /// The image, for messages.
+    pub fn name(&self) -> &Path {
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.name(),
+            (_, Some(file)) => file.path(),
+            (_, None) => Path::new("null"),
+        }
+    }
+
+    /// Physical block size of the store in bytes.
+    pub fn physical_block_size(&self) -> u32 {
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.block_size(),
+            (_, Some(file)) => file.store().physical_block_size,
+            (_, None) => 512,
         }
     }
 
@@ -56,6 +91,7 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.sectors(),
             Layer::Qcow(qcow) => qcow.sectors(),
             Layer::Qcow2(qcow) => qcow.sectors(),
+            Layer::Nbd(nbd) => nbd.sectors(),
             Layer::Null(_) => 0,
         }
     }
@@ -67,7 +103,7 @@ impl Layer {
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
             Layer::Qcow2(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
 
@@ -78,7 +114,7 @@ impl Layer {
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
             Layer::Qcow2(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
 
@@ -89,6 +125,7 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
             Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
             Layer::Qcow2(qcow) => qcow.map(io, sector, count).await,
+            Layer::Nbd(_) => Ok(Extent::Own { count }),
             Layer::Null(null) => Ok(null.map(count)),
         }
     }
@@ -106,6 +143,10 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
             Layer::Qcow2(qcow) => qcow.read(io, sector, buf, range).await,
+            Layer::Nbd(nbd) => {
+                let len = range.len();
+                nbd.read(io, sector, buf, range).await.map(|()| len)
+            }
             Layer::Raw(_) | Layer::Null(_) => Ok(0),
         }
     }
@@ -127,15 +168,17 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
             Layer::Qcow2(qcow) => qcow.write(io, chain, sector, buf, range).await,
+            Layer::Nbd(nbd) => nbd.write(io, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
     }
 
     /// Makes all that was written durable.
     pub async fn flush(&self, io: &Io) -> Result<(), Errno> {
-        match self.file() {
-            Some(file) => io.fdatasync(file).await,
-            None => Ok(()),
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.flush(io).await,
+            (_, Some(file)) => io.fdatasync(file).await,
+            (_, None) => Ok(()),
         }
     }
 
@@ -145,7 +188,7 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.close(io).await,
             Layer::Qcow(qcow) => qcow.close(io).await,
             Layer::Qcow2(qcow) => qcow.close(io).await,
-            Layer::Raw(_) | Layer::Null(_) => Ok(()),
+            Layer::Raw(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(()),
         }
     }
 }

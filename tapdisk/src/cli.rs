@@ -12,13 +12,15 @@ use anyhow::Context;
 use lexopt::prelude::*;
 use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
+use tap_ctl::proto::null_size;
 
+use crate::image::cache;
 use crate::reactor::EngineChoice;
 use crate::server::Server;
 use crate::xen::Xen;
 
 const HELP: &str = "\
-usage: tapdisk [-D] [--engine uring|pool|auto] [-h] [--version]
+usage: tapdisk [-D] [--engine uring|pool|auto] [--parent-cache SIZE] [-h] [--version]
 
 Serves the disks that tap-ctl opens and xenio connects. Started by `tap-ctl spawn`;
 it ends when its last disk is detached.
@@ -26,34 +28,54 @@ it ends when its last disk is detached.
   -D         stay in the foreground: debug messages on stderr, Ctrl-C ends
   --engine   how I/O is done: by io_uring, by a pool of threads, or (auto, the
              default) by io_uring unless the kernel refuses it
+  --parent-cache
+             how much memory the disks of this process share for what they read
+             from parents: bytes, or a number with K, M or G. None without it,
+             or without XENIO_PARENT_CACHE in the environment, which tap-ctl hands on
   -h         this help
 ";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
-    Serve { foreground: bool, engine: EngineChoice },
+    Serve { foreground: bool, engine: EngineChoice, parent_cache: Option<u64> },
     Help,
     Version,
 }
 
-fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Action, lexopt::Error> {
+/// Names the size of the cache for parents to a tapdisk that `tap-ctl` starts.
+const PARENT_CACHE: &str = "XENIO_PARENT_CACHE";
+
+/// Reads the command line; `environment` is the value of [`PARENT_CACHE`].
+fn parse(
+    args: impl IntoIterator<Item = OsString>,
+    environment: Option<OsString>,
+) -> Result<Action, lexopt::Error> {
     let mut parser = lexopt::Parser::from_args(args);
     let (mut foreground, mut engine) = (false, EngineChoice::default());
+    let mut parent_cache = environment.map(|value| size(&value)).transpose()?;
     while let Some(arg) = parser.next()? {
         match arg {
             Short('D') => foreground = true,
             Long("engine") => engine = parser.value()?.parse()?,
+            Long("parent-cache") => parent_cache = Some(size(&parser.value()?)?),
             Short('h') | Long("help") => return Ok(Action::Help),
             Long("version") => return Ok(Action::Version),
             other => return Err(other.unexpected()),
         }
     }
-    Ok(Action::Serve { foreground, engine })
+    Ok(Action::Serve { foreground, engine, parent_cache })
+}
+
+fn size(value: &OsString) -> Result<u64, lexopt::Error> {
+    let bytes = value.to_str().and_then(null_size);
+    bytes.ok_or_else(|| {
+        format!("{value:?} is no size of a cache: write bytes, or a number with K, M or G").into()
+    })
 }
 
 /// The whole program, over the given hypervisor and runtime folder.
 pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
-    let action = match parse(std::env::args_os().skip(1)) {
+    let action = match parse(std::env::args_os().skip(1), std::env::var_os(PARENT_CACHE)) {
         Ok(action) => action,
         Err(error) => {
             eprint!("tapdisk: {error}\n{HELP}");
@@ -65,7 +87,10 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
         Action::Version => {
             writeln!(std::io::stdout(), "tapdisk {}", env!("CARGO_PKG_VERSION")).context("cannot print")
         }
-        Action::Serve { foreground, engine } => serve(xen, dir, foreground, engine),
+        Action::Serve { foreground, engine, parent_cache } => {
+            parent_cache.into_iter().for_each(cache::turn_on);
+            serve(xen, dir, foreground, engine)
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -118,17 +143,25 @@ mod tests {
     use super::*;
 
     fn parsed(args: &[&str]) -> Result<Action, lexopt::Error> {
-        parse(args.iter().map(OsString::from))
+        parse(args.iter().map(OsString::from), None)
     }
 
     #[test]
     fn options_are_read_and_unknown_ones_refused() {
-        let serve = |foreground, engine| Action::Serve { foreground, engine };
+        let serve = |foreground, engine| Action::Serve { foreground, engine, parent_cache: None };
         assert_eq!(parsed(&[]).unwrap(), serve(false, EngineChoice::Auto));
         assert_eq!(parsed(&["-D"]).unwrap(), serve(true, EngineChoice::Auto));
         assert_eq!(parsed(&["--engine", "pool"]).unwrap(), serve(false, EngineChoice::Pool));
         assert_eq!(parsed(&["--engine=uring", "-D"]).unwrap(), serve(true, EngineChoice::Uring));
         assert!(parsed(&["--engine", "aio"]).unwrap_err().to_string().contains("uring"));
+        let cached = |bytes| Action::Serve {
+            foreground: false,
+            engine: EngineChoice::Auto,
+            parent_cache: Some(bytes),
+        };
+        assert_eq!(parsed(&["--parent-cache", "64M"]).unwrap(), cached(64 << 20));
+        assert_eq!(parse([], Some("1M".into())).unwrap(), cached(1 << 20));
+        assert!(parsed(&["--parent-cache", "much"]).is_err());
         assert_eq!(parsed(&["-D", "-h"]).unwrap(), Action::Help);
         assert!(parsed(&["-x"]).is_err());
         assert!(parsed(&["image"]).is_err());

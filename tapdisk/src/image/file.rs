@@ -19,6 +19,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
 use super::OpenError;
+use super::cache::{Cache, Cached};
 use super::locks::BlockLocks;
 use super::store::Store;
 use crate::buf::Piece;
@@ -85,6 +86,7 @@ pub struct ImageFile {
     /// Of `file`, as transfers name it.
     target: Cell<Target>,
     at_hand: RefCell<Option<FixedFile>>,
+    cached: OnceCell<Cached>,
 }
 
 /// What another thread needs for an [`ImageFile`] of its own over the same descriptor.
@@ -121,6 +123,7 @@ impl From<FileShare> for ImageFile {
             memory_align,
             locks: OnceCell::new(),
             buffered: RefCell::new(None),
+            cached: OnceCell::new(),
             flushes_deferred: Cell::new(false),
         }
     }
@@ -217,6 +220,18 @@ impl ImageFile {
     /// Bytes; offsets and lengths of transfers are multiples of it.
     pub fn granule(&self) -> u32 {
         self.granule
+    }
+
+    /// Has what is read of it kept in a cache. Only for a file that nobody writes while it is open.
+    pub fn keep_in(&self, cache: &Arc<Cache>) -> std::io::Result<()> {
+        let cached = cache.enter(self)?;
+        self.cached.get_or_init(|| cached);
+        Ok(())
+    }
+
+    /// Its share in a cache.
+    pub fn cached(&self) -> Option<&Cached> {
+        self.cached.get()
     }
 
     /// Whether a transfer can go to the descriptor as it is.
@@ -338,6 +353,12 @@ impl ImageFile {
     pub fn reader(&self) -> Result<File, OpenError> {
         self.reopen(OpenOptions::new().read(true), 0)
             .map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
+    }
+
+    /// The same for writing: for the repair of an image while it is being opened.
+    pub fn writer(&self) -> Result<File, OpenError> {
+        self.reopen(OpenOptions::new().read(true).write(true), 0)
+            .map_err(|e| OpenError::io(&self.path, "cannot open for writing", &e))
     }
 
     /// Opens the file again. Through /proc, so that it is the same file whatever happened to its name.

@@ -19,11 +19,12 @@ use super::file::{ImageFile, Mode};
 use super::filter::Filters;
 use super::formatted::Formatted;
 use super::layer::Layer;
+use super::nbd::{self, Nbd};
 use super::null::Null;
 use super::raw::Raw;
 use super::share::Common;
 use super::stack::{self, Stack};
-use super::{Disk, OpenError, policy, qcow, ram};
+use super::{Disk, OpenError, cache, policy, qcow, ram};
 use crate::io::Io;
 
 /// What a child says of its parent.
@@ -100,7 +101,10 @@ pub(super) fn open_images(params: &OpenParams, io: &Io) -> Result<Images, OpenEr
         parents.push(named.opened.layer);
         last = (named.path, named.opened.backing);
     }
-    if let (Some(path), backing) = last {
+    if let Some(parent) = &params.parent {
+        // It stands for all parents: what the images name is not looked at.
+        parents.push(opener.open_named(parent, false)?.opened.layer);
+    } else if let (Some(path), backing) = last {
         parents.extend(opener.open_parents(path, backing)?);
     }
     Ok(Images::new(leaf.opened.layer, parents, leaf.sectors, io))
@@ -149,9 +153,17 @@ impl<'a> Opener<'a> {
                 let sectors = raw.sectors();
                 return Ok(apart(Layer::Raw(raw), sectors));
             }
+            ImageType::Nbd => {
+                let nbd = Nbd::open(&image.path, !writable, nbd::Limits::default(), self.io)?;
+                let sectors = nbd.sectors();
+                return Ok(apart(Layer::Nbd(Box::new(nbd)), sectors));
+            }
             ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
             _ => ImageFile::open(path, mode, !self.params.buffered)?,
         };
+        if self.below {
+            keep(&file)?;
+        }
         self.open_file(image.kind, file, writable)
     }
 
@@ -172,6 +184,7 @@ impl Opener<'_> {
             }
             ImageType::Vhd => self.open_vhd(file, writable),
             ImageType::Qcow => self.open_qcow(file, writable),
+            ImageType::Qcow2 => self.open_qcow2(file, writable),
             other => {
                 let text = format!("images of type {} are not built in", other.name());
                 Err(OpenError::new(file.path(), Errno::ENOSYS, text))
@@ -190,6 +203,7 @@ impl Opener<'_> {
             // Before the lock: an image that is its own ancestor would otherwise be told to be in use, by ourselves.
             self.enter(&file)?;
             file.lock(Mode::Shared)?;
+            keep(&file)?;
             if matches!(backing, Backing::Bare { .. }) {
                 qcow::check_bare(&file)?;
             }
@@ -253,6 +267,12 @@ impl Backing {
     fn proves_itself(&self) -> bool {
         matches!(self, Backing::Vhd(parent) if !parent.uuid.is_null())
     }
+}
+
+/// Has the cache for parents, if there is one, keep what is read of one.
+fn keep(file: &ImageFile) -> Result<(), OpenError> {
+    let kept = cache::shared().map_or(Ok(()), |cache| file.keep_in(&cache));
+    kept.map_err(|error| OpenError::io(file.path(), "cannot stat", &error))
 }
 
 /// The canonical path of the parent that `child` names.

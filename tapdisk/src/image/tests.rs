@@ -3,6 +3,7 @@
 mod blocks;
 mod handles;
 mod qcow;
+mod qcow2;
 mod sealed;
 
 use std::future::Future;
@@ -15,6 +16,7 @@ use ::vhd::create::{NewImage, NewParent};
 use proptest::prelude::*;
 use tap_ctl::proto::{ImageSpec, ImageType, OpenParams};
 
+use super::file::ImageFile;
 use super::*;
 use crate::reactor::EngineChoice;
 

@@ -41,6 +41,7 @@ pub mod cache;
 pub mod cipher;
 pub mod fresh;
 pub mod inflate;
+pub mod report;
 mod source;
 pub mod tail;
 #[cfg(feature = "testing")]

@@ -56,6 +56,21 @@ impl Future for Wait<'_> {
     }
 }
 
+/// Lets the other tasks that are ready go first, once.
+pub async fn yield_now(scheduler: &Scheduler) {
+    let mut yielded = false;
+    std::future::poll_fn(|_| match std::mem::replace(&mut yielded, true) {
+        true => Poll::Ready(()),
+        false => {
+            if let Some(id) = scheduler.current() {
+                scheduler.wake(id);
+            }
+            Poll::Pending
+        }
+    })
+    .await;
+}
+
 /// Many callers, one execution: the work of a round serves everybody who asked before the round began.
 ///
 /// Used where the work costs much and covers all that was done before it: `fdatasync`, publishing of metadata. Whoever

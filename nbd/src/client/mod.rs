@@ -11,6 +11,9 @@ pub use self::reply::Violation;
 pub use self::session::{Ask, Outcome, Session, Slot, Step, disconnect};
 use crate::flags::TransmissionFlags;
 
+/// Bytes of a request without its payload.
+pub const REQUEST_LEN: usize = size_of::<crate::wire::Request>();
+
 /// An export that is in use, as the server has described it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Export {

@@ -52,7 +52,7 @@ pub enum Step {
     },
     /// The caller skips so many bytes of the stream.
     Skip(usize),
-    /// The reply is complete; the slot is free.
+    /// The reply is complete. The slot stays taken until [`Session::release`].
     Done(Slot, Outcome),
 }
 
@@ -60,6 +60,8 @@ pub enum Step {
 struct Place {
     /// How often it has been used, so that a late reply is not taken for the one that is awaited.
     uses: u32,
+    /// Until it is released, which is later than the end of the reply.
+    taken: bool,
     pending: Option<Pending>,
 }
 
@@ -86,9 +88,17 @@ impl Session {
         }
     }
 
-    /// Whether no request is in flight.
+    /// Whether no slot is taken.
     pub fn is_idle(&self) -> bool {
         self.places.len() == self.free.len()
+    }
+
+    /// Makes the slot of a request whose reply is complete free for the next one.
+    pub fn release(&mut self, slot: Slot) {
+        let over = |place: &mut Place| place.pending.is_none() && std::mem::take(&mut place.taken);
+        if self.place(slot).is_some_and(over) {
+            self.free.push(slot);
+        }
     }
 
     /// Begins a request: its place, and what to send before its payload.
@@ -101,6 +111,7 @@ impl Session {
         let mut uses = 0;
         if let Some(place) = self.place(slot) {
             place.uses = place.uses.wrapping_add(1);
+            place.taken = true;
             place.pending = Some(Pending::new(ask.command, ask.offset, ask.len));
             uses = place.uses;
         }
@@ -191,9 +202,7 @@ impl Session {
 
     fn finish(&mut self, slot: Slot) -> Result<Outcome, Violation> {
         let pending = self.place(slot).and_then(|place| place.pending.take());
-        let outcome = pending.ok_or(Violation("a reply to a request that is not in flight"))?.finish()?;
-        self.free.push(slot);
-        Ok(outcome)
+        pending.ok_or(Violation("a reply to a request that is not in flight"))?.finish()
     }
 }
 

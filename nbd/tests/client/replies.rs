@@ -96,7 +96,10 @@ fn run(
                 at += len;
                 there = there.max(at);
             }
-            Step::Done(slot, outcome) => outcomes.push((slot, outcome)),
+            Step::Done(slot, outcome) => {
+                session.release(slot);
+                outcomes.push((slot, outcome));
+            }
         }
     }
 }

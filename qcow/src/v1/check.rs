@@ -1,39 +1,13 @@
 //! Whether an image is in order.
 
 use format::Source;
+use format::report::{Report, Used};
 
 use super::directory::Order;
 use super::header::Geometry;
 use super::image::{Entry, Qcow, decode_table};
 use super::open::bytes;
 use super::{Error, OpenOptions, open};
-
-/// Problems that are described; of more, only the number is told.
-const DESCRIBED: usize = 100;
-
-/// What was found.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Report {
-    /// What is wrong, at most 100 descriptions.
-    pub problems: Vec<String>,
-    /// How many problems there are.
-    pub count: u64,
-    /// Clusters in use, without compressed ones.
-    pub clusters: u64,
-    /// Compressed clusters.
-    pub packed: u64,
-    /// Bytes of the file that nothing refers to. Not wrong: nothing is ever freed, and a crash leaves some.
-    pub unused: u64,
-}
-
-impl Report {
-    fn add(&mut self, problem: impl FnOnce() -> String) {
-        self.count = self.count.saturating_add(1);
-        if self.problems.len() < DESCRIBED {
-            self.problems.push(problem());
-        }
-    }
-}
 
 /// Reads all metadata and looks for what must not be. Compressed clusters are not unpacked. An encrypted image needs no key.
 ///
@@ -48,8 +22,9 @@ pub fn check(mut source: Source<'_>) -> Result<Report, Error> {
     let image = open(again, &options)?;
     let mut report = Report::default();
     let mut used = Used::default();
-    used.add(0, image.header.end(), "the header");
+    // QEMU lets the directory begin in the sector of the header.
     let directory = image.directory.range();
+    used.add(0, image.header.end().min(directory.start), "the header");
     used.add(directory.start, directory.end, "the L1 table");
     if image.directory.order() == Order::Little {
         log::info!("the L1 table is little endian, as Xen 3.2 wrote it");
@@ -81,7 +56,7 @@ fn check_table(image: &Qcow, table: u32, entries: &[u64], used: &mut Used, repor
         let (fault, place, end) = match Entry::decode(entry, geometry) {
             Entry::Absent => continue,
             Entry::Data(place) => {
-                report.clusters = report.clusters.saturating_add(1);
+                report.units = report.units.saturating_add(1);
                 let len = sectors.end.saturating_sub(sectors.start).saturating_mul(super::SECTOR);
                 (image.misplaced(place, len), place, place.saturating_add(len))
             }
@@ -95,36 +70,5 @@ fn check_table(image: &Qcow, table: u32, entries: &[u64], used: &mut Used, repor
             Some(reason) => report.add(|| format!("cluster {cluster}: entry {entry:#x}: {reason}")),
             None => used.add(place, end, "a cluster"),
         }
-    }
-}
-
-/// Byte ranges in use. Neighbours of a kind are one range, so that most images need few.
-#[derive(Debug, Default)]
-struct Used {
-    ranges: Vec<(u64, u64, &'static str)>,
-}
-
-impl Used {
-    fn add(&mut self, start: u64, end: u64, what: &'static str) {
-        match self.ranges.last_mut() {
-            Some(last) if last.1 == start && last.2 == what => last.1 = end,
-            _ => self.ranges.push((start, end, what)),
-        }
-    }
-
-    /// Reports what overlaps, and counts what is in no range.
-    fn judge(mut self, size: u64, report: &mut Report) {
-        self.ranges.sort_unstable();
-        let mut reached = (0, "");
-        for (start, end, what) in self.ranges {
-            if start < reached.0 && !(reached.1 == "the header" && what == "the L1 table") {
-                report.add(|| format!("{what} at byte {start} overlaps {}", reached.1));
-            }
-            report.unused = report.unused.saturating_add(start.saturating_sub(reached.0));
-            if end > reached.0 {
-                reached = (end, what);
-            }
-        }
-        report.unused = report.unused.saturating_add(size.saturating_sub(reached.0));
     }
 }

@@ -109,6 +109,10 @@ impl FromStr for ImageSpec {
     type Err = ImageSpecError;
 
     fn from_str(text: &str) -> Result<ImageSpec, ImageSpecError> {
+        // An NBD URI with the scheme that names a socket stands for itself.
+        if text.starts_with("nbd+unix://") {
+            return Ok(ImageSpec { kind: ImageType::Nbd, path: text.to_owned() });
+        }
         let (kind, path) = text.split_once(':').ok_or_else(|| ImageSpecError::NoType(text.to_owned()))?;
         let kind = ImageType::from_name(kind).ok_or_else(|| ImageSpecError::UnknownType(kind.to_owned()))?;
         if path.is_empty() {
@@ -154,6 +158,19 @@ mod tests {
         assert!(matches!("/srv/a.vhd".parse::<ImageSpec>(), Err(ImageSpecError::NoType(_))));
         assert!(matches!("raw:/srv/a".parse::<ImageSpec>(), Err(ImageSpecError::UnknownType(_))));
         assert!(matches!("vhd:".parse::<ImageSpec>(), Err(ImageSpecError::EmptyPath(_))));
+    }
+
+    #[test]
+    fn an_nbd_uri_is_an_image() {
+        for (text, path) in [
+            ("nbd+unix:///disk?socket=/run/a", "nbd+unix:///disk?socket=/run/a"),
+            ("nbd://host:1/disk", "//host:1/disk"),
+            ("nbd:unix:/run/a:disk", "unix:/run/a:disk"),
+        ] {
+            let spec: ImageSpec = text.parse().unwrap();
+            assert_eq!((spec.kind, &*spec.path), (ImageType::Nbd, path));
+            assert_eq!(spec.to_string().parse(), Ok(spec));
+        }
     }
 
     #[test]

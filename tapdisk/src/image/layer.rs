@@ -1,17 +1,20 @@
 //! One image of a chain, whatever its format.
 
 use std::ops::Range;
+use std::path::Path;
 
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 use qcow::v1::Qcow;
+use tap_ctl::proto::ImageType;
 use vhd::Vhd;
 
 use super::Extent;
 use super::chain::Chain;
 use super::file::ImageFile;
 use super::formatted::Formatted;
+use super::nbd::Nbd;
 use super::null::Null;
 use super::raw::Raw;
 use crate::buf::Buf;
@@ -30,18 +33,49 @@ pub enum Layer {
     Vhd(Box<Formatted<Vhd>>),
     /// qcow, version 1.
     Qcow(Box<Formatted<Qcow>>),
+    /// What an NBD server has.
+    Nbd(Box<Nbd>),
     /// No image.
     Null(Null),
 }
 
 impl Layer {
+    /// The format. How the bytes of a raw image get to its store makes no difference here.
+    pub fn kind(&self) -> ImageType {
+        match self {
+            Layer::Raw(_) => ImageType::Aio,
+            Layer::Vhd(_) => ImageType::Vhd,
+            Layer::Qcow(_) => ImageType::Qcow,
+            Layer::Nbd(_) => ImageType::Nbd,
+            Layer::Null(_) => ImageType::Null,
+        }
+    }
+
     /// The file of an image that has just one.
     pub fn file(&self) -> Option<&ImageFile> {
         match self {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
             Layer::Qcow(qcow) => Some(&qcow.file),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
+        }
+    }
+
+    /// The image, for messages.
+    pub fn name(&self) -> &Path {
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.name(),
+            (_, Some(file)) => file.path(),
+            (_, None) => Path::new("null"),
+        }
+    }
+
+    /// Physical block size of the store in bytes.
+    pub fn physical_block_size(&self) -> u32 {
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.block_size(),
+            (_, Some(file)) => file.store().physical_block_size,
+            (_, None) => 512,
         }
     }
 
@@ -51,6 +85,7 @@ impl Layer {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
             Layer::Qcow(qcow) => qcow.sectors(),
+            Layer::Nbd(nbd) => nbd.sectors(),
             Layer::Null(_) => 0,
         }
     }
@@ -61,7 +96,7 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
 
@@ -71,7 +106,7 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
-            Layer::Null(_) => None,
+            Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
 
@@ -81,6 +116,7 @@ impl Layer {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
             Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
+            Layer::Nbd(_) => Ok(Extent::Own { count }),
             Layer::Null(null) => Ok(null.map(count)),
         }
     }
@@ -97,6 +133,10 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
+            Layer::Nbd(nbd) => {
+                let len = range.len();
+                nbd.read(io, sector, buf, range).await.map(|()| len)
+            }
             Layer::Raw(_) | Layer::Null(_) => Ok(0),
         }
     }
@@ -117,15 +157,17 @@ impl Layer {
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
+            Layer::Nbd(nbd) => nbd.write(io, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
     }
 
     /// Makes all that was written durable.
     pub async fn flush(&self, io: &Io) -> Result<(), Errno> {
-        match self.file() {
-            Some(file) => io.fdatasync(file).await,
-            None => Ok(()),
+        match (self, self.file()) {
+            (Layer::Nbd(nbd), _) => nbd.flush(io).await,
+            (_, Some(file)) => io.fdatasync(file).await,
+            (_, None) => Ok(()),
         }
     }
 
@@ -134,7 +176,7 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
             Layer::Qcow(qcow) => qcow.close(io).await,
-            Layer::Raw(_) | Layer::Null(_) => Ok(()),
+            Layer::Raw(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(()),
         }
     }
 }

@@ -7,8 +7,10 @@ mod error;
 pub mod file;
 mod filter;
 mod formatted;
+mod hits;
 mod layer;
 pub mod locks;
+mod nbd;
 mod null;
 mod open;
 mod policy;
@@ -32,9 +34,7 @@ use tap_ctl::proto::DiskStats;
 
 use self::chain::Chain;
 pub use self::error::OpenError;
-use self::file::ImageFile;
 use self::filter::Filters;
-use self::layer::Layer;
 pub use self::open::open;
 use self::share::Common;
 pub use self::share::DiskShare;
@@ -116,7 +116,7 @@ impl Disk {
 
     /// Physical block size of the store in bytes.
     pub fn physical_block_size(&self) -> u32 {
-        self.chain.leaf.file().map_or(512, |file| file.store().physical_block_size)
+        self.chain.leaf.physical_block_size()
     }
 
     /// Why the disk was stopped, once a flush has failed: what the device holds is unknown from then on (the kernel reports
@@ -148,7 +148,7 @@ impl Disk {
 
     /// The image, for messages.
     pub fn name(&self) -> std::path::Display<'_> {
-        self.chain.leaf.file().map_or(std::path::Path::new("null"), ImageFile::path).display()
+        self.chain.leaf.name().display()
     }
 
     /// Starts to move all of `buf` if that takes a single transfer and nothing must be read or locked first, as is the case
@@ -240,7 +240,7 @@ impl Disk {
     pub fn stats(&self) -> DiskStats {
         let filters = self.filters.as_ref();
         let stats = filters.map_or_else(DiskStats::default, |filters| filters.stats(self.sectors()));
-        DiskStats { cache: self.chain.cache_stats(), ..stats }
+        DiskStats { images: self.chain().stats(), cache: self.chain.cache_stats(), ..stats }
     }
 }
 

@@ -19,6 +19,7 @@ use super::file::{ImageFile, Mode};
 use super::filter::Filters;
 use super::formatted::Formatted;
 use super::layer::Layer;
+use super::nbd::{self, Nbd};
 use super::null::Null;
 use super::raw::Raw;
 use super::share::Common;
@@ -100,7 +101,10 @@ pub(super) fn open_images(params: &OpenParams, io: &Io) -> Result<Images, OpenEr
         parents.push(named.opened.layer);
         last = (named.path, named.opened.backing);
     }
-    if let (Some(path), backing) = last {
+    if let Some(parent) = &params.parent {
+        // It stands for all parents: what the images name is not looked at.
+        parents.push(opener.open_named(parent, false)?.opened.layer);
+    } else if let (Some(path), backing) = last {
         parents.extend(opener.open_parents(path, backing)?);
     }
     Ok(Images::new(leaf.opened.layer, parents, leaf.sectors, io))
@@ -148,6 +152,11 @@ impl<'a> Opener<'a> {
                 let raw = Raw::new(ram::open(&image.path)?)?;
                 let sectors = raw.sectors();
                 return Ok(apart(Layer::Raw(raw), sectors));
+            }
+            ImageType::Nbd => {
+                let nbd = Nbd::open(&image.path, !writable, nbd::Limits::default(), self.io)?;
+                let sectors = nbd.sectors();
+                return Ok(apart(Layer::Nbd(Box::new(nbd)), sectors));
             }
             ImageType::Sync => ImageFile::open_synchronous(path, mode)?,
             _ => ImageFile::open(path, mode, !self.params.buffered)?,

@@ -10,6 +10,7 @@ use nix::unistd::{Whence, lseek};
 use super::Disk;
 use super::chain::Place;
 use super::file::ImageFile;
+use super::layer::Layer;
 
 /// What a run of sectors holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +47,10 @@ impl Disk {
         let (holds, count) = match place {
             Place::Nowhere => (Holds::Nothing, count),
             Place::Zeros => (Holds::Zeros, count),
+            Place::Layer(Layer::Nbd(nbd)) => match nbd.allocation(&self.io, sector, count).await? {
+                (true, count) => (Holds::Zeros, count),
+                (false, count) => (Holds::Data { offset: None }, count),
+            },
             Place::Layer(_) => (Holds::Data { offset: None }, count),
             Place::File(file, offset) => match hole(file, offset, u64::from(count) * SECTOR_SIZE)? {
                 (true, bytes) => (Holds::Zeros, sectors(bytes, count)),

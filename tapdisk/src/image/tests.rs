@@ -15,6 +15,7 @@ use ::vhd::create::{NewImage, NewParent};
 use proptest::prelude::*;
 use tap_ctl::proto::{ImageSpec, ImageType, OpenParams};
 
+use super::file::ImageFile;
 use super::*;
 use crate::reactor::EngineChoice;
 

@@ -145,6 +145,17 @@ impl Engine {
         }
     }
 
+    /// Queues receiving (`Read`) or sending (`Write`) on a stream socket. As [`Engine::transfer`].
+    pub(super) fn stream(&mut self, what: Transfer, fd: RawFd, piece: Piece, key: u64) -> io::Result<()> {
+        match self {
+            Engine::Uring { ring, .. } => ring.stream(what, fd, piece, key),
+            Engine::Pool(pool) => {
+                pool.stream(what, fd, piece, key);
+                Ok(())
+            }
+        }
+    }
+
     /// Queues an `fdatasync`.
     pub(super) fn fdatasync(&mut self, fd: RawFd, key: u64) -> io::Result<()> {
         match self {

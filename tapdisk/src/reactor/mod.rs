@@ -1,4 +1,4 @@
-//! How a worker thread waits: operations on files, and two watched descriptors.
+//! How a worker thread waits: operations on files and sockets, and two watched descriptors.
 //!
 //! `engine` carries them out, by io_uring or by threads; nothing above this folder knows which.
 //!
@@ -275,6 +275,17 @@ impl Reactor {
     /// Starts writing `piece`; the result is the number of bytes.
     pub fn write(&self, file: Target, offset: u64, piece: Piece) -> Op<'_> {
         self.start(|engine, key| engine.transfer(Transfer::Write, file, offset, piece, key))
+    }
+
+    /// Starts receiving into `piece` from a connected stream socket, which must not be in non-blocking mode; the result is the
+    /// number of bytes, 0 at the end of the stream. `shutdown(2)` ends it early.
+    pub fn receive(&self, socket: BorrowedFd<'_>, piece: Piece) -> Op<'_> {
+        self.start(|engine, key| engine.stream(Transfer::Read, socket.as_raw_fd(), piece, key))
+    }
+
+    /// Starts sending `piece` on such a socket; the result is the number of bytes. EPIPE is no signal.
+    pub fn send(&self, socket: BorrowedFd<'_>, piece: Piece) -> Op<'_> {
+        self.start(|engine, key| engine.stream(Transfer::Write, socket.as_raw_fd(), piece, key))
     }
 
     /// Starts an `fdatasync`.

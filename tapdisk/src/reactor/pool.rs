@@ -5,14 +5,15 @@
 //!         <--results (queue) + eventfd--
 //! ```
 //!
-//! The thread of the disk sleeps in poll(2) on that eventfd and the watched descriptors.
+//! The thread of the disk sleeps in poll(2) on that eventfd, the watched descriptors and the sockets. On a socket it receives
+//! and sends itself: a thread could wait there for ever.
 //!
 //! Invariants this file owns:
 //!
-//! 1. an order refers to a [`Piece`] whose memory outlives the operation (kept by the caller, see `reactor`: an
+//! 1. an order or a stream refers to a [`Piece`] whose memory outlives the operation (kept by the caller, see `reactor`: an
 //!    [`super::Op`] that is dropped early waits for its end first), or to no memory; while it is under way nobody else
 //!    touches those bytes, and the thread has let go of them before it tells the result;
-//! 2. every descriptor in an order stays open until the operation has ended, a watched one until the engine is gone;
+//! 2. every descriptor in an order or a stream stays open until the operation has ended, a watched one until the engine is gone;
 //! 3. every order that was taken is carried out and its result told once; dropping the engine waits for the threads.
 #![expect(unsafe_code, reason = "the threads read and write memory by raw pointers")]
 
@@ -261,6 +262,32 @@ struct Pending {
     key: u64,
 }
 
+/// Receiving or sending that has not ended.
+struct Stream {
+    key: u64,
+    what: Transfer,
+    fd: RawFd,
+    memory: Memory,
+}
+
+impl Stream {
+    /// Tries it without waiting; `None` if it has to wait.
+    fn run(&self) -> Option<i32> {
+        let (ptr, len, flags) = (self.memory.ptr.as_ptr(), self.memory.len, libc::MSG_DONTWAIT);
+        let moved = match self.what {
+            Transfer::Read => {
+                // SAFETY: `memory` is ours to write until the result is told (invariant 1).
+                unsafe { libc::recv(self.fd, ptr.cast(), len, flags) }
+            }
+            Transfer::Write => {
+                // SAFETY: `memory` stays as it is until the result is told (invariant 1).
+                unsafe { libc::send(self.fd, ptr.cast_const().cast(), len, flags | libc::MSG_NOSIGNAL) }
+            }
+        };
+        Some(result(i64::try_from(moved).unwrap_or(-1))).filter(|&result| result != -libc::EAGAIN)
+    }
+}
+
 struct Watched {
     key: u64,
     readable: bool,
@@ -271,7 +298,12 @@ pub(super) struct Pool {
     workers: Workers,
     watched: Vec<Watched>,
     timers: Vec<Pending>,
-    /// The bell, then one for each of `watched`.
+    streams: Vec<Stream>,
+    /// Some of `streams` were not tried yet.
+    untried: bool,
+    /// Results of streams.
+    streamed: VecDeque<(u64, i32)>,
+    /// The bell, then one for each of `watched`; in a call of poll(2) one for each of `streams` as well.
     polled: Vec<libc::pollfd>,
 }
 
@@ -284,13 +316,39 @@ impl Pool {
     pub(super) fn new() -> io::Result<Pool> {
         let workers = Workers::new(THREADS)?;
         let polled = vec![polled(workers.bell())];
-        Ok(Pool { workers, watched: Vec::new(), timers: Vec::new(), polled })
+        Ok(Pool {
+            workers,
+            watched: Vec::new(),
+            timers: Vec::new(),
+            streams: Vec::new(),
+            untried: false,
+            streamed: VecDeque::new(),
+            polled,
+        })
     }
 
     /// Queues a transfer. The caller keeps the memory until the completion with `key` arrives (invariant 1).
     pub(super) fn transfer(&mut self, what: Transfer, fd: RawFd, offset: u64, piece: Piece, key: u64) {
         let memory = Memory { ptr: piece.ptr, len: piece.len as usize };
         self.workers.queue(key, Job::Transfer { what, fd, offset, memory });
+    }
+
+    /// Queues receiving or sending. As [`Pool::transfer`].
+    pub(super) fn stream(&mut self, what: Transfer, fd: RawFd, piece: Piece, key: u64) {
+        let memory = Memory { ptr: piece.ptr, len: piece.len as usize };
+        self.streams.push(Stream { key, what, fd, memory });
+        self.untried = true;
+    }
+
+    /// Tries all streams. Those that have to wait stay, in their order.
+    fn try_streams(&mut self) {
+        self.untried = false;
+        let streamed = &mut self.streamed;
+        self.streams.retain(|stream| {
+            let result = stream.run();
+            streamed.extend(result.map(|result| (stream.key, result)));
+            result.is_none()
+        });
     }
 
     /// Queues an `fdatasync`.
@@ -321,7 +379,7 @@ impl Pool {
 
     /// Whether results have come; input and timers are seen by [`Pool::enter`] only.
     pub(super) fn has_news(&self) -> bool {
-        self.workers.has_results()
+        !self.streamed.is_empty() || self.workers.has_results()
     }
 
     /// Milliseconds until the next timer, at least; -1 without one, as poll(2) wants it.
@@ -334,8 +392,18 @@ impl Pool {
     /// Sets queued operations going, and looks for results and input; with `wait`, sleeps until there is some.
     pub(super) fn enter(&mut self, wait: bool) -> io::Result<()> {
         self.workers.submit();
-        let timeout = if wait && self.workers.taken.is_empty() { self.timeout() } else { 0 };
+        self.try_streams();
+        let idle = self.workers.taken.is_empty() && self.streamed.is_empty();
+        let timeout = if wait && idle { self.timeout() } else { 0 };
+        let own = self.polled.len();
+        self.polled.extend(self.streams.iter().map(|stream| {
+            let events = if stream.what == Transfer::Read { libc::POLLIN } else { libc::POLLOUT };
+            libc::pollfd { events, ..polled(stream.fd) }
+        }));
         self.poll(timeout)?;
+        if self.polled.drain(own..).any(|polled| polled.revents != 0) {
+            self.try_streams();
+        }
         if self.polled.first().is_some_and(|bell| bell.revents != 0) {
             self.workers.quieten();
             self.workers.collect();
@@ -363,13 +431,16 @@ impl Pool {
 
     /// Whether orders wait to be handed to the threads.
     pub(super) fn has_queued(&self) -> bool {
-        !self.workers.queued.is_empty()
+        self.untried || !self.workers.queued.is_empty()
     }
 
     /// The next completion: key, result, and whether more will come for this key.
     pub(super) fn complete(&mut self) -> Option<(u64, i32, bool)> {
         self.workers.collect();
         if let Some((key, result)) = self.workers.take() {
+            return Some((key, result, false));
+        }
+        if let Some((key, result)) = self.streamed.pop_front() {
             return Some((key, result, false));
         }
         if !self.timers.is_empty() {

@@ -1,7 +1,9 @@
 //! Both engines do the same.
 
 use std::fs::File;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 
 use super::*;
@@ -192,6 +194,64 @@ fn input_wakes_a_sleeping_reactor_each_time() {
             assert_eq!(reactor.turn(true).unwrap(), Readable { events: true, ..Readable::default() });
             events.read().unwrap();
         }
+    }
+}
+
+#[test]
+fn a_socket_carries_more_than_it_holds_both_ways_at_once() {
+    const LEN: usize = 600_000;
+    for engine in ENGINES {
+        let thread = Thread::new(engine);
+        let (near, far) = UnixStream::pair().unwrap();
+        // Sends all back.
+        let echo = std::thread::spawn(move || {
+            let mut bytes = [0; 5000];
+            loop {
+                match (&far).read(&mut bytes).unwrap() {
+                    0 => return,
+                    len => (&far).write_all(&bytes[..len]).unwrap(),
+                }
+            }
+        });
+        thread.run(|reactor, pool| async move {
+            let mut out = pool.data(LEN).unwrap();
+            out.bytes_mut().iter_mut().zip((0..251).cycle()).for_each(|(to, byte)| *to = byte);
+            let back = pool.data(200_000).unwrap();
+            let (mut sent, mut received) = (0, 0);
+            let mut sending = reactor.send(near.as_fd(), out.piece(0..LEN).unwrap());
+            while received < LEN {
+                let want = back.len().min(LEN - received);
+                let got = reactor.receive(near.as_fd(), back.piece(0..want).unwrap()).await.unwrap() as usize;
+                assert_eq!(back.bytes()[..got], out.bytes()[received..received + got]);
+                received += got;
+                if received > sent {
+                    sent += sending.await.unwrap() as usize;
+                    sending = reactor.send(near.as_fd(), out.piece(sent.min(LEN - 1)..LEN).unwrap());
+                }
+            }
+            near.shutdown(std::net::Shutdown::Both).unwrap();
+            let ended = reactor.receive(near.as_fd(), back.piece(0..1).unwrap()).await;
+            assert_eq!(ended, Ok(0), "{engine}");
+            let _ = sending.await;
+        });
+        echo.join().unwrap();
+    }
+}
+
+#[test]
+fn receiving_ends_by_shutdown_and_sending_to_nobody_fails() {
+    for engine in ENGINES {
+        Thread::new(engine).run(|reactor, pool| async move {
+            let (near, far) = UnixStream::pair().unwrap();
+            let buf = pool.data(4096).unwrap();
+            let receiving = reactor.receive(near.as_fd(), buf.piece(0..8).unwrap());
+            reactor.turn(false).unwrap();
+            near.shutdown(std::net::Shutdown::Both).unwrap();
+            assert_eq!(receiving.await, Ok(0), "{engine}");
+            drop(far);
+            let sent = reactor.send(near.as_fd(), buf.piece(0..8).unwrap()).await;
+            assert_eq!(sent, Err(Errno::EPIPE), "{engine}");
+        });
     }
 }
 

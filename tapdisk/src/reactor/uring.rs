@@ -170,6 +170,16 @@ impl Uring {
         self.push(entry.flags(flags).user_data(key))
     }
 
+    /// Queues receiving or sending on a stream socket. As [`Uring::transfer`].
+    pub(super) fn stream(&mut self, what: Transfer, fd: RawFd, piece: Piece, key: u64) -> io::Result<()> {
+        let (fd, ptr, len) = (types::Fd(fd), piece.ptr.as_ptr(), piece.len);
+        let entry = match what {
+            Transfer::Read => opcode::Recv::new(fd, ptr, len).build(),
+            Transfer::Write => opcode::Send::new(fd, ptr.cast_const(), len).flags(libc::MSG_NOSIGNAL).build(),
+        };
+        self.push(entry.user_data(key))
+    }
+
     /// Queues an `fdatasync`.
     pub(super) fn fdatasync(&mut self, fd: RawFd, key: u64) -> io::Result<()> {
         let entry = opcode::Fsync::new(types::Fd(fd)).flags(types::FsyncFlags::DATASYNC).build();

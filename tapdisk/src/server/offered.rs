@@ -6,7 +6,6 @@ use tap_ctl::proto::OpenParams;
 pub(super) fn refusal(params: &OpenParams) -> Option<&'static str> {
     let asked = [
         (params.standby, "a secondary image that waits (-s)"),
-        (params.shared_parent.is_some(), "another disk as parent (-e)"),
         (params.timeout.is_some(), "a request timeout (-t)"),
     ];
     asked.into_iter().find_map(|(asked, name)| asked.then_some(name))

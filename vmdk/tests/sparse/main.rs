@@ -1,0 +1,7 @@
+//! Sparse extents against models, crashes, malformed images and QEMU's tools.
+
+mod checks;
+mod malformed;
+mod qemu;
+mod stream;
+mod support;

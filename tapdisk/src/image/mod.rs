@@ -15,6 +15,7 @@ mod null;
 mod open;
 mod policy;
 mod qcow;
+mod qcow2;
 mod ram;
 mod raw;
 mod resize;

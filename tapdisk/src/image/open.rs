@@ -184,6 +184,7 @@ impl Opener<'_> {
             }
             ImageType::Vhd => self.open_vhd(file, writable),
             ImageType::Qcow => self.open_qcow(file, writable),
+            ImageType::Qcow2 => self.open_qcow2(file, writable),
             other => {
                 let text = format!("images of type {} are not built in", other.name());
                 Err(OpenError::new(file.path(), Errno::ENOSYS, text))

@@ -6,7 +6,7 @@ start_xenio
 guest g1 pv "$(raw xvda "$WORK/disk.raw")" "$(vhd xvdb disk.vhd)" <<'JOB'
 set -e
 for disk in xvda xvdb; do
-    dd if=/dev/zero of=/dev/$disk bs=1M oflag=direct 2>/dev/null
+    dd if=/dev/zero of=/dev/$disk bs=1M count=64 oflag=direct 2>/dev/null
     echo "GUEST READS $disk"
     slow=
     while :; do

@@ -7,6 +7,7 @@ use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 use qcow::v1::Qcow;
+use qcow::v2::Qcow2;
 use tap_ctl::proto::ImageType;
 use vhd::Vhd;
 
@@ -33,6 +34,8 @@ pub enum Layer {
     Vhd(Box<Formatted<Vhd>>),
     /// qcow, version 1.
     Qcow(Box<Formatted<Qcow>>),
+    /// qcow2.
+    Qcow2(Box<Formatted<Qcow2>>),
     /// What an NBD server has.
     Nbd(Box<Nbd>),
     /// No image.
@@ -46,6 +49,7 @@ impl Layer {
             Layer::Raw(_) => ImageType::Aio,
             Layer::Vhd(_) => ImageType::Vhd,
             Layer::Qcow(_) => ImageType::Qcow,
+            Layer::Qcow2(_) => ImageType::Qcow2,
             Layer::Nbd(_) => ImageType::Nbd,
             Layer::Null(_) => ImageType::Null,
         }
@@ -57,6 +61,7 @@ impl Layer {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
             Layer::Qcow(qcow) => Some(&qcow.file),
+            Layer::Qcow2(qcow) => Some(&qcow.file),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -85,6 +90,7 @@ impl Layer {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
             Layer::Qcow(qcow) => qcow.sectors(),
+            Layer::Qcow2(qcow) => qcow.sectors(),
             Layer::Nbd(nbd) => nbd.sectors(),
             Layer::Null(_) => 0,
         }
@@ -96,6 +102,7 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
+            Layer::Qcow2(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -106,6 +113,7 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
+            Layer::Qcow2(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -116,6 +124,7 @@ impl Layer {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
             Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
+            Layer::Qcow2(qcow) => qcow.map(io, sector, count).await,
             Layer::Nbd(_) => Ok(Extent::Own { count }),
             Layer::Null(null) => Ok(null.map(count)),
         }
@@ -133,6 +142,7 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
+            Layer::Qcow2(qcow) => qcow.read(io, sector, buf, range).await,
             Layer::Nbd(nbd) => {
                 let len = range.len();
                 nbd.read(io, sector, buf, range).await.map(|()| len)
@@ -157,6 +167,7 @@ impl Layer {
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
+            Layer::Qcow2(qcow) => qcow.write(io, chain, sector, buf, range).await,
             Layer::Nbd(nbd) => nbd.write(io, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
@@ -176,6 +187,7 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
             Layer::Qcow(qcow) => qcow.close(io).await,
+            Layer::Qcow2(qcow) => qcow.close(io).await,
             Layer::Raw(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(()),
         }
     }

@@ -4,6 +4,7 @@ mod blocks;
 mod handles;
 mod qcow;
 mod sealed;
+mod vmdk;
 
 use std::future::Future;
 use std::path::Path;

@@ -5,6 +5,7 @@
 
 mod client;
 mod offered;
+mod parent;
 
 use std::collections::HashMap;
 use std::io;
@@ -273,9 +274,7 @@ impl<X: Xen> Server<X> {
             Request::Limit { minor, change } => {
                 self.command(token, minor, |answer| Command::Limit(change, answer))
             }
-            Request::Stats { .. } => {
-                Some(refuse(Errno::EOPNOTSUPP, "this tapdisk cannot do that to a running disk".into()))
-            }
+            Request::Stats { minor } => self.command(token, minor, Command::Statistics),
             Request::Follow => {
                 self.follow(token);
                 None
@@ -329,7 +328,7 @@ impl<X: Xen> Server<X> {
         Reply::Done
     }
 
-    fn open(&mut self, token: Token, minor: Minor, params: OpenParams) -> Option<Reply> {
+    fn open(&mut self, token: Token, minor: Minor, mut params: OpenParams) -> Option<Reply> {
         match self.vbd(minor) {
             Err(reply) => return Some(reply),
             Ok(vbd) if vbd.open.is_some() => {
@@ -344,6 +343,12 @@ impl<X: Xen> Server<X> {
                 Errno::EOPNOTSUPP,
                 format!("{}: {what} is not supported by this tapdisk", params.image),
             ));
+        }
+        if let Some(shared) = params.shared_parent {
+            match parent::find(&self.dir, shared) {
+                Ok(image) => params.parent = Some(image),
+                Err((errno, text)) => return Some(refuse(errno, format!("{}: {text}", params.image))),
+            }
         }
         log::info!(
             "minor {minor}: opening {}{}",

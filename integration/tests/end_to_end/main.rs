@@ -18,4 +18,5 @@ mod protocol;
 mod resize;
 mod scene;
 mod snapshot;
+mod stats;
 mod support;

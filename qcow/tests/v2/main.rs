@@ -1,4 +1,5 @@
 //! qcow2 against models, crashes, malformed images and QEMU's tools.
 
 mod checks;
+mod qemu;
 mod support;

@@ -158,6 +158,7 @@ impl Options {
             log: self.log.map(absolute),
             local_cache: self.local_cache,
             shared_parent: self.shared_parent,
+            parent: None,
             timeout: self.timeout,
             limit: Limits::default().changed(self.limit),
             secondary: match self.secondary {

@@ -76,6 +76,7 @@ fn the_options_that_open_an_image_are_passed_on() {
         log: Some("/log".into()),
         local_cache: true,
         shared_parent: Some(Minor(5)),
+        parent: None,
         timeout: Some(30),
         limit: Limits { iops: 9, bps: 1 << 20, ..Limits::default() },
         ..OpenParams::new("vhd:/a".parse().unwrap())

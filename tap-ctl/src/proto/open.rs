@@ -30,6 +30,9 @@ pub struct OpenParams {
     /// `-e`: the disk that this minor's tapdisk serves stands for the chain of parents.
     #[serde(default)]
     pub shared_parent: Option<Minor>,
+    /// What that tapdisk is reached by; the tapdisk that opens the image fills it in.
+    #[serde(skip)]
+    pub parent: Option<ImageSpec>,
     /// `-E`: what an encrypted image is encrypted with.
     #[serde(default)]
     pub key: Option<Key>,
@@ -54,6 +57,7 @@ impl OpenParams {
             log: None,
             local_cache: false,
             shared_parent: None,
+            parent: None,
             key: None,
             timeout: None,
             limit: Limits::default(),

@@ -8,9 +8,10 @@ use std::ops::Range;
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
-use tap_ctl::proto::CacheStats;
+use tap_ctl::proto::{CacheStats, ImageSpec, ImageStats, ReadWrite};
 
 use super::file::ImageFile;
+use super::hits::Hits;
 use super::layer::Layer;
 use super::{Extent, bytes};
 use crate::buf::Buf;
@@ -23,6 +24,8 @@ pub struct Chain {
     pub leaf: Layer,
     /// The others, the nearest first.
     pub parents: Vec<Layer>,
+    /// What each image has served, the leaf first. That a transfer failed later makes no difference here.
+    hits: Vec<Hits>,
     /// The thread's means.
     pub(super) io: Io,
 }
@@ -45,7 +48,26 @@ impl Chain {
         for file in std::iter::once(&leaf).chain(&parents).flat_map(Layer::files) {
             file.register(&io.reactor);
         }
-        Chain { leaf, parents, io }
+        let hits = (0..=parents.len()).map(|_| Hits::default()).collect();
+        Chain { leaf, parents, hits, io }
+    }
+
+    /// The image of this depth serves so many sectors.
+    fn count(&self, depth: usize, direction: Direction, sectors: u32) {
+        if let Some(hits) = self.hits.get(depth) {
+            hits.add(direction, sectors);
+        }
+    }
+
+    /// What the images have served, the leaf first.
+    pub fn stats(&self) -> Vec<ImageStats> {
+        let one = |((layer, _), hits): ((&Layer, u64), &Hits)| {
+            let path =
+                layer.file().map_or_else(String::new, |file| file.path().to_string_lossy().into_owned());
+            let image = ImageSpec { kind: layer.kind(), path };
+            ImageStats { image, hits: hits.get(), fail: ReadWrite::default() }
+        };
+        self.layers().zip(&self.hits).map(one).collect()
     }
 
     /// The images, the leaf first, with their capacities as far as the chain must mind them: what is asked of the leaf lies on
@@ -96,22 +118,27 @@ impl Chain {
                 place
             }
         };
-        self.io.start_whole(direction, file, offset, buf.piece(0..buf.len())?)
+        let started = self.io.start_whole(direction, file, offset, buf.piece(0..buf.len())?)?;
+        self.count(0, direction, count);
+        Some(started)
     }
 
     /// Fills `range` of `buf`, whole sectors, from `sector` on.
     pub async fn read(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
         let all = u32::try_from(range.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
         if let Some((file, offset)) = self.leaf.place(sector, all) {
+            self.count(0, Direction::Read, all);
             return self.io.read(file, offset, buf, range).await;
         }
         // Most requests are in one place, which spares them the room for several transfers.
         match self.find(sector, all).await? {
-            (_, Place::Zeros | Place::Nowhere, count) if count == all => {
+            (depth, Place::Zeros | Place::Nowhere, count) if count == all => {
+                self.count(depth, Direction::Read, all);
                 buf.zero(range);
                 Ok(())
             }
-            (_, Place::File(file, offset), count) if count == all => {
+            (depth, Place::File(file, offset), count) if count == all => {
+                self.count(depth, Direction::Read, all);
                 self.read_file(file, offset, buf, range).await
             }
             (_, Place::Layer(Layer::Nbd(nbd)), count) if count == all => {
@@ -158,7 +185,7 @@ impl Chain {
         while at < range.end {
             let here = Sector(sector.0 + (at - range.start) as u64 / SECTOR_SIZE);
             let count = u32::try_from((range.end - at) as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
-            let (_, place, count) = self.find(here, count).await?;
+            let (depth, place, count) = self.find(here, count).await?;
             let mut end = at + bytes(count);
             match place {
                 Place::Zeros | Place::Nowhere => buf.zero(at..end),
@@ -172,6 +199,7 @@ impl Chain {
                     }
                 }
             }
+            self.count(depth, Direction::Read, u32::try_from((end - at) / bytes(1)).unwrap_or(u32::MAX));
             at = end;
         }
         flying.finish().await
@@ -179,6 +207,7 @@ impl Chain {
 
     /// Writes `range` of `buf`, whole sectors, from `sector` on.
     pub async fn write(&self, sector: Sector, buf: &Buf, range: Range<usize>) -> Result<(), Errno> {
+        self.count(0, Direction::Write, u32::try_from(range.len() / bytes(1)).unwrap_or(u32::MAX));
         self.leaf.write(&self.io, self, sector, buf, range).await
     }
 }

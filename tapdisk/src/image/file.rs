@@ -355,9 +355,9 @@ impl ImageFile {
             .map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
     }
 
-    /// The same for writing short texts.
+    /// The same for writing: for the repair of an image while it is being opened, and for short texts.
     pub fn writer(&self) -> Result<File, OpenError> {
-        self.reopen(OpenOptions::new().write(true), 0)
+        self.reopen(OpenOptions::new().read(true).write(true), 0)
             .map_err(|e| OpenError::io(&self.path, "cannot open for writing", &e))
     }
 

@@ -7,6 +7,8 @@ use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 use qcow::v1::Qcow;
+use qcow::v2::Qcow2;
+use tap_ctl::proto::ImageType;
 use vhd::Vhd;
 
 use super::Extent;
@@ -33,6 +35,8 @@ pub enum Layer {
     Vhd(Box<Formatted<Vhd>>),
     /// qcow, version 1.
     Qcow(Box<Formatted<Qcow>>),
+    /// qcow2.
+    Qcow2(Box<Formatted<Qcow2>>),
     /// VMDK, in one or several files.
     Vmdk(Box<Vmdk>),
     /// What an NBD server has.
@@ -42,12 +46,26 @@ pub enum Layer {
 }
 
 impl Layer {
+    /// The format. How the bytes of a raw image get to its store makes no difference here.
+    pub fn kind(&self) -> ImageType {
+        match self {
+            Layer::Raw(_) => ImageType::Aio,
+            Layer::Vhd(_) => ImageType::Vhd,
+            Layer::Qcow(_) => ImageType::Qcow,
+            Layer::Qcow2(_) => ImageType::Qcow2,
+            Layer::Vmdk(_) => ImageType::Vmdk,
+            Layer::Nbd(_) => ImageType::Nbd,
+            Layer::Null(_) => ImageType::Null,
+        }
+    }
+
     /// The file of an image that has just one.
     pub fn file(&self) -> Option<&ImageFile> {
         match self {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
             Layer::Qcow(qcow) => Some(&qcow.file),
+            Layer::Qcow2(qcow) => Some(&qcow.file),
             Layer::Vmdk(_) | Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -94,6 +112,7 @@ impl Layer {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
             Layer::Qcow(qcow) => qcow.sectors(),
+            Layer::Qcow2(qcow) => qcow.sectors(),
             Layer::Vmdk(vmdk) => vmdk.sectors(),
             Layer::Nbd(nbd) => nbd.sectors(),
             Layer::Null(_) => 0,
@@ -106,6 +125,7 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
+            Layer::Qcow2(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
             Layer::Vmdk(vmdk) => vmdk.place(sector, count),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
@@ -117,6 +137,7 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
+            Layer::Qcow2(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
             Layer::Vmdk(vmdk) => vmdk.overwrite(sector, count),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
@@ -128,6 +149,7 @@ impl Layer {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
             Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
+            Layer::Qcow2(qcow) => qcow.map(io, sector, count).await,
             Layer::Vmdk(vmdk) => vmdk.map(io, sector, count).await,
             Layer::Nbd(_) => Ok(Extent::Own { count }),
             Layer::Null(null) => Ok(null.map(count)),
@@ -146,6 +168,7 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
+            Layer::Qcow2(qcow) => qcow.read(io, sector, buf, range).await,
             Layer::Vmdk(vmdk) => vmdk.read(io, sector, buf, range).await,
             Layer::Nbd(nbd) => {
                 let len = range.len();
@@ -171,6 +194,7 @@ impl Layer {
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
+            Layer::Qcow2(qcow) => qcow.write(io, chain, sector, buf, range).await,
             Layer::Vmdk(vmdk) => vmdk.write(io, chain, sector, buf, range).await,
             Layer::Nbd(nbd) => nbd.write(io, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
@@ -192,6 +216,7 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
             Layer::Qcow(qcow) => qcow.close(io).await,
+            Layer::Qcow2(qcow) => qcow.close(io).await,
             Layer::Vmdk(vmdk) => vmdk.close(io).await,
             Layer::Raw(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(()),
         }

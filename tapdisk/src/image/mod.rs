@@ -7,6 +7,7 @@ mod error;
 pub mod file;
 mod filter;
 mod formatted;
+mod hits;
 mod layer;
 pub mod locks;
 mod nbd;
@@ -14,6 +15,7 @@ mod null;
 mod open;
 mod policy;
 mod qcow;
+mod qcow2;
 mod ram;
 mod raw;
 mod resize;
@@ -240,7 +242,7 @@ impl Disk {
     pub fn stats(&self) -> DiskStats {
         let filters = self.filters.as_ref();
         let stats = filters.map_or_else(DiskStats::default, |filters| filters.stats(self.sectors()));
-        DiskStats { cache: self.chain.cache_stats(), ..stats }
+        DiskStats { images: self.chain().stats(), cache: self.chain.cache_stats(), ..stats }
     }
 }
 

@@ -101,7 +101,10 @@ pub(super) fn open_images(params: &OpenParams, io: &Io) -> Result<Images, OpenEr
         parents.push(named.opened.layer);
         last = (named.path, named.opened.backing);
     }
-    if let (Some(path), backing) = last {
+    if let Some(parent) = &params.parent {
+        // It stands for all parents: what the images name is not looked at.
+        parents.push(opener.open_named(parent, false)?.opened.layer);
+    } else if let (Some(path), backing) = last {
         parents.extend(opener.open_parents(path, backing)?);
     }
     Ok(Images::new(leaf.opened.layer, parents, leaf.sectors, io))
@@ -181,6 +184,7 @@ impl Opener<'_> {
             }
             ImageType::Vhd => self.open_vhd(file, writable),
             ImageType::Qcow => self.open_qcow(file, writable),
+            ImageType::Qcow2 => self.open_qcow2(file, writable),
             ImageType::Vmdk => self.open_vmdk(file, writable),
             other => {
                 let text = format!("images of type {} are not built in", other.name());

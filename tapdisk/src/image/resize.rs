@@ -84,6 +84,7 @@ impl Disk {
             Layer::Null(_) => self.own_size(size).map(|sectors| self.common.grow(sectors)),
             Layer::Vhd(vhd) => self.grow(vhd, size).await,
             Layer::Qcow(qcow) => self.grow(qcow, size).await,
+            Layer::Qcow2(qcow) => self.grow(qcow, size).await,
         }
     }
 

@@ -3,6 +3,7 @@
 mod blocks;
 mod handles;
 mod qcow;
+mod qcow2;
 mod sealed;
 mod vmdk;
 

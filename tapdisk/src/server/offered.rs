@@ -7,7 +7,6 @@ pub(super) fn refusal(params: &OpenParams) -> Option<&'static str> {
     let asked = [
         (params.standby, "a secondary image that waits (-s)"),
         (params.local_cache, "a local read cache (-r)"),
-        (params.shared_parent.is_some(), "another disk as parent (-e)"),
         (params.timeout.is_some(), "a request timeout (-t)"),
     ];
     asked.into_iter().find_map(|(asked, name)| asked.then_some(name))

@@ -25,7 +25,7 @@ use super::seat::{Seat, info};
 use super::serve::{self, Failures, Way};
 use super::thread::{Devices, Served, State, failure, notify};
 use super::throttle::Gate;
-use super::{Answer, Command, Inbox, Notice, Phase, Source, Worker};
+use super::{Answer, Command, Commands, Inbox, Notice, Phase, Source, Worker};
 use crate::copier::Copier;
 use crate::io::errno_of;
 use crate::xen::Xen;
@@ -180,6 +180,7 @@ impl<X: Xen> State<X> {
         let way = Way {
             dom,
             seat: self.seat.clone(),
+            served: self.served.clone(),
             pool: self.io.pool.clone(),
             copier,
             persistent: params.persistent.then(|| Persistent::new(dom, self.io.reactor.clone())),
@@ -248,9 +249,20 @@ impl<X: Xen> State<X> {
     }
 
     pub(super) fn sibling_ended(&self, number: u64) {
-        self.siblings.borrow_mut().retain(|sibling| sibling.number != number);
+        self.siblings.borrow_mut().retain(|sibling| {
+            let ended = sibling.number == number;
+            if ended {
+                self.past.borrow_mut().outlive(sibling.worker.legacy());
+            }
+            !ended
+        });
         self.inbox.siblings_changed.wake_all();
         self.publish();
+    }
+
+    /// For asking the threads for further rings.
+    pub(super) fn sibling_commands(&self) -> Vec<Commands> {
+        self.siblings.borrow().iter().map(|sibling| sibling.worker.commands()).collect()
     }
 
     /// The frontends being served.

@@ -16,6 +16,7 @@ mod poll;
 mod ring;
 mod seat;
 mod serve;
+mod stats;
 mod thread;
 mod throttle;
 
@@ -32,6 +33,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use tap_ctl::Reply;
 use tap_ctl::proto::{DiskInfo, ImageSpec, LimitChange, OpenParams, Reopen, RingEntry, RingParams};
 
+use self::stats::{Counted, Gathering};
 pub use self::throttle::Throttle;
 use crate::image::DiskShare;
 use crate::reactor::EngineChoice;
@@ -84,6 +86,9 @@ pub struct Status {
     pub image: Option<ImageSpec>,
 }
 
+/// What a thread leaves behind.
+type Legacy = Arc<Mutex<Counted>>;
+
 /// Takes a reply to whoever asked, exactly once: if it is dropped with the command (the worker has ended), it says so.
 pub struct Answer(Option<Box<dyn FnOnce(Reply) + Send>>);
 
@@ -134,6 +139,10 @@ pub enum Command {
     Quiet(Result<(), Errno>),
     /// Change what the disk may do in a second, and tell it.
     Limit(LimitChange, Answer),
+    /// Take part in an answer to how much has been done.
+    Stats(Gathering),
+    /// Tell how much has been done.
+    Statistics(Answer),
     /// For a sibling: the limits have changed.
     Limited,
     /// For a sibling: the disk has grown.
@@ -152,6 +161,11 @@ pub struct Commands {
 }
 
 impl Commands {
+    #[cfg(test)]
+    fn for_test(queue: Sender<Command>) -> Commands {
+        Commands { queue, wake: Arc::new(EventFd::new().expect("a descriptor")) }
+    }
+
     /// Queues a command. A worker that has ended drops it, which answers it.
     pub fn send(&self, command: Command) {
         if self.queue.send(command).is_ok()
@@ -167,6 +181,7 @@ impl Commands {
 pub struct Worker {
     commands: Commands,
     status: Arc<Mutex<Status>>,
+    legacy: Legacy,
 }
 
 impl Worker {
@@ -187,7 +202,8 @@ impl Worker {
             Source::Share(..) => None,
         };
         let status = Arc::new(Mutex::new(Status { image, ..Status::default() }));
-        let (given, told) = (commands.clone(), status.clone());
+        let legacy = Legacy::default();
+        let (given, told, left) = (commands.clone(), status.clone(), legacy.clone());
         let name = if matches!(source, Source::Open(_)) { "disk" } else { "ring" };
         std::thread::Builder::new().name(name.into()).spawn(move || {
             // Built here: what waits for siblings belongs to the thread.
@@ -195,17 +211,28 @@ impl Worker {
                 received: receiver,
                 commands: given,
                 status: told,
+                legacy: left,
                 siblings_changed: WaitSet::new(scheduler),
                 numbers: Cell::new(0),
             };
             thread::run(xen, source, engine, inbox, opened, tell);
         })?;
-        Ok(Worker { commands, status })
+        Ok(Worker { commands, status, legacy })
     }
 
     /// Queues a command. A worker that has ended drops it, which answers it.
     pub fn send(&self, command: Command) {
         self.commands.send(command);
+    }
+
+    /// Where commands go in.
+    fn commands(&self) -> Commands {
+        self.commands.clone()
+    }
+
+    /// What it had counted when it ended.
+    fn legacy(&self) -> Counted {
+        std::mem::take(&mut *self.legacy.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// How it is.
@@ -219,6 +246,7 @@ struct Inbox {
     received: Receiver<Command>,
     commands: Commands,
     status: Arc<Mutex<Status>>,
+    legacy: Legacy,
     siblings_changed: WaitSet,
     numbers: Cell<u64>,
 }
@@ -247,6 +275,10 @@ impl Inbox {
     fn next_number(&self) -> u64 {
         self.numbers.set(self.numbers.get() + 1);
         self.numbers.get()
+    }
+
+    fn bequeath(&self, counted: Counted) {
+        *self.legacy.lock().unwrap_or_else(PoisonError::into_inner) = counted;
     }
 
     fn publish(&self, status: Status) {

@@ -19,8 +19,10 @@ use std::time::Duration;
 use blkif::ids::{PAGE_SIZE, SECTOR_SIZE};
 use blkif::{BackRing, DomId, Geometry, Port, Rejection, Request, RequestKind, Status, VdevId};
 use gntdev::GrantMap;
+use tap_ctl::proto::{RingEntry, RingStats};
 
 use super::mapped::MappedRing;
+use super::stats::{Flight, Tick};
 use super::throttle::Gate;
 use crate::executor::{Scheduler, TaskId};
 use crate::sync::WaitSet;
@@ -54,6 +56,23 @@ pub enum Armed {
 struct Slot {
     task: Cell<Option<TaskId>>,
     request: Cell<Option<Request>>,
+    /// When its request was taken; `None`: it has none that will be answered.
+    since: Cell<Option<Tick>>,
+}
+
+/// What has come and gone.
+#[derive(Debug, Default)]
+struct Counts {
+    taken: Cell<u64>,
+    answered: Cell<u64>,
+    kicked: Cell<u64>,
+    kicks: Cell<u64>,
+    malformed: Cell<u64>,
+    failed: Cell<u64>,
+}
+
+fn count(counter: &Cell<u64>) {
+    counter.set(counter.get() + 1);
 }
 
 /// A connected ring.
@@ -76,6 +95,7 @@ pub struct Ring<M> {
     /// Requests that are never answered, see [`Ring::hold`].
     unanswered: Cell<usize>,
     gate: Gate,
+    counts: Counts,
     broken: Cell<bool>,
     answered: Cell<bool>,
     ended: WaitSet,
@@ -116,13 +136,16 @@ impl<M: GrantMap> Ring<M> {
             port,
             geometry: Cell::new(geometry),
             mapped: RefCell::new(Some(mapped)),
-            slots: (0..slots).map(|_| Slot { task: Cell::default(), request: Cell::default() }).collect(),
+            slots: (0..slots)
+                .map(|_| Slot { task: Cell::default(), request: Cell::default(), since: Cell::default() })
+                .collect(),
             idle: RefCell::new((0..slots).rev().collect()),
             barrier: Cell::new(false),
             stopping: Cell::new(false),
             paused: Cell::new(false),
             unanswered: Cell::new(0),
             gate,
+            counts: Counts::default(),
             broken: Cell::new(false),
             answered: Cell::new(false),
             ended: WaitSet::new(scheduler.clone()),
@@ -162,6 +185,7 @@ impl<M: GrantMap> Ring<M> {
 
     /// The event channel fired, and is masked: the ring may hold requests.
     pub fn fired(&self) {
+        count(&self.counts.kicked);
         self.masked.set(true);
         self.fruitful.set(false);
         self.due.set(false);
@@ -194,7 +218,7 @@ impl<M: GrantMap> Ring<M> {
 
     /// Takes requests while there are any, and slots for them. Returns whether anything was taken or answered.
     pub fn take(&self) -> bool {
-        let mut took = false;
+        let (mut took, mut now) = (false, None);
         while self.awake.get() && !self.is_closed() && !self.barrier.get() {
             let Some(&slot) = self.idle.borrow().last() else { break };
             let Some(slot_place) = self.slots.get(slot) else { break };
@@ -203,18 +227,21 @@ impl<M: GrantMap> Ring<M> {
             }
             let Some(raw) = self.next_entry() else { break };
             took = true;
+            count(&self.counts.taken);
             match blkif::request::parse(&raw, &self.geometry.get()) {
                 Ok(request) => {
                     self.barrier.set(matches!(request.kind, RequestKind::Barrier { .. }));
                     self.gate.charge(most_bytes(&request));
                     self.idle.borrow_mut().pop();
                     slot_place.request.set(Some(request));
+                    slot_place.since.set(Some(*now.get_or_insert_with(Tick::now)));
                     if let Some(task) = slot_place.task.get() {
                         self.scheduler.wake(task);
                     }
                 }
                 Err(Rejection { id, op, status, reason }) => {
                     log::debug!("{self:?}: request refused: {reason}");
+                    count(&self.counts.malformed);
                     self.send(id, op, status);
                 }
             }
@@ -298,12 +325,45 @@ impl<M: GrantMap> Ring<M> {
 
     fn send(&self, id: u64, op: u8, status: Status) {
         self.with_ring(|ring| ring.respond(id, op, status));
+        count(&self.counts.answered);
+        if status == Status::Error {
+            count(&self.counts.failed);
+        }
         self.answered.set(true);
     }
 
     /// Publishes answers. Returns whether the frontend wants to be notified.
     pub fn push(&self) -> bool {
-        self.answered.replace(false) && self.with_ring(BackRing::push).unwrap_or(false)
+        let notify = self.answered.replace(false) && self.with_ring(BackRing::push).unwrap_or(false);
+        if notify {
+            count(&self.counts.kicks);
+        }
+        notify
+    }
+
+    /// What has come and gone.
+    pub fn stats(&self) -> RingStats {
+        let Counts { taken, answered, kicked, kicks, malformed, failed } = &self.counts;
+        RingStats {
+            entry: RingEntry { domid: self.dom.0, vdev: self.vdev.0 },
+            queues: 1,
+            taken: taken.get(),
+            answered: answered.get(),
+            kicked: kicked.get(),
+            kicks: kicks.get(),
+            malformed: malformed.get(),
+            failed: failed.get(),
+        }
+    }
+
+    /// What is under way.
+    pub fn flight(&self) -> Flight {
+        let held = self.unanswered.get();
+        Flight {
+            requests: (self.in_flight() - held) as u64,
+            held: held as u64,
+            oldest: self.slots.iter().filter_map(|slot| slot.since.get()).min(),
+        }
     }
 
     /// For a slot's task: the next request, or `None` when the ring is being disconnected.
@@ -332,6 +392,9 @@ impl<M: GrantMap> Ring<M> {
         if matches!(request.kind, RequestKind::Barrier { .. }) {
             self.barrier.set(false);
         }
+        if let Some(place) = self.slots.get(slot) {
+            place.since.set(None);
+        }
         self.idle.borrow_mut().push(slot);
         // There may be requests that found no slot, and that the frontend will not notify again.
         self.awake.set(true);
@@ -344,6 +407,9 @@ impl<M: GrantMap> Ring<M> {
     /// application believe that its data is safe (`xen-blkfront.c`, `blkif_interrupt`).
     pub async fn hold(&self, slot: usize, request: &Request) {
         self.unanswered.set(self.unanswered.get() + 1);
+        if let Some(place) = self.slots.get(slot) {
+            place.since.set(None);
+        }
         self.ended.wake_all();
         while !self.stopping.get() {
             self.ended.wait().await;

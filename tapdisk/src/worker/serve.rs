@@ -24,6 +24,7 @@ use super::Notice;
 use super::persistent::Persistent;
 use super::ring::Ring;
 use super::seat::Seat;
+use super::stats;
 use crate::buf::{Buf, Pool};
 use crate::copier::Copier;
 use crate::image::Disk;
@@ -103,12 +104,26 @@ where
         };
         // The guest's pages are let go before the answer.
         scratch.pages.clear();
+        way.served.count(&request, sectors(&request, &scratch), outcome != Outcome::Answer(Status::Okay));
         match outcome {
             Outcome::Answer(status) => ring.complete(slot, &request, status),
             Outcome::Hold => {
                 ring.hold(slot, &request).await;
             }
         }
+    }
+}
+
+/// How many sectors a request that has succeeded moved.
+fn sectors(request: &Request, scratch: &Scratch) -> u64 {
+    match &request.kind {
+        RequestKind::Read { segments, .. }
+        | RequestKind::Write { segments, .. }
+        | RequestKind::Barrier { segments, .. } => u64::from(segments.sectors()),
+        RequestKind::Indirect { .. } => {
+            scratch.segments.iter().map(|segment| u64::from(segment.bytes()) / 512).sum()
+        }
+        RequestKind::Flush | RequestKind::Discard { .. } => 0,
     }
 }
 
@@ -121,6 +136,8 @@ where
     pub dom: DomId,
     /// The place of the disk.
     pub seat: Rc<Seat>,
+    /// What was served, by this thread.
+    pub served: Rc<stats::Served>,
     /// Buffers.
     pub pool: Rc<Pool>,
     /// Grant copies.

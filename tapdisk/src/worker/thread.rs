@@ -24,6 +24,7 @@ use super::poll::{Advice, Poller};
 use super::ring::{Armed, Ring};
 use super::seat::Seat;
 use super::serve::Way;
+use super::stats::{self, Counted};
 use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, Source, Throttle};
 use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
@@ -69,6 +70,10 @@ pub(super) struct State<X: Xen> {
     /// Further rings of our frontends, of one queue each, that are served again after a pause.
     pub parked: Rc<RefCell<Vec<RingParams>>>,
     pub throttle: Arc<Throttle>,
+    /// The requests that were served here.
+    pub served: Rc<stats::Served>,
+    /// What threads had counted that have ended.
+    pub past: Rc<RefCell<Counted>>,
     /// When the timer for limits is due, if it is set.
     limit_timer: Cell<Option<Instant>>,
     /// What to do when the disk is paused.
@@ -105,6 +110,7 @@ pub(super) fn run<X: Xen>(
         }
     }
     let ended = state.ended.take();
+    state.inbox.bequeath(state.counted());
     // The image is released before the answer: whoever waited for it can open it at once.
     drop(state);
     if let Some((answer, reply)) = ended {
@@ -155,6 +161,8 @@ fn set_up<X: Xen>(
         siblings: Rc::default(),
         parked: Rc::default(),
         throttle,
+        served: Rc::default(),
+        past: Rc::default(),
         limit_timer: Cell::new(None),
         after_pause: Vec::new(),
         poller: Poller::default(),
@@ -357,6 +365,8 @@ impl<X: Xen> State<X> {
             Command::Quiet(closed) => self.quiet(closed),
             Command::Limit(change, answer) => answer.give(Reply::Limits(self.limit(change))),
             Command::Limited => self.renew_limits(),
+            Command::Statistics(answer) => self.statistics(answer),
+            Command::Stats(asked) => asked.pass(self.counted()),
             Command::Grown => self.grown(),
             Command::SiblingEnded(number) => self.sibling_ended(number),
             Command::Close(answer) => self.close(answer),

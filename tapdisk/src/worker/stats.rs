@@ -1,0 +1,323 @@
+//! What a disk has done: counted by each thread for itself, gathered when somebody asks.
+
+use std::cell::Cell;
+use std::fmt;
+use std::time::Duration;
+
+use blkif::request::Transfer;
+use blkif::{Request, RequestKind};
+use nix::errno::Errno;
+use nix::time::{ClockId, clock_gettime};
+use tap_ctl::Reply;
+use tap_ctl::proto::{DiskStats, ReadWrite, RingStats, Stats};
+
+use super::thread::{State, failure};
+use super::{Answer, Command, Commands, Phase};
+use crate::xen::Xen;
+
+/// A time, some milliseconds exact, which costs next to nothing to read, under Xen too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Tick(Duration);
+
+impl Tick {
+    /// Now.
+    pub fn now() -> Tick {
+        // It fails for no clock that the kernel has; a wrong age is all there would be of it.
+        Tick(clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map(Duration::from).unwrap_or_default())
+    }
+
+    /// How long ago `then` was.
+    pub fn since(self, then: Tick) -> Duration {
+        self.0.saturating_sub(then.0)
+    }
+}
+
+/// The requests of a ring that have been taken and not answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Flight {
+    /// How many, without those that never will be.
+    pub requests: u64,
+    /// Those.
+    pub held: u64,
+    /// When the oldest was taken.
+    pub oldest: Option<Tick>,
+}
+
+/// What a thread has counted. Numbers of a thread that ends go over to the one that started it.
+#[derive(Clone, Debug, Default)]
+pub struct Counted {
+    sectors: ReadWrite,
+    requests: ReadWrite,
+    failed: ReadWrite,
+    outstanding: u64,
+    held: u64,
+    throttled: u64,
+    /// When the oldest request in flight was taken.
+    oldest: Option<Tick>,
+    rings: Vec<RingStats>,
+    disk: DiskStats,
+}
+
+/// A pair of counters.
+#[derive(Debug, Default)]
+struct Pair {
+    read: Cell<u64>,
+    write: Cell<u64>,
+}
+
+impl Pair {
+    fn add(&self, write: bool, more: u64) {
+        let count = if write { &self.write } else { &self.read };
+        count.set(count.get() + more);
+    }
+
+    fn get(&self) -> ReadWrite {
+        ReadWrite { read: self.read.get(), write: self.write.get() }
+    }
+}
+
+/// The requests that a thread has served.
+#[derive(Debug, Default)]
+pub struct Served {
+    sectors: Pair,
+    requests: Pair,
+    failed: Pair,
+}
+
+impl Served {
+    /// A request has been served, and moved so many sectors; `failed`: it was answered with an error.
+    pub fn count(&self, request: &Request, sectors: u64, failed: bool) {
+        let Some(write) = direction(request) else { return };
+        self.requests.add(write, 1);
+        if failed {
+            self.failed.add(write, 1);
+        } else {
+            self.sectors.add(write, sectors);
+        }
+    }
+
+    fn counted(&self) -> Counted {
+        let (sectors, requests, failed) = (self.sectors.get(), self.requests.get(), self.failed.get());
+        Counted { sectors, requests, failed, ..Counted::default() }
+    }
+}
+
+/// Whether a request writes; `None`: it moves nothing.
+fn direction(request: &Request) -> Option<bool> {
+    match &request.kind {
+        RequestKind::Read { .. } => Some(false),
+        RequestKind::Write { .. } | RequestKind::Barrier { .. } => Some(true),
+        RequestKind::Indirect { transfer, .. } => Some(*transfer == Transfer::Write),
+        RequestKind::Flush | RequestKind::Discard { .. } => None,
+    }
+}
+
+impl Counted {
+    /// Adds what another thread has counted.
+    fn add(&mut self, other: Counted) {
+        for (mine, its) in [
+            (&mut self.sectors, other.sectors),
+            (&mut self.requests, other.requests),
+            (&mut self.failed, other.failed),
+        ] {
+            *mine = sum(*mine, its);
+        }
+        self.outstanding += other.outstanding;
+        self.held += other.held;
+        self.throttled += other.throttled;
+        self.oldest = [self.oldest, other.oldest].into_iter().flatten().min();
+        for ring in other.rings {
+            self.add_ring(ring);
+        }
+        if self.disk.images.is_empty() {
+            self.disk = other.disk;
+            return;
+        }
+        for (mine, its) in self.disk.images.iter_mut().zip(&other.disk.images) {
+            mine.hits = sum(mine.hits, its.hits);
+        }
+    }
+
+    /// The queues of a frontend are shown as one.
+    fn add_ring(&mut self, ring: RingStats) {
+        match self.rings.iter_mut().find(|mine| mine.entry == ring.entry) {
+            None => self.rings.push(ring),
+            Some(mine) => {
+                let pairs = [
+                    (&mut mine.queues, ring.queues),
+                    (&mut mine.taken, ring.taken),
+                    (&mut mine.answered, ring.answered),
+                    (&mut mine.kicked, ring.kicked),
+                    (&mut mine.kicks, ring.kicks),
+                    (&mut mine.malformed, ring.malformed),
+                    (&mut mine.failed, ring.failed),
+                ];
+                pairs.into_iter().for_each(|(sum, more)| *sum += more);
+            }
+        }
+    }
+
+    /// Takes in what stays of a thread that has ended.
+    pub fn outlive(&mut self, other: Counted) {
+        self.add(other.past());
+    }
+
+    fn past(self) -> Counted {
+        Counted {
+            sectors: self.sectors,
+            requests: self.requests,
+            failed: self.failed,
+            throttled: self.throttled,
+            ..Counted::default()
+        }
+    }
+}
+
+fn sum(one: ReadWrite, other: ReadWrite) -> ReadWrite {
+    ReadWrite { read: one.read + other.read, write: one.write + other.write }
+}
+
+/// A question that goes from thread to thread. Wherever it ends, it is answered with what was counted so far: a thread that
+/// is ending has nothing to add.
+pub struct Gathering {
+    about: Option<Box<Stats>>,
+    counted: Counted,
+    next: Vec<Commands>,
+    answer: Option<Answer>,
+}
+
+impl fmt::Debug for Gathering {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gathering")
+    }
+}
+
+impl Gathering {
+    /// A question about the disk that `about` describes, which is to be put to the threads `next` too.
+    pub fn new(about: Stats, next: Vec<Commands>, answer: Answer) -> Gathering {
+        Gathering { about: Some(Box::new(about)), counted: Counted::default(), next, answer: Some(answer) }
+    }
+
+    /// Takes a thread's part in, and passes the question on.
+    pub fn pass(mut self, counted: Counted) {
+        self.counted.add(counted);
+        if let Some(next) = self.next.pop() {
+            next.send(Command::Stats(self));
+        }
+    }
+}
+
+impl Drop for Gathering {
+    fn drop(&mut self) {
+        if let (Some(mut stats), Some(answer)) = (self.about.take(), self.answer.take()) {
+            std::mem::take(&mut self.counted).tell(&mut stats);
+            answer.give(Reply::Stats(stats));
+        }
+    }
+}
+
+impl Counted {
+    fn tell(self, stats: &mut Stats) {
+        stats.sectors = self.sectors;
+        stats.requests = self.requests;
+        stats.outstanding = self.outstanding;
+        stats.held = self.held;
+        stats.throttled = self.throttled;
+        stats.oldest_ms =
+            self.oldest.map(|then| u64::try_from(Tick::now().since(then).as_millis()).unwrap_or(u64::MAX));
+        stats.rings = self.rings;
+        stats.disk = self.disk;
+        // Which layer a failed request was about is not known any more.
+        if let Some(leaf) = stats.disk.images.first_mut() {
+            leaf.image = stats.image.clone();
+            leaf.fail = self.failed;
+        }
+    }
+}
+
+impl<X: Xen> State<X> {
+    /// Begins to gather what all threads have counted.
+    pub(super) fn statistics(&self, answer: Answer) {
+        let Some(image) = self.seat.image() else {
+            return answer.give(failure(Errno::EINVAL, "the disk belongs to another thread".into()));
+        };
+        let about = Stats {
+            image,
+            paused: self.seat.phase() == Phase::Paused,
+            sectors: ReadWrite::default(),
+            requests: ReadWrite::default(),
+            outstanding: 0,
+            held: 0,
+            oldest_ms: None,
+            throttled: 0,
+            limit: self.throttle.limits(),
+            rings: Vec::new(),
+            disk: DiskStats::default(),
+        };
+        Gathering::new(about, self.sibling_commands(), answer).pass(self.counted());
+    }
+
+    /// What this thread has counted, and those that it has outlived.
+    pub(super) fn counted(&self) -> Counted {
+        let mut counted = self.past.borrow().clone();
+        let mut own = self.served.counted();
+        own.disk = self.seat.disk().map(|disk| disk.stats()).unwrap_or_default();
+        for served in self.rings.borrow().iter() {
+            let ring = &served.ring;
+            let in_flight = ring.flight();
+            own.outstanding += in_flight.requests;
+            own.held += in_flight.held;
+            own.oldest = [own.oldest, in_flight.oldest].into_iter().flatten().min();
+            own.throttled += ring.gate().waits();
+            own.add_ring(ring.stats());
+        }
+        counted.add(own);
+        counted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tap_ctl::proto::{Limits, RingEntry};
+
+    fn ring(domid: u16, taken: u64) -> RingStats {
+        let entry = RingEntry { domid, vdev: 51712 };
+        RingStats { entry, queues: 1, taken, answered: 0, kicked: 0, kicks: 0, malformed: 0, failed: 0 }
+    }
+
+    #[test]
+    fn threads_are_added_up_and_the_queues_of_a_frontend_are_one() {
+        let one = Counted { outstanding: 2, rings: vec![ring(1, 5), ring(2, 7)], ..Counted::default() };
+        let mut sum = one.clone();
+        sum.add(Counted { outstanding: 1, rings: vec![ring(1, 10)], ..Counted::default() });
+        assert_eq!(sum.outstanding, 3);
+        assert_eq!(sum.rings, [RingStats { queues: 2, ..ring(1, 15) }, ring(2, 7)]);
+        assert!(sum.clone().past().rings.is_empty());
+    }
+
+    #[test]
+    fn a_question_is_answered_even_where_a_thread_has_ended() {
+        let (sender, answer) = std::sync::mpsc::channel();
+        let about = Stats {
+            image: "aio:/a".parse().unwrap(),
+            paused: false,
+            sectors: ReadWrite::default(),
+            requests: ReadWrite::default(),
+            outstanding: 0,
+            held: 0,
+            oldest_ms: None,
+            throttled: 0,
+            limit: Limits::default(),
+            rings: Vec::new(),
+            disk: DiskStats::default(),
+        };
+        let (queue, ended) = std::sync::mpsc::channel();
+        drop(ended);
+        let next = Commands::for_test(queue);
+        let asked = Gathering::new(about, vec![next], Answer::new(move |reply| sender.send(reply).unwrap()));
+        asked.pass(Counted { outstanding: 4, ..Counted::default() });
+        let Reply::Stats(stats) = answer.recv().unwrap() else { panic!() };
+        assert_eq!(stats.outstanding, 4);
+    }
+}

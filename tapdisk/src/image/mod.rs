@@ -229,11 +229,11 @@ impl Disk {
     /// What goes on beside the guests' requests, for the executor of the thread, which must run it. It ends when
     /// the disk is closed, and can be begun again then.
     pub fn background(self: &Rc<Disk>) -> Option<impl Future<Output = ()> + use<>> {
-        self.filters.as_ref().filter(|filters| filters.begin_work())?;
+        let work = self.filters.as_ref()?.begin_work()?;
         let disk = self.clone();
         Some(async move {
             if let Some(filters) = &disk.filters {
-                filters.work(&disk.chain).await;
+                filters.work(&disk.chain, work).await;
             }
         })
     }

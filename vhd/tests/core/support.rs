@@ -97,7 +97,7 @@ impl Subject for Shape {
         let mut read = |offset: u64, buf: &mut [u8]| storage.read_at(offset, buf);
         let mut source = format::Source { size, regular, read: &mut read };
         let options =
-            CheckOptions { ignore_footer: !resting, bitmaps: true, now: 2, ..CheckOptions::default() };
+            CheckOptions { ignore_footer: !resting, bitmaps: true, now: u32::MAX, ..CheckOptions::default() };
         match check::check(&mut source, &options).unwrap() {
             Verdict::Fixed => {}
             Verdict::Valid(vhd) => {

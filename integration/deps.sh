@@ -5,7 +5,7 @@
 #   qemu-utils   an independent reader and writer of images
 #   libxen-dev   Xen's public headers, against which layouts and numbers are checked
 #   fio          what the bench compares with
-#   valgrind, strace   count instructions and system calls in the bench
+#   valgrind, strace   count instructions and system calls in the bench; strace also records what the crash tests replay
 set -euo pipefail
 wanted=(gcc make xz-utils qemu-utils libxen-dev fio valgrind strace)
 missing=()

@@ -46,7 +46,7 @@ mod memory;
 mod random;
 mod turns;
 
-pub use checks::{Size, crash, faults, model};
+pub use checks::{Allowed, History, Size, crash, faults, jobs, model};
 pub use crash::crash_states;
 pub use memory::{Fault, Memory, Op};
 pub use random::{Random, seeds};

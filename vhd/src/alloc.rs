@@ -1,4 +1,9 @@
 //! Room for new blocks: where they go and what the file needs before anything is put there.
+//!
+//! A file grows by many blocks at a time, and the growth is durable before any of them is used. So a block has nothing to wait
+//! for when it gets its place: the room is there and reads as zeros, also after a loss of power. (A file that is longer than
+//! what was written to it has a hole, or extents that the file system knows as unwritten; what other files have left there does not
+//! show.) On a block device each block is filled with zeros by itself.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -25,6 +30,10 @@ pub(crate) struct Allocator {
     file_len: u64,
     /// A regular file has bytes of an unclean end from here on, and nothing else.
     stale_from: Option<u64>,
+    /// In a regular file all room behind the blocks that are in use reads as zeros up to here, durably.
+    ready_to: u64,
+    /// Length that the file is growing to.
+    growing_to: u64,
     /// No preparation may begin.
     held: bool,
     reserved: BTreeMap<BlockIndex, Reservation>,
@@ -56,34 +65,41 @@ pub(crate) enum Admission {
     Ready(u32),
 }
 
-/// The room of a new block, not ready yet.
+/// Room that is not ready yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Room {
-    /// Byte range to be filled with zeros: the gap before the bitmap, where an old footer may be, and the bitmap.
-    zero: Range<u64>,
-    /// Byte range of the data. It must read as zeros: on a block device it has to be zeroed, in a file it is new.
-    body: Range<u64>,
-    /// In a file: the unclean end to cut off first.
-    trim: Option<u64>,
-    /// In a file: where to put a footer.
-    footer: Option<u64>,
+pub(crate) enum Room {
+    /// The file must grow.
+    File {
+        /// The unclean end to cut off first.
+        trim: Option<u64>,
+        /// Where the footer goes: directly before the new end.
+        footer: u64,
+        /// Where the old footer is.
+        old_footer: Range<u64>,
+    },
+    /// The block, and the gap before it, has what was on the device before.
+    Device(Range<u64>),
 }
 
 impl Room {
     /// How it is made ready.
     ///
-    /// In a file the footer goes to the new end. Writing it grows the file in one step, far enough for every block; the end is
-    /// never a guest's data, which could pass for a footer, and other programs find the image in order after a crash.
+    /// In a file the footer goes to the new end. Writing it grows the file in one step; the end is never a guest's data, which
+    /// could pass for a footer, and other programs find the image in order after a crash.
     pub(crate) fn steps(self, footer: &RawFooter) -> Vec<Step> {
-        let mut steps = Vec::with_capacity(3);
-        steps.extend(self.trim.map(Step::Truncate));
-        steps.push(match self.footer {
-            Some(offset) => Step::Write(MetaWrite { offset, bytes: footer.sealed().as_bytes().to_vec() }),
-            // Whatever was on the device before must not show through.
-            None => Step::Zero(self.body),
-        });
-        steps.push(Step::Zero(self.zero));
-        steps
+        match self {
+            Self::Device(range) => vec![Step::Zero(range)],
+            Self::File { trim, footer: offset, old_footer } => {
+                let mut steps = Vec::with_capacity(4);
+                steps.extend(trim.map(Step::Truncate));
+                steps.push(Step::Write(MetaWrite { offset, bytes: footer.sealed().as_bytes().to_vec() }));
+                if !old_footer.is_empty() {
+                    steps.push(Step::Zero(old_footer));
+                }
+                steps.push(Step::Flush);
+                steps
+            }
+        }
     }
 }
 
@@ -97,6 +113,8 @@ impl Allocator {
             next: end_of_data,
             file_len: size,
             stale_from: (regular && size > footer_end).then_some(end_of_data),
+            ready_to: end_of_data,
+            growing_to: size,
             held: false,
             reserved: BTreeMap::new(),
         }
@@ -123,12 +141,18 @@ impl Allocator {
         if self.regular { last.max(self.next) } else { last }
     }
 
-    /// Lets a writer of `block` in, reserving a place at the first time.
+    /// Lets a writer of `block` in, reserving a place at the first time. If the file has to grow for it, it grows by so many
+    /// more blocks.
     ///
-    /// No data goes into a block before its preparation has ended: it would be lost to the zeros that a device's block is
-    /// filled with, or to the truncation of a file's unclean end. In a file preparations run one at a time, because the
-    /// growth for one block must not be undone by the slower growth for an earlier one.
-    pub(crate) fn admit(&mut self, block: BlockIndex, layout: &Layout) -> Result<Admission, Error> {
+    /// No data goes into a block before its room is ready: it would be lost to the zeros that a device's block is filled
+    /// with, or to the truncation of a file's unclean end. A file grows for one block at a time, because the growth for one must
+    /// not be undone by the slower growth for an earlier one.
+    pub(crate) fn admit(
+        &mut self,
+        block: BlockIndex,
+        layout: &Layout,
+        more: u32,
+    ) -> Result<Admission, Error> {
         match self.reserved.get(&block).map(|reservation| (reservation.state, reservation.entry)) {
             Some((Preparation::Done, entry)) => return Ok(Admission::Ready(entry)),
             Some((Preparation::Running, _)) => return Ok(Admission::Wait),
@@ -147,21 +171,28 @@ impl Allocator {
             }
             None => self.reserve(block, layout)?,
         };
-        let extent = layout.extent(entry);
-        Ok(Admission::Prepare(
-            entry,
-            Room {
-                zero: start..extent.data,
-                body: extent.data..extent.end,
-                trim: self.stale_from,
-                footer: self.regular.then(|| self.grown_to(extent.end).saturating_sub(SECTOR_SIZE)),
-            },
-        ))
+        let end = layout.extent(entry).end;
+        if !self.regular {
+            return Ok(Admission::Prepare(entry, Room::Device(start..end)));
+        }
+        if end <= self.ready_to {
+            self.set_state(block, Preparation::Done);
+            return Ok(Admission::Ready(entry));
+        }
+        self.growing_to = self.grown_to(end, layout, more);
+        let old_footer = match self.stale_from {
+            Some(_) => 0..0,
+            None => self.ready_to..self.file_len.next_multiple_of(SECTOR_SIZE).max(self.ready_to),
+        };
+        let footer = self.growing_to.saturating_sub(SECTOR_SIZE);
+        Ok(Admission::Prepare(entry, Room::File { trim: self.stale_from, footer, old_footer }))
     }
 
-    /// Length of a file that reaches around a block that ends at `end`, with a footer behind it.
-    fn grown_to(&self, end: u64) -> u64 {
-        let len = end.saturating_add(SECTOR_SIZE);
+    /// Length of a file that reaches around a block that ends at `end` and so many more, with a footer behind them.
+    fn grown_to(&self, end: u64, layout: &Layout, more: u32) -> u64 {
+        let each = layout.footprint().next_multiple_of(4096);
+        let wanted = end.saturating_add(each.saturating_mul(more.into()));
+        let len = wanted.min(self.limit).max(end).saturating_add(SECTOR_SIZE);
         if self.stale_from.is_some() { len } else { self.file_len.max(len) }
     }
 
@@ -174,24 +205,25 @@ impl Allocator {
         Ok((entry, start))
     }
 
-    /// The preparation of `block` has been carried out.
-    pub(crate) fn prepared(&mut self, block: BlockIndex, layout: &Layout) {
+    fn set_state(&mut self, block: BlockIndex, state: Preparation) {
         if let Some(reservation) = self.reserved.get_mut(&block) {
-            reservation.state = Preparation::Done;
-            let end = layout.extent(reservation.entry).end;
-            if !self.regular {
-                return;
-            }
-            self.file_len = self.grown_to(end);
+            reservation.state = state;
+        }
+    }
+
+    /// The preparation of `block` has been carried out.
+    pub(crate) fn prepared(&mut self, block: BlockIndex) {
+        self.set_state(block, Preparation::Done);
+        if self.regular {
+            self.file_len = self.growing_to;
+            self.ready_to = self.growing_to.saturating_sub(SECTOR_SIZE);
             self.stale_from = None;
         }
     }
 
     /// The preparation of `block` has failed; the next writer tries it again in the same place.
     pub(crate) fn prepare_failed(&mut self, block: BlockIndex) {
-        if let Some(reservation) = self.reserved.get_mut(&block) {
-            reservation.state = Preparation::Needed;
-        }
+        self.set_state(block, Preparation::Needed);
     }
 
     /// The place of a block that may go into the table.
@@ -208,6 +240,11 @@ impl Allocator {
     /// On a device, the byte offset of the footer at its end.
     pub(crate) fn device_footer(&self) -> Option<u64> {
         (!self.regular).then(|| self.file_len.saturating_sub(SECTOR_SIZE))
+    }
+
+    /// Whether this is a file, where new room reads as zeros without being written.
+    pub(crate) fn is_file(&self) -> bool {
+        self.regular
     }
 
     /// True if a place behind the table's blocks was ever given out.
@@ -240,8 +277,16 @@ mod tests {
         }
     }
 
-    fn footer_at(room: &Room) -> u64 {
-        room.footer.unwrap()
+    /// Admits a block for which the file is to grow by no more than needed.
+    fn admit(alloc: &mut Allocator, block: BlockIndex) -> Result<Admission, Error> {
+        alloc.admit(block, &LAYOUT, 0)
+    }
+
+    fn file(room: Room) -> (Option<u64>, u64, Range<u64>) {
+        match room {
+            Room::File { trim, footer, old_footer } => (trim, footer, old_footer),
+            Room::Device(_) => panic!("a device"),
+        }
     }
 
     #[test]
@@ -254,47 +299,68 @@ mod tests {
     #[test]
     fn the_old_footer_is_zeroed_and_the_file_grows() {
         let mut alloc = Allocator::new(true, 3584, 3072, 3584);
-        let first = prepare(alloc.admit(5, &LAYOUT).unwrap());
-        assert_eq!((first.trim, footer_at(&first)), (None, 8192));
-        assert_eq!((first.zero, first.body), (3072..4096, 4096..8192));
+        let first = prepare(admit(&mut alloc, 5).unwrap());
+        assert_eq!(file(first.clone()), (None, 8192, 3072..3584));
+        let footer = RawFooter::from_slice(&[]);
+        assert!(matches!(first.steps(&footer)[..], [Step::Write(_), Step::Zero(_), Step::Flush]));
+        let mut device = Allocator::new(false, 16384, 3072, 16384 - 512);
+        let room = prepare(admit(&mut device, 5).unwrap());
+        assert_eq!(room.steps(&footer), [Step::Zero(3072..8192)]);
     }
 
     #[test]
-    fn files_prepare_one_block_at_a_time_and_devices_several() {
+    fn a_file_grows_by_many_blocks_which_need_no_preparation_then() {
+        let mut alloc = Allocator::new(true, 3584, 3072, 3584);
+        let first = prepare(alloc.admit(0, &LAYOUT, 3).unwrap());
+        // Each takes 8192 bytes with the gap before it.
+        assert_eq!(file(first), (None, 8192 + 3 * 8192, 3072..3584));
+        assert!(matches!(alloc.admit(1, &LAYOUT, 3).unwrap(), Admission::Wait));
+        alloc.prepared(0);
+        for (block, entry) in [(1, 23), (2, 39), (3, 55)] {
+            match alloc.admit(block, &LAYOUT, 3).unwrap() {
+                Admission::Ready(found) => assert_eq!(found, entry),
+                other => panic!("{other:?}"),
+            }
+        }
+        let next = prepare(alloc.admit(4, &LAYOUT, 0).unwrap());
+        assert_eq!(file(next), (None, 40960, 32768..33280));
+    }
+
+    #[test]
+    fn files_grow_for_one_block_at_a_time_and_devices_prepare_several() {
         for (regular, other_waits) in [(true, true), (false, false)] {
-            let mut alloc = Allocator::new(regular, 1 << 20, 3072, 1 << 20);
-            prepare(alloc.admit(0, &LAYOUT).unwrap());
-            assert!(matches!(alloc.admit(0, &LAYOUT).unwrap(), Admission::Wait));
-            assert_eq!(matches!(alloc.admit(1, &LAYOUT).unwrap(), Admission::Wait), other_waits);
-            alloc.prepared(0, &LAYOUT);
-            assert!(matches!(alloc.admit(0, &LAYOUT).unwrap(), Admission::Ready(7)));
+            let mut alloc = Allocator::new(regular, 3584, 3072, 1 << 20);
+            prepare(admit(&mut alloc, 0).unwrap());
+            assert!(matches!(admit(&mut alloc, 0).unwrap(), Admission::Wait));
+            assert_eq!(matches!(admit(&mut alloc, 1).unwrap(), Admission::Wait), other_waits);
+            alloc.prepared(0);
+            assert!(matches!(admit(&mut alloc, 0).unwrap(), Admission::Ready(7)));
         }
     }
 
     #[test]
     fn an_unclean_end_is_cut_off_by_the_first_preparation_that_succeeds() {
         let mut alloc = Allocator::new(true, 1 << 20, 3072, 1 << 20);
-        assert_eq!(prepare(alloc.admit(0, &LAYOUT).unwrap()).trim, Some(3072));
+        assert_eq!(file(prepare(admit(&mut alloc, 0).unwrap())), (Some(3072), 8192, 0..0));
         alloc.prepare_failed(0);
-        let second = prepare(alloc.admit(1, &LAYOUT).unwrap());
-        assert_eq!((second.trim, footer_at(&second)), (Some(3072), 16384));
-        alloc.prepared(1, &LAYOUT);
+        let second = prepare(admit(&mut alloc, 1).unwrap());
+        assert_eq!(file(second), (Some(3072), 16384, 0..0));
+        alloc.prepared(1);
         // The block that failed keeps its place, in a file that is long enough by now.
-        let retry = prepare(alloc.admit(0, &LAYOUT).unwrap());
-        assert_eq!((retry.trim, footer_at(&retry), retry.body), (None, 16384, 4096..8192));
+        assert!(matches!(admit(&mut alloc, 0).unwrap(), Admission::Ready(7)));
     }
 
     #[test]
     fn while_it_is_held_nothing_is_prepared() {
         let mut alloc = Allocator::new(true, 3584, 3072, 3584);
-        prepare(alloc.admit(0, &LAYOUT).unwrap());
+        prepare(admit(&mut alloc, 0).unwrap());
         assert!(!alloc.hold(), "one is under way");
-        alloc.prepared(0, &LAYOUT);
+        alloc.prepared(0);
         assert!(alloc.hold());
-        assert!(matches!(alloc.admit(0, &LAYOUT).unwrap(), Admission::Ready(7)));
-        assert!(matches!(alloc.admit(1, &LAYOUT).unwrap(), Admission::Wait));
+        assert!(matches!(admit(&mut alloc, 0).unwrap(), Admission::Ready(7)));
+        assert!(matches!(admit(&mut alloc, 1).unwrap(), Admission::Wait));
         alloc.release_hold(0);
-        prepare(alloc.admit(1, &LAYOUT).unwrap());
+        prepare(admit(&mut alloc, 1).unwrap());
     }
 
     #[test]
@@ -307,17 +373,23 @@ mod tests {
         }
         assert_eq!(Allocator::new(true, 8192, 8192, 0).end_footer(), 8192, "no footer, only data");
         let mut failed = Allocator::new(true, 3584, 3072, 3584);
-        prepare(failed.admit(0, &LAYOUT).unwrap());
+        prepare(admit(&mut failed, 0).unwrap());
         failed.prepare_failed(0);
         assert_eq!(failed.end_footer(), 8192, "behind the block that will be tried again");
     }
 
     #[test]
+    fn data_at_the_end_of_a_file_without_footer_are_not_zeroed() {
+        let mut alloc = Allocator::new(true, 8192, 8192, 0);
+        assert_eq!(file(prepare(admit(&mut alloc, 0).unwrap())), (None, 16384, 8192..8192));
+    }
+
+    #[test]
     fn full_devices_and_files_of_2_tib_have_no_space() {
         let mut device = Allocator::new(false, 16384, 3072, 16384 - 512);
-        prepare(device.admit(0, &LAYOUT).unwrap());
-        assert!(matches!(device.admit(1, &LAYOUT), Err(Error::NoSpace { end: 8192 })));
+        prepare(admit(&mut device, 0).unwrap());
+        assert!(matches!(admit(&mut device, 1), Err(Error::NoSpace { end: 8192 })));
         let mut file = Allocator::new(true, MAX_FILE, MAX_FILE - 4096, 0);
-        assert!(matches!(file.admit(0, &LAYOUT), Err(Error::NoSpace { .. })));
+        assert!(matches!(admit(&mut file, 0), Err(Error::NoSpace { .. })));
     }
 }

@@ -74,6 +74,10 @@ pub(crate) struct Dynamic {
     loads: RefCell<BTreeMap<BlockIndex, u32>>,
     /// One bit for each block whose bitmap was seen to be all ones.
     pub(crate) full: Vec<u8>,
+    /// New blocks get all of their bits at once, see [`crate::write`].
+    pub(crate) whole_blocks: bool,
+    /// Number of blocks in the table.
+    pub(crate) allocated: u32,
     /// First byte behind all blocks of the table.
     pub(crate) end_of_data: u64,
     /// First byte that the blocks of the table must not reach.
@@ -315,6 +319,7 @@ impl Dynamic {
         source: &Source<'_>,
     ) -> Self {
         let full = vec![0; usize::try_from(bat.entries().div_ceil(8)).unwrap_or(0)];
+        let allocated = u32::try_from(bat.iter().count()).unwrap_or(u32::MAX);
         let cache = BitmapCache::new(CACHED_BITMAPS);
         let writes = Writes::new(source.regular, source.size, end_of_data, limit);
         Self {
@@ -326,6 +331,8 @@ impl Dynamic {
             cache,
             loads: RefCell::default(),
             full,
+            whole_blocks: false,
+            allocated,
             end_of_data,
             limit,
             writes,
@@ -422,6 +429,7 @@ impl Dynamic {
     pub(crate) fn publish(&mut self, block: BlockIndex, entry: u32) {
         let end = self.layout.extent(entry).end;
         self.bat.set(block, entry);
+        self.allocated = self.allocated.saturating_add(1);
         self.end_of_data = self.end_of_data.max(end);
         self.limit = self.limit.max(end);
     }

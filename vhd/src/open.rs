@@ -48,6 +48,9 @@ pub struct OpenOptions {
     pub trust_end: bool,
     /// Open an encrypted image without its key. Only for tools that do not read its data.
     pub allow_encrypted: bool,
+    /// Note which single sectors are written also where nothing but speed depends on it: in a dynamic image, whose other
+    /// sectors are zeros. For tools that put together what others will compare or merge.
+    pub precise: bool,
     /// The key of an encrypted image; others are refused with one. A fixed image has no place to say that it is encrypted.
     pub key: Option<Key>,
 }
@@ -258,6 +261,7 @@ fn open_dynamic(
     });
     let mut dynamic = Dynamic::new(header, names, layout, bat, batmap, end_of_data, limit, source);
     dynamic.cipher = cipher;
+    dynamic.whole_blocks = kind == DiskType::Dynamic && stored.is_none() && !options.precise;
     Ok((footer, state, dynamic))
 }
 

@@ -6,10 +6,28 @@
 //! 3. blocks do not overlap and lie behind the headers.
 //!
 //! So zeroed bitmaps and data must be durable before the commit that refers to them is written, and that is the
-//! first step of every commit. The writes of one commit need no order: a table entry without its new bits shows an
+//! first step of a commit. The writes of one commit need no order: a table entry without its new bits shows an
 //! empty block, and bits without their table entry show nothing.
+//!
+//! # Whole blocks
+//! In a file, a new block lies in room that reads as zeros, durably ([`crate::alloc`]), and where no parent shows through, zeros are what
+//! its sectors held before. So 2 holds for all of its bits from the beginning, whether or not any data has arrived: such a
+//! block is published with all bits set, once, and a commit of nothing but such blocks needs no flush before it. What a stop can
+//! leave is each combination of
+//!
+//! | the table's entry | the bits | the data | the sectors read as |
+//! |---|---|---|---|
+//! | lost | any | any | zeros: the block is not there; its room is lost if a later block stays |
+//! | there | lost | any | zeros: the bitmap is |
+//! | there | there | lost | zeros: the room is |
+//! | there | there | there | the data |
+//!
+//! of which each is the state before the write or the one after it, sector by sector, as long as the guest has not
+//! flushed; and a flush makes all three durable. Afterwards the block is written without any metadata, like a raw disk.
+//! This is not so in an encrypted image, where zeros in the file are not zeros of the disk, on a device, whose
+//! blocks have to be zeroed first, nor above a parent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use format::{MetaWrite, Plan, Prepare, Step, Write};
 
@@ -26,6 +44,8 @@ struct Publication {
     /// The new entry of a block that was not in the table.
     entry: Option<u32>,
     bits: Box<[u8]>,
+    /// What the bits promise holds without the data, and is durable.
+    safe: bool,
 }
 
 /// The state of all writing to one image.
@@ -33,6 +53,9 @@ struct Publication {
 pub(crate) struct Writes {
     pub(crate) alloc: Allocator,
     activity: BTreeMap<BlockIndex, Activity>,
+    /// Blocks not in the table that hold parts of writes that have failed. Their other bits must stay clear, or those parts
+    /// would appear by and by.
+    tainted: BTreeSet<BlockIndex>,
     /// A commit or something else that changes metadata is under way.
     alone: bool,
     /// What the commit under way makes of the image.
@@ -63,6 +86,7 @@ impl Writes {
         Self {
             alloc: Allocator::new(regular, size, end_of_data, limit),
             activity: BTreeMap::new(),
+            tainted: BTreeSet::new(),
             alone: false,
             committing: Vec::new(),
             poisoned: false,
@@ -140,7 +164,7 @@ impl Vhd {
     /// The preparation of `block` has been carried out.
     pub(crate) fn block_prepared(&mut self, block: BlockIndex) {
         if let Some(dynamic) = &mut self.dynamic {
-            dynamic.writes.alloc.prepared(block, &dynamic.layout);
+            dynamic.writes.alloc.prepared(block);
         }
     }
 
@@ -165,6 +189,9 @@ impl Vhd {
         if let Some(dynamic) = &mut self.dynamic {
             let piece = dynamic.piece(sector, count);
             dynamic.writes.writer_left(piece.block);
+            if dynamic.bat.get(piece.block).is_none() {
+                dynamic.writes.tainted.insert(piece.block);
+            }
         }
     }
 
@@ -180,7 +207,8 @@ impl Vhd {
 
     /// Takes everything that is pending as one commit; `None` if there is nothing or a commit is under way.
     ///
-    /// The first step makes all data and preparations of the image durable; the writes behind it need no order.
+    /// The first step makes all data and preparations of the image durable, unless what is published holds without; the
+    /// writes need no order.
     pub fn begin_commit(&mut self) -> Option<Vec<Step>> {
         let dynamic = self.dynamic.as_mut()?;
         if dynamic.writes.alone || dynamic.writes.poisoned {
@@ -192,18 +220,20 @@ impl Vhd {
         }
         dynamic.writes.alone = true;
         let writes = dynamic.meta_writes(&blocks);
+        let barrier = blocks.iter().any(|block| !block.safe).then_some(Step::Flush);
         dynamic.writes.committing = blocks;
-        Some(std::iter::once(Step::Flush).chain(writes.into_iter().map(Step::Write)).collect())
+        Some(barrier.into_iter().chain(writes.into_iter().map(Step::Write)).collect())
     }
 
     /// All writes of the commit have been carried out: its sectors are part of the image now.
     pub(crate) fn commit_done(&mut self) {
         let Some(dynamic) = &mut self.dynamic else { return };
         dynamic.writes.alone = false;
-        for Publication { block, entry, bits } in std::mem::take(&mut dynamic.writes.committing) {
+        for Publication { block, entry, bits, .. } in std::mem::take(&mut dynamic.writes.committing) {
             if let Some(entry) = entry {
                 dynamic.publish(block, entry);
                 dynamic.writes.alloc.release(block);
+                dynamic.writes.tainted.remove(&block);
             }
             dynamic.learn(block, &bits);
             if let Some(activity) = dynamic.writes.activity.get_mut(&block) {
@@ -251,7 +281,7 @@ impl Dynamic {
 
     /// Plans a write to a block that is not in the table.
     fn plan_new(&mut self, piece: &Piece, footer: &RawFooter) -> Result<Plan, Error> {
-        let (entry, prepare) = match self.writes.alloc.admit(piece.block, &self.layout)? {
+        let (entry, prepare) = match self.writes.alloc.admit(piece.block, &self.layout, self.grow_by())? {
             Admission::Wait => return Ok(Plan::Wait),
             Admission::Ready(entry) => (entry, None),
             Admission::Prepare(entry, room) => {
@@ -261,6 +291,12 @@ impl Dynamic {
         self.writes.writer_came(piece.block);
         let offset = data_offset(self.layout.extent(entry), piece);
         Ok(Plan::Write(Write { prepare, ..in_place(offset, piece.count, true) }))
+    }
+
+    /// By how many blocks more than needed a file grows.
+    fn grow_by(&self) -> u32 {
+        const BLOCKS: u32 = 31;
+        self.bat.entries().saturating_sub(self.allocated).saturating_sub(1).min(BLOCKS)
     }
 
     /// Notes that the sectors of a piece are written. Also if a commit has just set their bits on disk: the writer was
@@ -281,7 +317,9 @@ impl Dynamic {
                 continue;
             }
             let Some(mut bits) = activity.fresh.take() else { continue };
-            if bitmap::get(&self.full, block) {
+            let whole = !published && self.whole_blocks && !self.writes.tainted.contains(&block);
+            let full = bitmap::get(&self.full, block);
+            if full || whole {
                 bits.fill(0xff);
             } else if published {
                 // A bitmap with a writer is not evicted, so it is here unless a caller reports writes it never planned.
@@ -294,7 +332,8 @@ impl Dynamic {
                 bitmap::merge(&mut bits, known);
             }
             activity.committing = true;
-            blocks.push(Publication { block, entry: entry.filter(|_| !published), bits });
+            let safe = full || (whole && self.writes.alloc.is_file());
+            blocks.push(Publication { block, entry: entry.filter(|_| !published), bits, safe });
         }
         blocks
     }
@@ -303,7 +342,11 @@ impl Dynamic {
     fn meta_writes(&self, blocks: &[Publication]) -> Vec<MetaWrite> {
         let mut writes = Vec::new();
         let mut entries = Vec::new();
-        for Publication { block, entry, bits } in blocks {
+        for Publication { block, entry, bits, .. } in blocks {
+            // The bits of a block that is full are on disk already.
+            if entry.is_none() && self.is_full(*block) {
+                continue;
+            }
             let Some(at) = entry.or_else(|| self.bat.get(*block)) else { continue };
             writes.push(MetaWrite { offset: self.layout.extent(at).bitmap, bytes: bits.to_vec() });
             entries.extend(entry.map(|entry| (*block, entry)));
@@ -356,7 +399,8 @@ mod tests {
             Ok(())
         };
         let source = Source { size: bytes.len, regular: true, read: &mut read };
-        let mut vhd = Vhd::open(source, &OpenOptions { writable: true, ..Default::default() }).unwrap();
+        let mut vhd =
+            Vhd::open(source, &OpenOptions { writable: true, precise: true, ..Default::default() }).unwrap();
         vhd.dynamic.as_mut().unwrap().cache = BitmapCache::new(1);
         vhd
     }

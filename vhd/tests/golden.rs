@@ -649,3 +649,44 @@ fn filling_gives_every_block_a_place() {
         assert_eq!(images.run(args).1, 22, "{args}");
     }
 }
+
+#[test]
+fn metadata_and_data_are_read_in_every_way() {
+    let images = Images::unpack();
+    let text = |args: &str| {
+        let (text, code) = images.run(&format!("read -n s1.vhd {args}"));
+        assert_eq!(code, 0, "{args}: {}", String::from_utf8_lossy(&text));
+        text
+    };
+    let content = content(&images, "s1.vhd");
+    assert!(text("-R 1000 -c 3000") == content[1000..4000]);
+    assert!(text("-r 4095 -c 3000") == content[4095 * 512..7095 * 512]);
+    // The extents are those of the single bits, which are those of the bitmaps.
+    let bits = String::from_utf8(text("-i 0 -c 131072")).unwrap();
+    let set = bits.lines().enumerate().filter(|(_, line)| line.ends_with(": 1")).map(|(i, _)| i as u64);
+    let set = set.collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(set.len(), 0x1d);
+    let extents = String::from_utf8(text("-e 0 -c 131072")).unwrap();
+    let mut listed = std::collections::BTreeSet::new();
+    for line in extents.lines() {
+        let (first, count) = line.split_once(' ').unwrap();
+        let first: u64 = first.parse().unwrap();
+        listed.extend(first..first + count.parse::<u64>().unwrap());
+    }
+    assert_eq!(listed, set);
+    let first = *set.first().unwrap();
+    let hex = String::from_utf8(text(&format!("-x -i {first}"))).unwrap();
+    assert!(hex.starts_with("block 0") && hex.ends_with(": 1\n"), "{hex}");
+    assert_eq!(text("-a").len(), 512);
+    assert_eq!(text("-j 0 -c 2"), b"batmap for block 0: 0\nbatmap for block 1: 0\n");
+    let block = String::from_utf8(text("-b 0 -c 32")).unwrap();
+    assert_eq!(block.matches("offset: not allocated").count(), 29);
+    let allocated = block.lines().position(|line| !line.ends_with("allocated")).unwrap();
+    assert_eq!(text(&format!("-d {allocated}")).len(), 2 << 20);
+    assert_eq!(text(&format!("-m {allocated} -C")).len(), 512);
+    for args in
+        ["-b 32", "-t 131072", "-i 131071 -c 2", "-m 31 -c 2", "-r 131072", "-R 67108864", "-j 32", "-d 32"]
+    {
+        assert_eq!(images.run(&format!("read -n s1.vhd {args}")).1, 34, "{args}");
+    }
+}

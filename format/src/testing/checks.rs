@@ -1,5 +1,7 @@
 //! Checks that every format passes.
 
+use std::fmt;
+
 use crate::Format;
 
 use super::{
@@ -30,26 +32,25 @@ impl Size {
 /// The value of a parent's stamps.
 const PARENT: u8 = 255;
 
-/// What each sector may hold, by the values of the stamps.
+/// What each sector of a disk may hold, by the values of its [`stamp`].
 #[derive(Debug, Clone)]
-struct Allowed {
+pub struct Allowed {
     sectors: Vec<Vec<u8>>,
-    /// The sizes that the disk may have.
+    /// The sizes that the disk may have, in sectors.
     sizes: Vec<usize>,
 }
 
 impl Allowed {
-    fn exactly(contents: &[u8]) -> Self {
+    /// Just this.
+    pub fn exactly(contents: &[u8]) -> Self {
         let sectors = contents.chunks(SECTOR).zip(0..);
-        let value = |(bytes, sector)| {
-            vec![stamped(sector, bytes).unwrap_or_else(|| panic!("sector {sector} is torn or of nobody"))]
-        };
+        let value = |(bytes, sector)| vec![known(sector, bytes)];
         let sectors = sectors.map(value).collect::<Vec<_>>();
         Self { sizes: vec![sectors.len()], sectors }
     }
 
     /// From now on the results of these jobs may appear.
-    fn allow(&mut self, jobs: &[Job]) {
+    pub fn allow(&mut self, jobs: &[Job]) {
         for job in jobs {
             let (first, count, value) = outline(job);
             for allowed in &mut self.sectors[first..first + count] {
@@ -70,16 +71,29 @@ impl Allowed {
         }
     }
 
-    fn verify(&self, contents: &[u8]) {
+    /// From now on the disk may also have this size; what is new of it is zeros.
+    pub fn allow_size(&mut self, sectors: u64) {
+        let size = usize::try_from(sectors).unwrap();
+        self.sectors.resize(size.max(self.sectors.len()), vec![0]);
+        self.sizes.push(size);
+    }
+
+    /// The whole disk is as it may be.
+    pub fn verify(&self, contents: &[u8]) {
         let size = contents.len() / SECTOR;
         assert!(self.sizes.contains(&size), "{size} sectors instead of {:?}", self.sizes);
         for ((bytes, allowed), sector) in contents.chunks(SECTOR).zip(&self.sectors).zip(0..) {
-            let value = stamped(sector, bytes);
-            let value =
-                value.unwrap_or_else(|| panic!("sector {sector} is torn or of nobody: {:?}", &bytes[..16]));
+            let value = known(sector, bytes);
             assert!(allowed.contains(&value), "sector {sector} has {value} instead of {allowed:?}");
         }
     }
+}
+
+/// The value of the stamp that a sector must have.
+fn known(sector: u64, bytes: &[u8]) -> u8 {
+    let (head, tail) = (&bytes[..16], &bytes[SECTOR - 8..]);
+    let value = stamped(sector, bytes);
+    value.unwrap_or_else(|| panic!("sector {sector} is torn or of nobody: {head:?} .. {tail:?}"))
 }
 
 /// First sector, number of sectors and value of a job.
@@ -92,7 +106,7 @@ fn outline(job: &Job) -> (usize, usize, u8) {
 }
 
 /// Some requests that do not touch each other; `value` counts up with each write.
-fn jobs(size: &Size, sectors: u64, value: &mut u8, random: &mut Random) -> Vec<Job> {
+pub fn jobs(size: &Size, sectors: u64, value: &mut u8, random: &mut Random) -> Vec<Job> {
     let mut runs = Vec::new();
     for _ in 0..=random.below(5) {
         let first = random.up_to(sectors);
@@ -192,23 +206,40 @@ fn begin<S: Subject>(subject: &S, size: &Size, random: &mut Random) -> Turns<S::
     disk
 }
 
-/// A storage's history, with what the sectors may hold after the first so many operations.
-struct History {
-    start: Memory,
-    parents: Vec<Parent>,
-    log: Vec<Op>,
-    allowed: Vec<(usize, Allowed)>,
+/// What was done to a storage, and what the disk in it may hold meanwhile.
+pub struct History {
+    /// As it was at first.
+    pub start: Memory,
+    /// What is below the image.
+    pub parents: Vec<Parent>,
+    /// What was done.
+    pub log: Vec<Op>,
+    /// What the sectors may hold once so many operations have been done, in this order; the first is for none.
+    pub allowed: Vec<(usize, Allowed)>,
+}
+
+impl fmt::Debug for History {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("History").field("operations", &self.log.len()).finish_non_exhaustive()
+    }
+}
+
+impl History {
+    /// Stops everywhere in the history, in `each` ways: the image passes its check, has only what it may have, and can be
+    /// written and closed as any other.
+    pub fn replay<S: Subject>(&self, subject: &S, each: usize, random: &mut Random) {
+        crash_states(&self.start, &self.log, each, random, |done, state, random| {
+            let (_, allowed) = self.allowed.iter().rev().find(|(from, _)| *from <= done).unwrap();
+            survive(subject, state, &self.parents, allowed, random);
+        });
+    }
 }
 
 /// Wherever the process or the machine stops, and whatever part of the writes since the last flush has reached the storage,
 /// in whatever order and torn between any two sectors: the image passes its check, has everything that was flushed, has
 /// the old or the new contents of everything else, and can be written and closed as any other.
 pub fn crash<S: Subject>(subject: &S, size: &Size, random: &mut Random) {
-    let History { start, parents, log, allowed } = record(subject, size, random);
-    crash_states(&start, &log, size.states, random, |done, state, random| {
-        let (_, allowed) = allowed.iter().rev().find(|(from, _)| *from <= done).unwrap();
-        survive(subject, state, &parents, allowed, random);
-    });
+    record(subject, size, random).replay(subject, size.states, random);
 }
 
 fn record<S: Subject>(subject: &S, size: &Size, random: &mut Random) -> History {
@@ -227,13 +258,11 @@ fn record<S: Subject>(subject: &S, size: &Size, random: &mut Random) -> History 
             3 if subject.grows_to(size.sectors) > disk.sectors() => {
                 let sectors =
                     disk.sectors() + random.up_to(subject.grows_to(size.sectors) - disk.sectors() + 1);
-                let size = usize::try_from(sectors).unwrap();
-                allowed.sectors.resize(size, vec![0]);
-                allowed.sizes.push(size);
+                allowed.allow_size(sectors);
                 history.push((disk.image.storage().log.len(), allowed.clone()));
                 disk.resize(sectors).unwrap();
                 // The guest may be told.
-                allowed.sizes = vec![size];
+                allowed.sizes = vec![usize::try_from(sectors).unwrap()];
             }
             _ => {
                 let jobs = jobs(size, disk.sectors(), &mut value, random);

@@ -138,6 +138,7 @@ fn whole_disks_are_copied_in_and_out() {
                 "--size=8m",
                 "--number_ios=2000",
                 "--verify=crc32c",
+                "--verify_state_save=0",
                 "--runtime=20",
             ],
         );

@@ -69,11 +69,11 @@ pub fn open(mut source: Source<'_>, options: &OpenOptions) -> Result<Qcow2, Erro
 
 /// Reads and checks the header with its extensions.
 pub(super) fn read_header(source: &mut Source<'_>) -> Result<Header, Error> {
-    let sector = read(source, "header", 0, source.size.min(512))?;
-    let cluster = header::first_cluster(&sector)?;
     if source.size < header::V2_LEN {
         return Err(Error::invalid("header", "the file is too short for one"));
     }
+    let sector = read(source, "header", 0, source.size.min(512))?;
+    let cluster = header::first_cluster(&sector)?;
     let bytes = read(source, "header", 0, cluster.min(source.size))?;
     header::parse(&bytes, source.size)
 }

@@ -20,12 +20,12 @@ fn shape(random: &mut Random) -> Shape {
 
 #[test]
 fn a_chain_behaves_like_a_vector_of_bytes() {
-    seeds(300, |random| model(&shape(random), &Size::small(), random));
+    seeds(200, |random| model(&shape(random), &Size::small(), random));
 }
 
 #[test]
 fn a_stop_at_any_moment_loses_nothing_that_was_flushed() {
-    seeds(60, |random| crash(&Shape { may_leak: true, ..shape(random) }, &Size::small(), random));
+    seeds(16, |random| crash(&Shape { may_leak: true, ..shape(random) }, &Size::small(), random));
 }
 
 #[test]

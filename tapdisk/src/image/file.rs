@@ -355,6 +355,12 @@ impl ImageFile {
             .map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
     }
 
+    /// The same for writing: for the repair of an image while it is being opened, and for short texts.
+    pub fn writer(&self) -> Result<File, OpenError> {
+        self.reopen(OpenOptions::new().read(true).write(true), 0)
+            .map_err(|e| OpenError::io(&self.path, "cannot open for writing", &e))
+    }
+
     /// Opens the file again. Through /proc, so that it is the same file whatever happened to its name.
     fn reopen(&self, options: &mut OpenOptions, flags: i32) -> std::io::Result<File> {
         let link = format!("/proc/self/fd/{}", self.file.borrow().file().as_raw_fd());

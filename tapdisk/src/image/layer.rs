@@ -7,6 +7,7 @@ use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
 use qcow::v1::Qcow;
+use qcow::v2::Qcow2;
 use tap_ctl::proto::ImageType;
 use vhd::Vhd;
 
@@ -17,6 +18,7 @@ use super::formatted::Formatted;
 use super::nbd::Nbd;
 use super::null::Null;
 use super::raw::Raw;
+use super::vmdk::Vmdk;
 use crate::buf::Buf;
 use crate::io::Io;
 
@@ -33,6 +35,10 @@ pub enum Layer {
     Vhd(Box<Formatted<Vhd>>),
     /// qcow, version 1.
     Qcow(Box<Formatted<Qcow>>),
+    /// qcow2.
+    Qcow2(Box<Formatted<Qcow2>>),
+    /// VMDK, in one or several files.
+    Vmdk(Box<Vmdk>),
     /// What an NBD server has.
     Nbd(Box<Nbd>),
     /// No image.
@@ -46,6 +52,8 @@ impl Layer {
             Layer::Raw(_) => ImageType::Aio,
             Layer::Vhd(_) => ImageType::Vhd,
             Layer::Qcow(_) => ImageType::Qcow,
+            Layer::Qcow2(_) => ImageType::Qcow2,
+            Layer::Vmdk(_) => ImageType::Vmdk,
             Layer::Nbd(_) => ImageType::Nbd,
             Layer::Null(_) => ImageType::Null,
         }
@@ -57,7 +65,24 @@ impl Layer {
             Layer::Raw(raw) => Some(&raw.file),
             Layer::Vhd(vhd) => Some(&vhd.file),
             Layer::Qcow(qcow) => Some(&qcow.file),
-            Layer::Nbd(_) | Layer::Null(_) => None,
+            Layer::Qcow2(qcow) => Some(&qcow.file),
+            Layer::Vmdk(_) | Layer::Nbd(_) | Layer::Null(_) => None,
+        }
+    }
+
+    /// All files of an image.
+    pub fn files(&self) -> Vec<&ImageFile> {
+        match self {
+            Layer::Vmdk(vmdk) => vmdk.files().collect(),
+            _ => self.file().into_iter().collect(),
+        }
+    }
+
+    /// The file that [`Extent::Data`] of this sector speaks of.
+    pub fn file_of(&self, sector: Sector) -> Option<&ImageFile> {
+        match self {
+            Layer::Vmdk(vmdk) => vmdk.file_of(sector),
+            _ => self.file(),
         }
     }
 
@@ -65,6 +90,7 @@ impl Layer {
     pub fn name(&self) -> &Path {
         match (self, self.file()) {
             (Layer::Nbd(nbd), _) => nbd.name(),
+            (Layer::Vmdk(vmdk), _) => vmdk.name(),
             (_, Some(file)) => file.path(),
             (_, None) => Path::new("null"),
         }
@@ -74,6 +100,7 @@ impl Layer {
     pub fn physical_block_size(&self) -> u32 {
         match (self, self.file()) {
             (Layer::Nbd(nbd), _) => nbd.block_size(),
+            (Layer::Vmdk(vmdk), _) => vmdk.physical_block_size(),
             (_, Some(file)) => file.store().physical_block_size,
             (_, None) => 512,
         }
@@ -85,6 +112,8 @@ impl Layer {
             Layer::Raw(raw) => raw.sectors(),
             Layer::Vhd(vhd) => vhd.sectors(),
             Layer::Qcow(qcow) => qcow.sectors(),
+            Layer::Qcow2(qcow) => qcow.sectors(),
+            Layer::Vmdk(vmdk) => vmdk.sectors(),
             Layer::Nbd(nbd) => nbd.sectors(),
             Layer::Null(_) => 0,
         }
@@ -96,6 +125,8 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
+            Layer::Qcow2(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
+            Layer::Vmdk(vmdk) => vmdk.place(sector, count),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -106,6 +137,8 @@ impl Layer {
             Layer::Raw(raw) => Some((&raw.file, sector.0.checked_mul(SECTOR_SIZE)?)),
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
+            Layer::Qcow2(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
+            Layer::Vmdk(vmdk) => vmdk.overwrite(sector, count),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -116,6 +149,8 @@ impl Layer {
             Layer::Raw(raw) => Ok(raw.map(sector, count)),
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
             Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
+            Layer::Qcow2(qcow) => qcow.map(io, sector, count).await,
+            Layer::Vmdk(vmdk) => vmdk.map(io, sector, count).await,
             Layer::Nbd(_) => Ok(Extent::Own { count }),
             Layer::Null(null) => Ok(null.map(count)),
         }
@@ -133,6 +168,8 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
+            Layer::Qcow2(qcow) => qcow.read(io, sector, buf, range).await,
+            Layer::Vmdk(vmdk) => vmdk.read(io, sector, buf, range).await,
             Layer::Nbd(nbd) => {
                 let len = range.len();
                 nbd.read(io, sector, buf, range).await.map(|()| len)
@@ -157,6 +194,8 @@ impl Layer {
             }
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
+            Layer::Qcow2(qcow) => qcow.write(io, chain, sector, buf, range).await,
+            Layer::Vmdk(vmdk) => vmdk.write(io, chain, sector, buf, range).await,
             Layer::Nbd(nbd) => nbd.write(io, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
@@ -166,6 +205,7 @@ impl Layer {
     pub async fn flush(&self, io: &Io) -> Result<(), Errno> {
         match (self, self.file()) {
             (Layer::Nbd(nbd), _) => nbd.flush(io).await,
+            (Layer::Vmdk(vmdk), _) => vmdk.flush(io).await,
             (_, Some(file)) => io.fdatasync(file).await,
             (_, None) => Ok(()),
         }
@@ -176,6 +216,8 @@ impl Layer {
         match self {
             Layer::Vhd(vhd) => vhd.close(io).await,
             Layer::Qcow(qcow) => qcow.close(io).await,
+            Layer::Qcow2(qcow) => qcow.close(io).await,
+            Layer::Vmdk(vmdk) => vmdk.close(io).await,
             Layer::Raw(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(()),
         }
     }

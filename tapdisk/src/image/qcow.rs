@@ -50,8 +50,8 @@ pub(super) fn check_bare(file: &ImageFile) -> Result<(), OpenError> {
     let mut magic = [0; 4];
     let read = file.reader()?.read_exact_at(&mut magic, 0);
     if read.is_ok() && magic == *MAGIC {
-        let text = "is itself a qcow image, but a qcow image of version 1 cannot say so of its backing file; convert it to a \
-                    raw image, or its child to qcow2";
+        let text = "is itself a qcow image, but its child does not say so, and formats are not guessed; a child of version 1 \
+                    cannot: convert it to qcow2; a qcow2 child can: 'qemu-img rebase -u -F FORMAT -b NAME CHILD'";
         return Err(OpenError::new(file.path(), Errno::EINVAL, text));
     }
     Ok(())

@@ -3,7 +3,9 @@
 mod blocks;
 mod handles;
 mod qcow;
+mod qcow2;
 mod sealed;
+mod vmdk;
 
 use std::future::Future;
 use std::path::Path;

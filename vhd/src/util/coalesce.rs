@@ -158,7 +158,8 @@ fn writable(layer: Layer, sectors: u64, end: u64) -> Result<Target<Disk>, Failur
         }
         return Ok(Target::Raw(disk));
     }
-    let options = OpenOptions { writable: true, allow_encrypted: true, ..OpenOptions::default() };
+    let options =
+        OpenOptions { writable: true, precise: true, allow_encrypted: true, ..OpenOptions::default() };
     let mut vhd = disk.vhd(&options).map_err(|error| Failure::opening(&path, error.errno()))?;
     let wanted = sectors.min(vhd.max_sectors());
     if wanted > vhd.sectors()
@@ -183,7 +184,8 @@ fn uncover(child: &mut Layer, layer: Layer) -> Result<(), Failure> {
     let path = layer.disk.path.clone();
     let mut disk = Disk::open(&path, true).map_err(|error| Failure::opening(&path, errno_of(&error)))?;
     disk.lock_beside_readers().map_err(|error| in_use(&path, &error))?;
-    let options = OpenOptions { writable: true, allow_encrypted: true, ..OpenOptions::default() };
+    let options =
+        OpenOptions { writable: true, precise: true, allow_encrypted: true, ..OpenOptions::default() };
     let mut vhd = disk.vhd(&options).map_err(|error| Failure::opening(&path, error.errno()))?;
     let Some(upper) = &child.vhd else { return Ok(()) };
     if upper.block_sectors() != vhd.block_sectors() {
@@ -254,7 +256,7 @@ fn fill_new(
 ) -> Result<(), Failure> {
     let disk = Disk::open(output, true)?;
     disk.lock(true).map_err(|error| in_use(output, &error))?;
-    let vhd = disk.vhd(&OpenOptions { writable: true, ..OpenOptions::default() })?;
+    let vhd = disk.vhd(&OpenOptions { writable: true, precise: true, ..OpenOptions::default() })?;
     let mut target = Target::Vhd(Box::new(vhd), disk);
     let mut next = |sector| {
         let Run { count, data } = runs(layers, sector, sectors)?;

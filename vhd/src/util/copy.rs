@@ -75,8 +75,13 @@ fn fill(
 ) -> Result<(), Failure> {
     let disk = Disk::open(new, true)?;
     disk.lock(true).map_err(|error| in_use(new, &error))?;
-    let options =
-        OpenOptions { writable: true, allow_encrypted: key.is_none(), key, ..OpenOptions::default() };
+    let options = OpenOptions {
+        writable: true,
+        precise: true,
+        allow_encrypted: key.is_none(),
+        key,
+        ..OpenOptions::default()
+    };
     let vhd = disk.vhd(&options)?;
     let mut target = Target::Vhd(Box::new(vhd), disk);
     let mut next = |sector| runs(layers, sector, sectors);

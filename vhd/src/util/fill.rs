@@ -28,7 +28,12 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
     }
     let mut disk = Disk::open(path, true).map_err(|error| Failure::opening(path, errno_of(&error)))?;
     disk.lock(true).map_err(|error| in_use(path, &error))?;
-    let options = OpenOptions { writable: true, allow_encrypted: args.has('b'), ..OpenOptions::default() };
+    let options = OpenOptions {
+        writable: true,
+        precise: true,
+        allow_encrypted: args.has('b'),
+        ..OpenOptions::default()
+    };
     let mut vhd = disk.vhd(&options).map_err(|error| Failure::opening(path, error.errno()))?;
     if vhd.kind() == DiskType::Fixed {
         return Err(Failure::new(libc::EINVAL, "a fixed image has no blocks to fill"));

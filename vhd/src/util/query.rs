@@ -13,8 +13,14 @@ pub(super) const USAGE: &str = "options: <-n name> [-v print virtual size (in MB
      allocated block count] [-u don't resolve parent path] [-h help]";
 
 /// For tools of the administrator that look at metadata only.
-pub(super) const LOOK: OpenOptions =
-    OpenOptions { writable: false, ignore_poison: false, trust_end: true, allow_encrypted: true, key: None };
+pub(super) const LOOK: OpenOptions = OpenOptions {
+    writable: false,
+    ignore_poison: false,
+    trust_end: true,
+    allow_encrypted: true,
+    precise: false,
+    key: None,
+};
 
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
     let path = args.path('n').ok_or_else(wrong_usage)?;

@@ -6,7 +6,8 @@ use crate::support::Shape;
 
 fn shape(random: &mut Random) -> Shape {
     let (block_size, regular) = (random.pick(&[4096, 16384]), random.once_in(2));
-    Shape { block_size, regular, max_sectors: 1300, ..Shape::default() }
+    let precise = random.once_in(3);
+    Shape { block_size, regular, precise, max_sectors: 1300, ..Shape::default() }
 }
 
 #[test]

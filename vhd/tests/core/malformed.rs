@@ -16,7 +16,7 @@ const BATMAP: usize = 2048;
 
 /// An image of 32 blocks, the first three of which are written, the second completely.
 fn image() -> Memory {
-    let mut disk = Turns::create(&Shape::default(), SIZE / 512);
+    let mut disk = Turns::create(&Shape { precise: true, ..Shape::default() }, SIZE / 512);
     let mut random = Random::new(1);
     let data = |sectors: usize| vec![1; sectors * SECTOR];
     disk.write(vec![(0, data(16)), (4096, data(4096)), (8192, data(1))], &mut random);

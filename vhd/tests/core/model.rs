@@ -12,6 +12,7 @@ fn shape(random: &mut Random) -> Shape {
         max_sectors: 0,
         regular: random.once_in(2),
         encrypted: false,
+        precise: random.once_in(2),
         pristine: true,
     }
 }

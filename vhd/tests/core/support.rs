@@ -17,6 +17,8 @@ pub struct Shape {
     pub max_sectors: u64,
     pub regular: bool,
     pub encrypted: bool,
+    /// Single sectors are noted where whole blocks would do.
+    pub precise: bool,
     /// Nothing has ever stopped or failed: sectors that no bit marks are zeros.
     pub pristine: bool,
 }
@@ -29,6 +31,7 @@ impl Default for Shape {
             max_sectors: 0,
             regular: true,
             encrypted: false,
+            precise: false,
             pristine: false,
         }
     }
@@ -82,7 +85,11 @@ impl Subject for Shape {
     }
 
     fn open(&self, storage: &Memory, writable: bool) -> Vhd {
-        open(storage, &OpenOptions { writable, key: self.key(), ..OpenOptions::default() }).unwrap()
+        open(
+            storage,
+            &OpenOptions { writable, precise: self.precise, key: self.key(), ..OpenOptions::default() },
+        )
+        .unwrap()
     }
 
     fn check(&self, storage: &Memory, resting: bool) {
@@ -90,7 +97,7 @@ impl Subject for Shape {
         let mut read = |offset: u64, buf: &mut [u8]| storage.read_at(offset, buf);
         let mut source = format::Source { size, regular, read: &mut read };
         let options =
-            CheckOptions { ignore_footer: !resting, bitmaps: true, now: 2, ..CheckOptions::default() };
+            CheckOptions { ignore_footer: !resting, bitmaps: true, now: u32::MAX, ..CheckOptions::default() };
         match check::check(&mut source, &options).unwrap() {
             Verdict::Fixed => {}
             Verdict::Valid(vhd) => {

@@ -24,7 +24,9 @@ pub use limits::{LimitChange, LimitError, Limits};
 pub use minor::{Minor, MinorError};
 pub use open::{Key, OpenParams, Reopen, Secondary};
 pub use ring::{Polling, QueueParams, RingEntry, RingParams};
-pub use stats::{CacheStats, DiskStats, ImageStats, MirrorStats, ReadWrite, RingStats, Stats};
+pub use stats::{
+    CacheStats, DiskStats, ImageStats, LocalCacheStats, MirrorStats, ReadWrite, RingStats, Stats,
+};
 
 /// What a client asks of a tapdisk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

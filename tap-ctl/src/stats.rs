@@ -30,7 +30,7 @@ pub fn xenserver(stats: &Stats) -> String {
         pair(stats.sectors),
         images.join(", "),
         stats.outstanding,
-        text(if disk.cache.is_some() { "true" } else { "false" }),
+        text(if disk.cache.is_some() || disk.local_cache.is_some() { "true" } else { "false" }),
     )
 }
 
@@ -113,6 +113,7 @@ mod tests {
             disk: DiskStats {
                 images: vec![image("vhd:/a \"b", 8, 8), image("aio:/p", 16, 0)],
                 mirror: None,
+                local_cache: None,
                 cache: None,
             },
         }

@@ -48,6 +48,9 @@ pub struct DiskStats {
     /// A read cache.
     #[serde(default)]
     pub cache: Option<CacheStats>,
+    /// The local read cache.
+    #[serde(default)]
+    pub local_cache: Option<LocalCacheStats>,
 }
 
 /// A number for reads, and one for writes.
@@ -113,4 +116,15 @@ pub struct CacheStats {
     pub bytes: u64,
     /// Bytes it may hold.
     pub limit: u64,
+}
+
+/// The state of a local read cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalCacheStats {
+    /// Sectors from parents that were written to the leaf.
+    pub kept: u64,
+    /// Sectors that were not, for want of memory or of room.
+    pub left_out: u64,
+    /// Why nothing more is kept, if so.
+    pub failed: Option<String>,
 }

@@ -31,6 +31,8 @@ const MOST_ZEROS: u64 = 64 << 10;
 pub struct Formatted<F> {
     /// Where the data is.
     pub file: ImageFile,
+    /// The sector of the disk that is the file's first: other than 0 for pieces of a disk.
+    first: u64,
     core: RefCell<F>,
     /// The bytes in the file are not those of the disk.
     sealed: bool,
@@ -49,8 +51,14 @@ pub struct Formatted<F> {
 impl<F: Format> Formatted<F> {
     /// A layer over an image that was opened and checked.
     pub fn new(file: ImageFile, core: F, io: &Io) -> Formatted<F> {
+        Formatted::piece(file, core, 0, io)
+    }
+
+    /// The same for a piece of a disk, which begins with sector `first` of that.
+    pub fn piece(file: ImageFile, core: F, first: u64, io: &Io) -> Formatted<F> {
         Formatted {
             file,
+            first,
             sealed: core.cipher().is_some(),
             core: RefCell::new(core),
             commits: Group::new(io.scheduler.clone()),

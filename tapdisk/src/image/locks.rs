@@ -46,6 +46,12 @@ impl BlockLocks {
         lock
     }
 
+    /// Whether nobody holds a lock, nor waits for one.
+    #[cfg(test)]
+    pub fn is_idle(&self) -> bool {
+        self.active.borrow().is_empty()
+    }
+
     /// Whether somebody came before who must end first.
     fn must_wait(&self, id: u64) -> bool {
         let active = self.active.borrow();

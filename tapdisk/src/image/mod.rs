@@ -24,6 +24,7 @@ pub mod snapshot;
 mod stack;
 pub mod store;
 mod survey;
+mod vmdk;
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -129,7 +130,7 @@ impl Disk {
     /// Gives up writing for good, down to the descriptor. Nothing may be in flight.
     pub fn make_readonly(&self) -> Result<(), OpenError> {
         if !self.readonly.get() {
-            if let Some(file) = self.chain.leaf.file() {
+            for file in self.chain.leaf.files() {
                 file.make_readonly()?;
             }
             self.readonly.set(true);
@@ -228,11 +229,11 @@ impl Disk {
     /// What goes on beside the guests' requests, for the executor of the thread, which must run it. It ends when
     /// the disk is closed, and can be begun again then.
     pub fn background(self: &Rc<Disk>) -> Option<impl Future<Output = ()> + use<>> {
-        self.filters.as_ref().filter(|filters| filters.begin_work())?;
+        let work = self.filters.as_ref()?.begin_work()?;
         let disk = self.clone();
         Some(async move {
             if let Some(filters) = &disk.filters {
-                filters.work(&disk.chain).await;
+                filters.work(&disk.chain, work).await;
             }
         })
     }

@@ -4,11 +4,7 @@ use tap_ctl::proto::OpenParams;
 
 /// The name of the first thing in `params` that is not offered.
 pub(super) fn refusal(params: &OpenParams) -> Option<&'static str> {
-    let asked = [
-        (params.standby, "a secondary image that waits (-s)"),
-        (params.local_cache, "a local read cache (-r)"),
-        (params.timeout.is_some(), "a request timeout (-t)"),
-    ];
+    let asked = [(params.standby, "a secondary image that waits (-s)")];
     asked.into_iter().find_map(|(asked, name)| asked.then_some(name))
 }
 
@@ -20,7 +16,7 @@ mod tests {
     fn a_plain_image_is_offered_and_what_is_not_is_named() {
         let plain = OpenParams::new("vhd:/a".parse().unwrap());
         assert_eq!(refusal(&plain), None);
-        let asked = OpenParams { local_cache: true, ..plain };
-        assert_eq!(refusal(&asked), Some("a local read cache (-r)"));
+        let asked = OpenParams { standby: true, ..plain };
+        assert_eq!(refusal(&asked), Some("a secondary image that waits (-s)"));
     }
 }

@@ -40,6 +40,12 @@ use crate::reactor::EngineChoice;
 use crate::sync::WaitSet;
 use crate::xen::Xen;
 
+/// How long a request is tried again that fails for a reason that may pass, where the administrator does not say: as long
+/// as XenServer's tapdisk does it.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The time between two tries.
+const RETRY: Duration = Duration::from_secs(1);
+
 /// How often a thread that holds memory or mappings looks what it can give back. An idle disk does not do it.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
 
@@ -48,8 +54,19 @@ const HOUSEKEEPING: Duration = Duration::from_secs(10);
 pub enum Source {
     /// It is opened.
     Open(OpenParams),
-    /// Another thread has it open, and it has these limits.
-    Share(DiskShare, Arc<Throttle>),
+    /// Another thread has it open.
+    Share(Shared),
+}
+
+/// A disk that another thread has open.
+#[derive(Debug)]
+pub struct Shared {
+    /// Its handle.
+    pub disk: DiskShare,
+    /// Its limits.
+    pub throttle: Arc<Throttle>,
+    /// How long a request is tried again.
+    pub patience: Duration,
 }
 
 /// What a worker tells without being asked.

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | [`dirty_log`] | notes which blocks are written |
 //! | [`mirror`] | writes to a second image too |
+//! | [`local_cache`] | writes to the leaf what was read from a parent |
 //!
 //! A write passes through them in this order, so that a block is noted before anything of it is written anywhere. A disk
 //! without filters pays for them with one look at an `Option`; with one it has a single thread, because what a filter
 //! knows is not shared.
 
 mod dirty_log;
+mod local_cache;
 mod mirror;
 
 use std::path::Path;
@@ -20,11 +22,21 @@ use nix::errno::Errno;
 use tap_ctl::proto::{DiskStats, OpenParams};
 
 use self::dirty_log::DirtyLog;
+use self::local_cache::LocalCache;
 use self::mirror::Mirror;
 use super::OpenError;
 use super::chain::Chain;
+use super::locks::BlockLock;
 use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
+use crate::sync::both;
+
+/// What [`Filters::work`] is to do.
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    mirror: bool,
+    local: bool,
+}
 
 /// The filters of a disk.
 #[derive(Debug)]
@@ -32,6 +44,7 @@ pub struct Filters {
     io: Io,
     log: Option<DirtyLog>,
     mirror: Option<Mirror>,
+    local: Option<LocalCache>,
 }
 
 impl Filters {
@@ -42,8 +55,10 @@ impl Filters {
         // Last, because it changes something. What is never written needs no log.
         let log = params.log.as_ref().filter(|_| !params.readonly);
         let log = log.map(|path| DirtyLog::open(Path::new(path), sectors * SECTOR_SIZE, io)).transpose()?;
-        let needed = mirror.is_some() || log.is_some();
-        Ok(needed.then(|| Box::new(Filters { io: io.clone(), log, mirror })))
+        // It writes to the leaf.
+        let local = (params.local_cache && !params.readonly).then(|| LocalCache::new(io));
+        let needed = mirror.is_some() || log.is_some() || local.is_some();
+        Ok(needed.then(|| Box::new(Filters { io: io.clone(), log, mirror, local })))
     }
 
     /// The images that serve now, where `chain` did at first.
@@ -67,7 +82,7 @@ impl Filters {
         self.mirror.iter().for_each(Mirror::count_request);
         if direction == Direction::Write {
             let noted = self.log.as_ref().is_none_or(|log| log.has(sector, buf.len() as u64 / SECTOR_SIZE));
-            if self.is_mirroring() || !noted {
+            if self.is_mirroring() || self.local.is_some() || !noted {
                 return None;
             }
         }
@@ -76,12 +91,24 @@ impl Filters {
 
     /// Fills `buf` from `sector` on.
     pub async fn read(&self, chain: &Chain, sector: Sector, buf: &Buf) -> Result<(), Errno> {
-        self.serving(chain).read(sector, buf, 0..buf.len()).await
+        let serving = self.serving(chain);
+        serving.read(sector, buf, 0..buf.len()).await?;
+        if let Some(local) = self.local_of(serving, chain) {
+            local.offer(chain, sector, buf).await;
+        }
+        Ok(())
+    }
+
+    /// The local cache, unless another image than the one it is for serves.
+    fn local_of(&self, serving: &Chain, chain: &Chain) -> Option<&LocalCache> {
+        self.local.as_ref().filter(|_| std::ptr::eq(serving, chain))
     }
 
     /// Writes `buf` to `sector` and on.
     pub async fn write(&self, chain: &Chain, sector: Sector, buf: &Buf) -> Result<(), Errno> {
-        self.note(sector, buf.len() as u64 / SECTOR_SIZE).await;
+        let count = buf.len() as u64 / SECTOR_SIZE;
+        self.note(sector, count).await;
+        let _lock = self.keep_local_off(sector, count).await;
         match &self.mirror {
             Some(mirror) => mirror.write(chain, sector, buf).await,
             None => chain.write(sector, buf, 0..buf.len()).await,
@@ -97,6 +124,7 @@ impl Filters {
         secure: bool,
     ) -> Result<(), Errno> {
         self.note(sector, count).await;
+        let _lock = self.keep_local_off(sector, count).await;
         match &self.mirror {
             Some(mirror) => mirror.discard(chain, sector, count, secure).await,
             None => chain.discard(sector, count, secure).await,
@@ -106,6 +134,13 @@ impl Filters {
     async fn note(&self, sector: Sector, count: u64) {
         if let Some(log) = &self.log {
             log.note(&self.io, sector, count).await;
+        }
+    }
+
+    async fn keep_local_off(&self, sector: Sector, count: u64) -> Option<BlockLock<'_>> {
+        match &self.local {
+            Some(local) => Some(local.lock(sector, count).await),
+            None => None,
         }
     }
 
@@ -127,20 +162,35 @@ impl Filters {
         }
     }
 
-    /// Whether there is something for [`Filters::work`], which is to be begun then.
-    pub fn begin_work(&self) -> bool {
-        self.mirror.as_ref().is_some_and(Mirror::begin_work)
+    /// Begins what goes on beside the guests' requests, until [`Filters::stop`]; `None`: there is nothing.
+    pub fn begin_work(&self) -> Option<Work> {
+        let work = Work {
+            mirror: self.mirror.as_ref().is_some_and(Mirror::begin_work),
+            local: self.local.as_ref().is_some_and(LocalCache::begin_work),
+        };
+        (work.mirror || work.local).then_some(work)
     }
 
-    /// What goes on beside the guests' requests, until [`Filters::stop`].
-    pub async fn work(&self, chain: &Chain) {
-        if let Some(mirror) = &self.mirror {
-            mirror.work(chain).await;
-        }
+    /// Does what was begun.
+    pub async fn work(&self, chain: &Chain, work: Work) {
+        let mirror = async {
+            if let Some(mirror) = self.mirror.as_ref().filter(|_| work.mirror) {
+                mirror.work(chain).await;
+            }
+        };
+        let local = async {
+            if let Some(local) = self.local.as_ref().filter(|_| work.local) {
+                local.work(chain).await;
+            }
+        };
+        both(mirror, local).await;
     }
 
     /// Has [`Filters::work`] end, and waits for it.
     pub async fn stop(&self) {
+        if let Some(local) = &self.local {
+            local.stop().await;
+        }
         if let Some(mirror) = &self.mirror {
             mirror.stop().await;
         }
@@ -159,6 +209,7 @@ impl Filters {
     /// What there is to tell of a disk of so many sectors.
     pub fn stats(&self, sectors: u64) -> DiskStats {
         let mirror = self.mirror.as_ref().map(|mirror| mirror.stats(sectors));
-        DiskStats { mirror, ..DiskStats::default() }
+        let local_cache = self.local.as_ref().map(LocalCache::stats);
+        DiskStats { mirror, local_cache, ..DiskStats::default() }
     }
 }

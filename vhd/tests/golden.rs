@@ -690,3 +690,33 @@ fn metadata_and_data_are_read_in_every_way() {
         assert_eq!(images.run(&format!("read -n s1.vhd {args}")).1, 34, "{args}");
     }
 }
+
+#[test]
+fn an_image_can_be_made_with_all_of_its_blocks_and_for_qemu() {
+    let images = Images::unpack();
+    assert_eq!(images.run("create -n new.vhd -s 64 -a"), (Vec::new(), 0));
+    assert_eq!(images.run("query -n new.vhd -a").0, b"32\n");
+    assert_eq!(images.run("check -n new.vhd -b").1, 0);
+    assert!(content(&images, "new.vhd").iter().all(|&byte| byte == 0));
+    let used = std::os::unix::fs::MetadataExt::blocks(
+        &std::fs::metadata(images.folder.path().join("new.vhd")).unwrap(),
+    );
+    assert!(used < 1024, "{used} sectors of the file system: the data are holes");
+    assert_eq!(images.run("create -n new.vhd -s 16 -q"), (Vec::new(), 0));
+    assert_eq!(images.run("check -n new.vhd"), (b"new.vhd is valid\n".to_vec(), 0));
+    let path = images.folder.path().join("new.vhd");
+    let io = ["-f", "vpc", "-c", "write -P 7 5M 64k", path.to_str().unwrap()];
+    match Command::new("qemu-io").args(io).output() {
+        Err(_) => eprintln!("skipped: there is no qemu-io"),
+        Ok(done) => assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr)),
+    }
+    assert_eq!(images.run("check -n new.vhd"), (b"new.vhd is valid\n".to_vec(), 0));
+    let all = content(&images, "new.vhd");
+    assert!(
+        all.iter()
+            .enumerate()
+            .all(|(i, &byte)| byte == 0 || (byte == 7 && (5 << 20..(5 << 20) + 65536).contains(&i)))
+    );
+    assert_eq!(images.run("snapshot -n child.vhd -p new.vhd -e").1, 0);
+    assert_eq!(images.run("check -n child.vhd -p").1, 0);
+}

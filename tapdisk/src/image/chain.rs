@@ -62,8 +62,7 @@ impl Chain {
     /// What the images have served, the leaf first.
     pub fn stats(&self) -> Vec<ImageStats> {
         let one = |((layer, _), hits): ((&Layer, u64), &Hits)| {
-            let path =
-                layer.file().map_or_else(String::new, |file| file.path().to_string_lossy().into_owned());
+            let path = layer.name().to_string_lossy().into_owned();
             let image = ImageSpec { kind: layer.kind(), path };
             ImageStats { image, hits: hits.get(), fail: ReadWrite::default() }
         };

@@ -149,7 +149,7 @@ impl New {
 }
 
 /// Opens or makes the file; nobody else may have it open. The lock ends with the descriptor.
-fn claim(path: &Path) -> Result<File, CreateError> {
+pub(crate) fn claim(path: &Path) -> Result<File, CreateError> {
     let fail = |what| move |source| CreateError::File { path: path.to_owned(), what, source };
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);

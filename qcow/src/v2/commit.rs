@@ -71,6 +71,8 @@ impl Qcow2 {
         let mut released = Vec::new();
         if release {
             let (more, clusters) = writing.release(bits);
+            // Whoever has learned an old place before may still be at work there.
+            steps.push(Step::Settle);
             steps.extend(more);
             released = clusters;
             writing.releasing = true;

@@ -138,7 +138,7 @@ fn set_up<X: Xen>(
     let reactor = Reactor::new(scheduler.clone(), engine).map_err(|e| system("the I/O engine", &e))?;
     let pool = Pool::new(scheduler.clone(), DATA_BYTES).map_err(|e| system("buffers", &e))?;
     reactor.watch_commands(inbox.fd()).map_err(|e| system("the I/O engine", &e))?;
-    let io = Io { reactor, pool, scheduler: scheduler.clone() };
+    let io = Io::new(reactor, pool, scheduler.clone());
     let (disk, params, throttle, patience) = match source {
         Source::Open(params) => {
             let disk =

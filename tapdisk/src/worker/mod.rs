@@ -7,6 +7,7 @@
 //!                                                   siblings
 //! ```
 
+mod clients;
 mod connect;
 mod limit;
 mod mapped;
@@ -36,6 +37,7 @@ use tap_ctl::proto::{DiskInfo, ImageSpec, LimitChange, OpenParams, Reopen, RingE
 use self::stats::{Counted, Gathering};
 pub use self::throttle::Throttle;
 use crate::image::DiskShare;
+use crate::nbd::Client;
 use crate::reactor::EngineChoice;
 use crate::sync::WaitSet;
 use crate::xen::Xen;
@@ -152,6 +154,8 @@ pub enum Command {
     Unpause(Reopen, Answer),
     /// Make a new image over the present one, and go on with that.
     Snapshot(ImageSpec, Answer),
+    /// Serve an NBD client.
+    Client(Client),
     /// From the thread itself: nothing is in flight any more, and the image was closed with this result.
     Quiet(Result<(), Errno>),
     /// Change what the disk may do in a second, and tell it.
@@ -243,7 +247,7 @@ impl Worker {
     }
 
     /// Where commands go in.
-    fn commands(&self) -> Commands {
+    pub fn commands(&self) -> Commands {
         self.commands.clone()
     }
 

@@ -13,6 +13,7 @@ mod hostile_data;
 mod hostile_load;
 mod hostile_ring;
 mod limits;
+mod nbd;
 mod pause;
 mod protocol;
 mod resize;

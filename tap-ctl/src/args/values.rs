@@ -42,7 +42,7 @@ pub(super) fn absolute(path: String) -> String {
 
 /// An image with an absolute path, where it has one.
 pub(super) fn absolute_image(mut image: ImageSpec) -> ImageSpec {
-    if image.kind != ImageType::Null {
+    if !matches!(image.kind, ImageType::Null | ImageType::Nbd) {
         image.path = absolute(image.path);
     }
     image

@@ -385,6 +385,7 @@ impl<X: Xen> State<X> {
         if std::mem::replace(&mut self.closing, true) {
             return answer.give(failure(Errno::EALREADY, "the image is being closed already".into()));
         }
+        self.send_clients_away();
         let ends: Vec<_> = self.entries().into_iter().map(|entry| self.end_of_frontend(entry)).collect();
         let (seat, ended) = (self.seat.clone(), self.ended.clone());
         self.executor.spawn(async move {

@@ -7,6 +7,7 @@
 //!                                                   siblings
 //! ```
 
+mod clients;
 mod connect;
 mod limit;
 mod mapped;
@@ -36,6 +37,7 @@ use tap_ctl::proto::{DiskInfo, ImageSpec, LimitChange, OpenParams, Reopen, RingE
 use self::stats::{Counted, Gathering};
 pub use self::throttle::Throttle;
 use crate::image::DiskShare;
+use crate::nbd::Client;
 use crate::reactor::EngineChoice;
 use crate::sync::WaitSet;
 use crate::xen::Xen;
@@ -152,12 +154,14 @@ pub enum Command {
     Unpause(Reopen, Answer),
     /// Make a new image over the present one, and go on with that.
     Snapshot(ImageSpec, Answer),
+    /// Serve an NBD client.
+    Client(Client),
     /// From the thread itself: nothing is in flight any more, and the image was closed with this result.
     Quiet(Result<(), Errno>),
     /// Change what the disk may do in a second, and tell it.
     Limit(LimitChange, Answer),
     /// Take part in an answer to how much has been done.
-    Stats(Gathering),
+    Stats(Box<Gathering>),
     /// Tell how much has been done.
     Statistics(Answer),
     /// For a sibling: the limits have changed.
@@ -243,7 +247,7 @@ impl Worker {
     }
 
     /// Where commands go in.
-    fn commands(&self) -> Commands {
+    pub fn commands(&self) -> Commands {
         self.commands.clone()
     }
 

@@ -73,6 +73,24 @@ impl Seat {
         Some(Work { seat: self.clone(), disk })
     }
 
+    /// The same, as soon as the disk is not paused; `None` if `over` becomes true before.
+    pub async fn work_soon(self: &Rc<Self>, over: impl Fn() -> bool) -> Option<Work> {
+        loop {
+            if over() {
+                return None;
+            }
+            if let Some(work) = self.work() {
+                return Some(work);
+            }
+            self.changed.wait().await;
+        }
+    }
+
+    /// Lets everybody look again who waits for the disk.
+    pub fn stir(&self) {
+        self.changed.wake_all();
+    }
+
     /// Ends when no work is under way.
     pub async fn no_work(&self) {
         while self.works.get() > 0 {

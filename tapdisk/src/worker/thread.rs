@@ -31,6 +31,7 @@ use crate::copier::Copier;
 use crate::executor::{Executor, Scheduler};
 use crate::image;
 use crate::io::{Io, errno_of};
+use crate::nbd::Clients;
 use crate::reactor::{EngineChoice, Reactor, Readable, Timer};
 use crate::xen::Xen;
 
@@ -63,6 +64,8 @@ pub(super) struct State<X: Xen> {
     pub io: Io,
     pub executor: Executor,
     pub seat: Rc<Seat>,
+    /// Who reads and writes the disk by NBD.
+    pub clients: Rc<Clients>,
     pub devices: Option<Devices<X>>,
     pub rings: Rc<RefCell<Vec<Served<X>>>>,
     /// Threads for further rings of our frontends.
@@ -161,6 +164,7 @@ fn set_up<X: Xen>(
         io,
         executor,
         seat,
+        clients: Rc::default(),
         devices: None,
         rings: Rc::default(),
         siblings: Rc::default(),
@@ -405,6 +409,7 @@ impl<X: Xen> State<X> {
             Command::Stats(asked) => asked.pass(self.counted()),
             Command::Grown => self.grown(),
             Command::SiblingEnded(number) => self.sibling_ended(number),
+            Command::Client(client) => self.enter(client),
             Command::Close(answer) => self.close(answer),
         }
     }

@@ -137,6 +137,8 @@ pub fn carry_out<S: Storage>(storage: &mut S, steps: &[Step]) -> io::Result<()> 
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
                 other => other?,
             },
+            // Nothing is under way beside this.
+            Step::Settle => {}
             Step::Flush => storage.sync()?,
         }
     }

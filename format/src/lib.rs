@@ -195,6 +195,9 @@ pub enum Step {
     Truncate(u64),
     /// These bytes are not used any more: give their room back, if that is possible.
     Punch(Range<u64>),
+    /// Wait until all reads and writes have ended whose place the core has told before this step: what lay there is going to be
+    /// somebody else's. Comes before what follows it.
+    Settle,
     /// Make everything before durable: all data and metadata that were written to the file by anybody.
     Flush,
 }

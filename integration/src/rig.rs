@@ -62,6 +62,8 @@ pub struct Rig {
     xenio: Option<Child>,
     /// Options for `tap-ctl spawn`, such as `--engine=pool`.
     pub spawn_options: Vec<String>,
+    /// More options of `tap-ctl open`.
+    pub open_options: Vec<String>,
     /// What the kernel refuses to tapdisks, see [`refuse::VARIABLE`].
     pub refuse: String,
 }
@@ -103,6 +105,7 @@ impl Rig {
             programs,
             xenio: None,
             spawn_options: Vec::new(),
+            open_options: Vec::new(),
             refuse: String::new(),
         };
         rig.start_xenio();
@@ -267,7 +270,7 @@ impl Rig {
         let options = self.spawn_options.iter().map(String::as_str);
         let pid = self.tap_ctl_ok(&std::iter::once("spawn").chain(options).collect::<Vec<_>>())?;
         self.tap_ctl_ok(&["attach", "-p", &pid, "-m", &minor])?;
-        if let Err(error) = self.tap_ctl_ok(&["open", "-p", &pid, "-m", &minor, "-a", params]) {
+        if let Err(error) = self.open(&pid, &minor, params) {
             self.tap_ctl_ok(&["detach", "-p", &pid, "-m", &minor])?;
             self.tap_ctl_ok(&["free", "-m", &minor])?;
             return Err(error);
@@ -279,6 +282,12 @@ impl Rig {
             .write(&format!("{}/physical-device-path", device.backend), path.to_string_lossy().as_bytes());
         self.store.write(&format!("{}/hotplug-status", device.backend), "connected");
         Ok(device)
+    }
+
+    fn open(&self, pid: &str, minor: &str, params: &str) -> Result<String, String> {
+        let options = self.open_options.iter().map(String::as_str);
+        let open = ["open", "-p", pid, "-m", minor, "-a", params];
+        self.tap_ctl_ok(&open.into_iter().chain(options).collect::<Vec<_>>())
     }
 
     /// The guest's side of connecting, as Linux does it: keys and state 3, wait for the backend's 4, state 4.

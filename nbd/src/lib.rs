@@ -11,6 +11,7 @@
 //! | [`error`] | the errors that may be sent, and their errno |
 //! | [`address`] | how a server and an export are named |
 //! | [`client`] | a client's handshake, and its requests and replies |
+//! | [`server`] | the same for a server |
 
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -27,6 +28,7 @@ pub mod address;
 pub mod client;
 pub mod error;
 pub mod flags;
+pub mod server;
 pub mod wire;
 
 pub use self::address::{Address, Place};

@@ -23,7 +23,7 @@ where
     let reactor = Reactor::new(scheduler.clone(), engine)?;
     let pool = Pool::new(scheduler.clone(), data_bytes)?;
     pool.register_with(reactor.clone());
-    let task = task(Io { reactor: reactor.clone(), pool, scheduler: scheduler.clone() });
+    let task = task(Io::new(reactor.clone(), pool, scheduler.clone()));
     let executor = Executor::new(scheduler);
     let result = Rc::new(RefCell::new(None));
     executor.spawn({

@@ -15,6 +15,7 @@ use crate::buf::{Piece, Pool};
 use crate::executor::Scheduler;
 use crate::image::file::ImageFile;
 use crate::reactor::{Op, Reactor};
+use crate::sync::{Flight, Flights};
 
 /// What image code needs to do I/O on its thread.
 #[derive(Clone, Debug)]
@@ -25,6 +26,8 @@ pub struct Io {
     pub pool: Rc<Pool>,
     /// Tasks.
     pub scheduler: Rc<Scheduler>,
+    /// Transfers under way.
+    pub flights: Rc<Flights>,
 }
 
 /// Which way a [`Transfer`] goes.
@@ -45,9 +48,16 @@ pub struct Transfer<'a> {
     offset: u64,
     piece: Piece,
     op: Op<'a>,
+    flight: Flight<'a>,
 }
 
 impl Io {
+    /// The means of a thread.
+    pub fn new(reactor: Rc<Reactor>, pool: Rc<Pool>, scheduler: Rc<Scheduler>) -> Io {
+        let flights = Rc::new(Flights::new(scheduler.clone()));
+        Io { reactor, pool, scheduler, flights }
+    }
+
     /// Starts to move all of `piece`, which the file must take as it is ([`ImageFile::takes`]); see [`Transfer::finish`].
     pub fn start<'a>(
         &'a self,
@@ -62,7 +72,7 @@ impl Io {
             piece.len
         );
         let op = self.op(direction, file, offset, piece);
-        Transfer { io: self, file, direction, offset, piece, op }
+        Transfer { io: self, file, direction, offset, piece, op, flight: self.flights.begin() }
     }
 
     /// Starts to move all of `piece` if the store takes it as it is and at once.
@@ -141,7 +151,7 @@ impl Transfer<'_> {
     /// Waits until everything has been moved. A transfer that ends before is EIO: images are never read beyond their
     /// end on purpose.
     pub async fn finish(self) -> Result<(), Errno> {
-        let Transfer { io, file, direction, mut offset, mut piece, mut op } = self;
+        let Transfer { io, file, direction, mut offset, mut piece, mut op, flight: _flight } = self;
         loop {
             let moved = moved(op.await)?;
             match piece.rest(moved) {

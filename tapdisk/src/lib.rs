@@ -12,6 +12,7 @@
 //! | [`cli`] | the process: options, start-up, the hand-shake with `tap-ctl spawn` |
 //! | [`server`], [`vbd`] | the control socket |
 //! | [`worker`] | a disk's thread: its loop, rings, and the way from a request to its answer |
+//! | [`nbd`] | the disk's NBD server |
 //! | [`image`] | chains of layers, and opening them |
 //! | [`io`], [`reactor`], [`buf`], [`copier`] | moving bytes |
 //! | [`executor`], [`sync`] | tasks and waiting |
@@ -28,8 +29,10 @@ pub mod copier;
 pub mod executor;
 pub mod image;
 pub mod io;
+pub mod nbd;
 pub mod reactor;
 pub mod server;
+mod socket;
 pub mod sync;
 pub mod vbd;
 pub mod worker;

@@ -24,6 +24,7 @@ use tap_ctl::proto::{DiskInfo, Minor, OpenParams, RingEntry};
 use tap_ctl::{ControlDir, Reply, Request};
 
 use self::client::{Broken, Client};
+use crate::nbd::door::Door;
 use crate::reactor::EngineChoice;
 use crate::vbd::{Open, Vbd};
 use crate::worker::{Answer, Command, Notice, Source, Worker};
@@ -140,6 +141,7 @@ impl<X: Xen> Server<X> {
                     LISTENER => self.accept()?,
                     WAKER => self.take_worker_events(),
                     SIGNALS => self.take_signals()?,
+                    token if self.welcome(token) => {}
                     token => self.serve_client(token),
                 }
             }
@@ -163,6 +165,34 @@ impl<X: Xen> Server<X> {
             self.clients.insert(token, Client::new(stream));
         }
         Ok(())
+    }
+
+    /// Lets NBD clients in, if that is what an event means.
+    fn welcome(&self, token: Token) -> bool {
+        let mut opens = self.vbds.iter().filter_map(|vbd| vbd.open.as_ref());
+        let door =
+            opens.find_map(|open| Some((open, open.door.as_ref().filter(|door| door.token == token)?)));
+        let Some((open, door)) = door else { return false };
+        if let Some(info) = &open.info {
+            let commands = open.worker.commands();
+            door.welcome(info, move |client| commands.send(Command::Client(client)));
+        }
+        true
+    }
+
+    /// Opens the door for NBD clients of a disk that is open.
+    fn open_door(&mut self, minor: Minor) {
+        let path = self.dir.vbd_path(self.pid, minor);
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        match Door::open(path.clone(), token, self.poll.registry()) {
+            Ok(door) => {
+                if let Ok(open) = self.open_vbd(minor) {
+                    open.door = Some(door);
+                }
+            }
+            Err(error) => log::warn!("minor {minor}: no NBD at {}: {error}", path.display()),
+        }
     }
 
     fn drop_client(&mut self, token: Token) {
@@ -363,7 +393,7 @@ impl<X: Xen> Server<X> {
         match Worker::start(self.xen.clone(), Source::Open(params), self.engine, opened, noticed) {
             Ok(worker) => {
                 if let Ok(vbd) = self.vbd(minor) {
-                    vbd.open = Some(Open { worker, info: None, failed: None });
+                    vbd.open = Some(Open { worker, info: None, failed: None, door: None });
                 }
                 None
             }
@@ -427,6 +457,7 @@ impl<X: Xen> Server<X> {
                     if let Ok(open) = self.open_vbd(minor) {
                         open.info = Some(info);
                     }
+                    self.open_door(minor);
                     log::info!("minor {minor}: open, {} sectors", info.sectors);
                     self.tell(minor);
                     (token, Reply::DiskInfo(info))

@@ -172,10 +172,98 @@ pub async fn all(
     .await
 }
 
+/// Transfers under way, so that one can wait for those that were under way at some moment and not for later ones.
+#[derive(Debug)]
+pub struct Flights {
+    /// Of two kinds: those that began before the last [`Flights::settle`], and those since then.
+    counts: [Cell<u32>; 2],
+    now: Cell<bool>,
+    landed: WaitSet,
+}
+
+/// A transfer, until it is dropped.
+#[derive(Debug)]
+pub struct Flight<'a> {
+    flights: &'a Flights,
+    kind: bool,
+}
+
+impl Flights {
+    /// None yet.
+    pub fn new(scheduler: Rc<Scheduler>) -> Flights {
+        Flights { counts: Default::default(), now: Cell::new(false), landed: WaitSet::new(scheduler) }
+    }
+
+    /// A transfer begins.
+    pub fn begin(&self) -> Flight<'_> {
+        let kind = self.now.get();
+        let count = &self.counts[usize::from(kind)];
+        count.set(count.get() + 1);
+        Flight { flights: self, kind }
+    }
+
+    /// Ends when all transfers have ended that have begun before this call.
+    pub async fn settle(&self) {
+        // Those that an earlier call waits for come first: there are two kinds only.
+        let before = self.now.get();
+        self.none(!before).await;
+        if self.now.get() == before {
+            self.now.set(!before);
+        }
+        self.none(before).await;
+    }
+
+    async fn none(&self, kind: bool) {
+        while self.counts[usize::from(kind)].get() > 0 {
+            self.landed.wait().await;
+        }
+    }
+}
+
+impl Drop for Flight<'_> {
+    fn drop(&mut self) {
+        let count = &self.flights.counts[usize::from(self.kind)];
+        count.set(count.get() - 1);
+        if count.get() == 0 {
+            self.flights.landed.wake_all();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::executor::Executor;
+
+    #[test]
+    fn settling_waits_for_what_is_under_way_and_for_nothing_later() {
+        let scheduler = Rc::new(Scheduler::default());
+        let executor = Executor::new(scheduler.clone());
+        let flights = Rc::new(Flights::new(scheduler));
+        let settled = Rc::new(Cell::new(0));
+        let settle = || {
+            let (flights, settled) = (flights.clone(), settled.clone());
+            executor.spawn(async move {
+                flights.settle().await;
+                settled.set(settled.get() + 1);
+            });
+            executor.run_ready();
+        };
+        settle();
+        assert_eq!(settled.get(), 1, "nothing is under way");
+        let first = flights.begin();
+        settle();
+        let second = flights.begin();
+        assert_eq!(settled.get(), 1);
+        drop(first);
+        executor.run_ready();
+        assert_eq!(settled.get(), 2, "the second began later");
+        settle();
+        let _third = flights.begin();
+        drop(second);
+        executor.run_ready();
+        assert_eq!(settled.get(), 3);
+    }
 
     #[test]
     fn one_round_serves_all_who_asked_before_it_began() {

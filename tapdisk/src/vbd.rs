@@ -5,6 +5,7 @@ use tap_ctl::minors::{Claim, claim};
 use tap_ctl::proto::{DiskInfo, Minor, VbdEntry};
 use tap_ctl::{ControlDir, Reply};
 
+use crate::nbd::door::Door;
 use crate::worker::{Phase, Status, Worker};
 
 /// State bits of XenServer's tapdisk (xapi-project/blktap, `drivers/tapdisk-vbd.h`).
@@ -23,6 +24,8 @@ pub struct Open {
     pub info: Option<DiskInfo>,
     /// Why the disk was stopped, if it was.
     pub failed: Option<String>,
+    /// Where NBD clients come in, once it is open.
+    pub door: Option<Door>,
 }
 
 /// A minor in our charge.

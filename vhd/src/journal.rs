@@ -245,14 +245,15 @@ impl Journal {
             image.write_at(part.offset, &part.bytes).map_err(unrestored)?;
         }
         image.sync().map_err(unrestored)?;
-        // The footer at offset 0 decides, so it is the last.
-        for kind in [Kind::EndFooter, Kind::FooterCopy] {
+        // The image may have been stopped when only the footer at its end was still poisoned: so that is the last to be good.
+        for kind in [Kind::FooterCopy, Kind::EndFooter] {
             for part in self.parts.iter().filter(|part| part.kind == kind) {
                 image.write_at(part.offset, &part.bytes).map_err(unrestored)?;
             }
-            if kind == Kind::EndFooter && image.is_regular().map_err(unrestored)? {
-                image.set_len(self.footer_offset.saturating_add(footer::LEN as u64)).map_err(unrestored)?;
-            }
+            image.sync().map_err(unrestored)?;
+        }
+        if image.is_regular().map_err(unrestored)? {
+            image.set_len(self.footer_offset.saturating_add(footer::LEN as u64)).map_err(unrestored)?;
             image.sync().map_err(unrestored)?;
         }
         Ok(())
@@ -384,7 +385,6 @@ mod tests {
         assert_eq!(journal.state(&image).unwrap(), State::Whole);
     }
 
-    /// Malformed images 28.
     #[test]
     fn m28_a_journal_that_is_not_in_order_is_refused() {
         let good = journal();

@@ -3,8 +3,8 @@
 use format::MetaWrite;
 use zerocopy::IntoBytes;
 
+use crate::descriptor::new_cid;
 use crate::header::{CHECK_BYTES, FLAG_CHECK_BYTES, FLAG_REDUNDANT, MAGIC, Raw};
-use crate::write::new_cid;
 use crate::{Error, SECTOR};
 
 /// Sectors of a grain.

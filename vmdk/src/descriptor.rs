@@ -1,5 +1,7 @@
 //! The descriptor: the text that says what a disk is made of.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
+
 use crate::Error;
 
 /// Bytes of the longest descriptor in a file of its own, as in QEMU.
@@ -113,8 +115,19 @@ impl Descriptor {
     }
 }
 
-/// A descriptor with another content identifier; `None` if it has none.
-pub fn with_cid(text: &str, cid: u32) -> Option<String> {
+/// The text of a descriptor with another content identifier, for the first write after opening; `None` if it has none.
+pub fn with_new_cid(text: &str) -> Option<String> {
+    with_cid(text, new_cid())
+}
+
+/// A content identifier that nobody has, and that has no meaning.
+pub(crate) fn new_cid() -> u32 {
+    // The keys of a hasher are as random as a content identifier needs.
+    let random = RandomState::new().build_hasher().finish() & 0x7fff_ffff;
+    u32::try_from(random).unwrap_or(1).max(1)
+}
+
+fn with_cid(text: &str, cid: u32) -> Option<String> {
     let is_cid = |line: &str| pair(line.trim()).is_some_and(|(key, _)| key.eq_ignore_ascii_case("CID"));
     let line = text.split_inclusive('\n').find(|line| is_cid(line))?;
     let end = line.trim_end_matches(['\r', '\n']).len();
@@ -122,8 +135,11 @@ pub fn with_cid(text: &str, cid: u32) -> Option<String> {
     Some(text.replacen(line, &new, 1))
 }
 
-/// The text before the zeros at the end.
-pub(crate) fn text(bytes: &[u8]) -> Result<&str, Error> {
+/// The text of a descriptor, without the zeros that may follow it.
+///
+/// # Errors
+/// [`Error::Invalid`] if it is none.
+pub fn text(bytes: &[u8]) -> Result<&str, Error> {
     let end = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last.saturating_add(1));
     let text = bytes.get(..end).unwrap_or_default();
     if text.contains(&0) {

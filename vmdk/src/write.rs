@@ -10,13 +10,12 @@
 //! so that children notice.
 
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, Hasher, RandomState};
 
 use format::fresh::{Fresh, in_place};
 use format::tail::Tail;
 use format::{DiscardPlan, MetaWrite, Plan, Prepare, Sector, Step, Write};
 
-use crate::descriptor::with_cid;
+use crate::descriptor::with_new_cid;
 use crate::header::{Header, UNCLEAN_FIELD};
 use crate::sparse::{Entry, Run, Sparse};
 use crate::{Error, SECTOR};
@@ -154,7 +153,7 @@ impl Sparse {
     fn marking(&self) -> Prepare {
         let mut steps = vec![Step::Write(MetaWrite { offset: 0, bytes: self.first_sector(1) })];
         let area = &self.header.descriptor;
-        let text = self.writes.text.as_ref().and_then(|text| with_cid(text, new_cid()));
+        let text = self.writes.text.as_ref().and_then(|text| with_new_cid(text));
         let room = usize::try_from(area.end.saturating_sub(area.start)).unwrap_or(0);
         if let Some(mut bytes) = text.map(String::into_bytes).filter(|bytes| bytes.len() <= room) {
             bytes.resize(room, 0);
@@ -316,13 +315,6 @@ impl Sparse {
             }
         }
     }
-}
-
-/// A content identifier that nobody has: neither the old one nor one with a meaning.
-pub(crate) fn new_cid() -> u32 {
-    // The keys of a hasher are as random as a content identifier needs.
-    let random = RandomState::new().build_hasher().finish() & 0x7fff_ffff;
-    u32::try_from(random).unwrap_or(1).max(1)
 }
 
 /// Grains in ascending order, those of each table together.

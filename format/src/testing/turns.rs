@@ -452,7 +452,7 @@ fn in_some_order(steps: Vec<Step>, random: &mut Random) -> VecDeque<Step> {
     let mut ordered = VecDeque::new();
     let mut free: Vec<Step> = Vec::new();
     for step in steps {
-        let barrier = matches!(step, Step::Flush | Step::Truncate(_));
+        let barrier = matches!(step, Step::Flush | Step::Truncate(_) | Step::Settle);
         free.push(step);
         if barrier {
             let barrier = free.pop();

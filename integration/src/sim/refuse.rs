@@ -30,6 +30,7 @@ fn parse(part: &str) -> Option<(u32, u16)> {
     let (name, errno) = part.split_once('=')?;
     let number = match name {
         "fdatasync" => libc::SYS_fdatasync,
+        "pwrite64" => libc::SYS_pwrite64,
         "io_uring_setup" => libc::SYS_io_uring_setup,
         _ => return None,
     };

@@ -74,7 +74,7 @@ fn a_tapdisk_that_is_killed_under_load_leaves_no_block_out() {
         let mut dice = Dice::new(round);
         let data = pattern(1, 4096);
         let mut out = std::collections::VecDeque::new();
-        for _ in 0..200 + 100 * round {
+        while out.len() < 200 + 100 * usize::try_from(round).unwrap() {
             while frontend.free_slots() > 0 {
                 frontend.submit(Io::Write(Sector(dice.roll(SIZE as u64 / 4096) * 8), &data));
             }

@@ -86,3 +86,24 @@ fn a_dead_tapdisk_leaves_its_guest_waiting_and_the_host_free() {
     assert!(frontend.read(Sector(0), 4096).unwrap() == pattern(1, 4096));
     unplug(&rig, &device);
 }
+
+/// What may pass is tried again, for as long as the administrator says.
+#[test]
+fn a_write_that_fails_for_now_is_tried_again_until_its_time_is_over() {
+    let mut rig = Rig::start(programs!());
+    rig.spawn_options = vec!["--engine".into(), "pool".into()];
+    rig.refuse = format!("pwrite64={}", libc::EBUSY);
+    rig.open_options = vec!["-t".into(), "2".into()];
+    let (_, params) = raw(&rig, "a.img", MIB);
+    let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
+    let start = std::time::Instant::now();
+    assert!(!frontend.run(Io::Write(Sector(0), &pattern(1, 4096))).unwrap().is_okay());
+    // Milliseconds of the clock that is read are missing.
+    assert!(start.elapsed() >= Duration::from_millis(1900), "{:?}", start.elapsed());
+    assert!(frontend.read(Sector(0), 4096).unwrap() == [0; 4096]);
+    // Nobody waits for a try of a guest that goes.
+    frontend.submit(Io::Write(Sector(0), &pattern(1, 4096)));
+    frontend.kick().unwrap();
+    rig.destroy(&device);
+    rig.assert_clean();
+}

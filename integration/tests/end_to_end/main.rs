@@ -15,6 +15,7 @@ mod hostile_load;
 mod hostile_ring;
 mod limits;
 mod mirror;
+mod nbd;
 mod pause;
 mod protocol;
 mod ram;

@@ -123,6 +123,15 @@ fn relative_images_become_absolute_and_absolute_ones_stay() {
 }
 
 #[test]
+fn the_address_of_an_nbd_server_is_no_path() {
+    let Ok(Command::Create(opening, None)) = line("create -a nbd:unix:/run/a:disk -2 nbd://host/x") else {
+        panic!()
+    };
+    assert_eq!(opening.params.image.path, "unix:/run/a:disk");
+    assert_eq!(opening.params.secondary.map(|image| image.path), Some("//host/x".into()));
+}
+
+#[test]
 fn the_size_of_a_null_image_is_no_path() {
     let Ok(Command::Create(opening, Some("pool"))) = line("create -a null:64G --engine pool") else {
         panic!()

@@ -45,7 +45,7 @@ pub(super) enum Place<'a> {
 impl Chain {
     /// A chain whose images are served by the thread of `io`.
     pub fn new(leaf: Layer, parents: Vec<Layer>, io: Io) -> Chain {
-        for file in std::iter::once(&leaf).chain(&parents).filter_map(Layer::file) {
+        for file in std::iter::once(&leaf).chain(&parents).flat_map(Layer::files) {
             file.register(&io.reactor);
         }
         let hits = (0..=parents.len()).map(|_| Hits::default()).collect();
@@ -62,8 +62,7 @@ impl Chain {
     /// What the images have served, the leaf first.
     pub fn stats(&self) -> Vec<ImageStats> {
         let one = |((layer, _), hits): ((&Layer, u64), &Hits)| {
-            let path =
-                layer.file().map_or_else(String::new, |file| file.path().to_string_lossy().into_owned());
+            let path = layer.name().to_string_lossy().into_owned();
             let image = ImageSpec { kind: layer.kind(), path };
             ImageStats { image, hits: hits.get(), fail: ReadWrite::default() }
         };
@@ -92,7 +91,7 @@ impl Chain {
             count = u32::try_from(left).map_or(count, |left| left.min(count));
             match layer.map(&self.io, sector, count).await? {
                 Extent::Data { offset, count } => {
-                    let file = layer.file().ok_or(Errno::EIO)?;
+                    let file = layer.file_of(sector).ok_or(Errno::EIO)?;
                     return Ok((depth, Place::File(file, offset), count));
                 }
                 Extent::Zero { count } => return Ok((depth, Place::Zeros, count)),

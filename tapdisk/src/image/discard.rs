@@ -69,6 +69,7 @@ impl Chain {
             Layer::Vhd(vhd) => not_secure(&vhd.file),
             Layer::Qcow(qcow) => not_secure(&qcow.file),
             Layer::Qcow2(qcow) => not_secure(&qcow.file),
+            Layer::Vmdk(vmdk) => vmdk.sparse_file().and_then(not_secure),
             Layer::Nbd(nbd) => nbd.discard_limits(),
             Layer::Null(_) => None,
         }
@@ -82,6 +83,7 @@ impl Chain {
             Layer::Vhd(vhd) => return vhd.discard(&self.io, sector, count).await,
             Layer::Qcow(qcow) => return qcow.discard(&self.io, sector, count).await,
             Layer::Qcow2(qcow) => return qcow.discard(&self.io, sector, count).await,
+            Layer::Vmdk(vmdk) => return vmdk.discard(&self.io, sector, count).await,
             Layer::Nbd(nbd) => return nbd.discard(&self.io, sector, count).await,
             Layer::Null(_) => return Err(Errno::EOPNOTSUPP),
         };

@@ -355,7 +355,7 @@ impl ImageFile {
             .map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
     }
 
-    /// The same for writing: for the repair of an image while it is being opened.
+    /// The same for writing: for the repair of an image while it is being opened, and for short texts.
     pub fn writer(&self) -> Result<File, OpenError> {
         self.reopen(OpenOptions::new().read(true).write(true), 0)
             .map_err(|e| OpenError::io(&self.path, "cannot open for writing", &e))

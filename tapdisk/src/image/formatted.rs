@@ -31,6 +31,8 @@ const MOST_ZEROS: u64 = 64 << 10;
 pub struct Formatted<F> {
     /// Where the data is.
     pub file: ImageFile,
+    /// The sector of the disk that is the file's first: other than 0 for pieces of a disk.
+    first: u64,
     core: RefCell<F>,
     /// The bytes in the file are not those of the disk.
     sealed: bool,
@@ -49,8 +51,14 @@ pub struct Formatted<F> {
 impl<F: Format> Formatted<F> {
     /// A layer over an image that was opened and checked.
     pub fn new(file: ImageFile, core: F, io: &Io) -> Formatted<F> {
+        Formatted::piece(file, core, 0, io)
+    }
+
+    /// The same for a piece of a disk, which begins with sector `first` of that.
+    pub fn piece(file: ImageFile, core: F, first: u64, io: &Io) -> Formatted<F> {
         Formatted {
             file,
+            first,
             sealed: core.cipher().is_some(),
             core: RefCell::new(core),
             commits: Group::new(io.scheduler.clone()),
@@ -255,8 +263,12 @@ impl<F: Format> Formatted<F> {
     pub async fn discard(&self, io: &Io, sector: Sector, count: u64) -> Result<(), Errno> {
         let mut publish = false;
         let discarded = self.discard_parts(io, sector, count, &mut publish).await;
-        let committed = if publish { self.commit(io).await } else { Ok(()) };
-        discarded.and(committed)
+        if publish {
+            self.commit(io).await?;
+            // What the first has freed is given back by the next, if it is worth it.
+            self.commit(io).await?;
+        }
+        discarded
     }
 
     async fn discard_parts(
@@ -344,9 +356,10 @@ impl<F: Format> Formatted<F> {
 
     /// Carries out steps. What lies between two flushes is in flight together.
     async fn take_steps(&self, io: &Io, steps: &[Step]) -> Result<(), Errno> {
-        for part in steps.split_inclusive(|step| matches!(step, Step::Flush | Step::Truncate(_))) {
+        let alone = |step: &Step| matches!(step, Step::Flush | Step::Truncate(_) | Step::Settle);
+        for part in steps.split_inclusive(alone) {
             let (last, others) = match part.split_last() {
-                Some((last @ (Step::Flush | Step::Truncate(_)), others)) => (Some(last), others),
+                Some((last, others)) if alone(last) => (Some(last), others),
                 _ => (None, part),
             };
             match others {
@@ -370,6 +383,10 @@ impl<F: Format> Formatted<F> {
             Step::Zero(range) => io.zero_range(&self.file, range.clone()).await,
             Step::Truncate(len) => self.file.set_len(*len),
             Step::Punch(range) => self.punch(io, range.clone()).await,
+            Step::Settle => {
+                io.flights.settle().await;
+                Ok(())
+            }
             Step::Flush => io.fdatasync(&self.file).await,
         }
     }

@@ -18,6 +18,7 @@ use super::formatted::Formatted;
 use super::nbd::Nbd;
 use super::null::Null;
 use super::raw::Raw;
+use super::vmdk::Vmdk;
 use crate::buf::Buf;
 use crate::io::Io;
 
@@ -36,6 +37,8 @@ pub enum Layer {
     Qcow(Box<Formatted<Qcow>>),
     /// qcow2.
     Qcow2(Box<Formatted<Qcow2>>),
+    /// VMDK, in one or several files.
+    Vmdk(Box<Vmdk>),
     /// What an NBD server has.
     Nbd(Box<Nbd>),
     /// No image.
@@ -50,6 +53,7 @@ impl Layer {
             Layer::Vhd(_) => ImageType::Vhd,
             Layer::Qcow(_) => ImageType::Qcow,
             Layer::Qcow2(_) => ImageType::Qcow2,
+            Layer::Vmdk(_) => ImageType::Vmdk,
             Layer::Nbd(_) => ImageType::Nbd,
             Layer::Null(_) => ImageType::Null,
         }
@@ -62,7 +66,23 @@ impl Layer {
             Layer::Vhd(vhd) => Some(&vhd.file),
             Layer::Qcow(qcow) => Some(&qcow.file),
             Layer::Qcow2(qcow) => Some(&qcow.file),
-            Layer::Nbd(_) | Layer::Null(_) => None,
+            Layer::Vmdk(_) | Layer::Nbd(_) | Layer::Null(_) => None,
+        }
+    }
+
+    /// All files of an image.
+    pub fn files(&self) -> Vec<&ImageFile> {
+        match self {
+            Layer::Vmdk(vmdk) => vmdk.files().collect(),
+            _ => self.file().into_iter().collect(),
+        }
+    }
+
+    /// The file that [`Extent::Data`] of this sector speaks of.
+    pub fn file_of(&self, sector: Sector) -> Option<&ImageFile> {
+        match self {
+            Layer::Vmdk(vmdk) => vmdk.file_of(sector),
+            _ => self.file(),
         }
     }
 
@@ -70,6 +90,7 @@ impl Layer {
     pub fn name(&self) -> &Path {
         match (self, self.file()) {
             (Layer::Nbd(nbd), _) => nbd.name(),
+            (Layer::Vmdk(vmdk), _) => vmdk.name(),
             (_, Some(file)) => file.path(),
             (_, None) => Path::new("null"),
         }
@@ -79,6 +100,7 @@ impl Layer {
     pub fn physical_block_size(&self) -> u32 {
         match (self, self.file()) {
             (Layer::Nbd(nbd), _) => nbd.block_size(),
+            (Layer::Vmdk(vmdk), _) => vmdk.physical_block_size(),
             (_, Some(file)) => file.store().physical_block_size,
             (_, None) => 512,
         }
@@ -91,6 +113,7 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.sectors(),
             Layer::Qcow(qcow) => qcow.sectors(),
             Layer::Qcow2(qcow) => qcow.sectors(),
+            Layer::Vmdk(vmdk) => vmdk.sectors(),
             Layer::Nbd(nbd) => nbd.sectors(),
             Layer::Null(_) => 0,
         }
@@ -103,6 +126,7 @@ impl Layer {
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.place(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
             Layer::Qcow2(qcow) => Some((&qcow.file, qcow.place(sector, count)?)),
+            Layer::Vmdk(vmdk) => vmdk.place(sector, count),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -114,6 +138,7 @@ impl Layer {
             Layer::Vhd(vhd) => Some((&vhd.file, vhd.overwrite(sector, count)?)),
             Layer::Qcow(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
             Layer::Qcow2(qcow) => Some((&qcow.file, qcow.overwrite(sector, count)?)),
+            Layer::Vmdk(vmdk) => vmdk.overwrite(sector, count),
             Layer::Nbd(_) | Layer::Null(_) => None,
         }
     }
@@ -125,6 +150,7 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.map(io, sector, count).await,
             Layer::Qcow(qcow) => qcow.map(io, sector, count).await,
             Layer::Qcow2(qcow) => qcow.map(io, sector, count).await,
+            Layer::Vmdk(vmdk) => vmdk.map(io, sector, count).await,
             Layer::Nbd(_) => Ok(Extent::Own { count }),
             Layer::Null(null) => Ok(null.map(count)),
         }
@@ -143,6 +169,7 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.read(io, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.read(io, sector, buf, range).await,
             Layer::Qcow2(qcow) => qcow.read(io, sector, buf, range).await,
+            Layer::Vmdk(vmdk) => vmdk.read(io, sector, buf, range).await,
             Layer::Nbd(nbd) => {
                 let len = range.len();
                 nbd.read(io, sector, buf, range).await.map(|()| len)
@@ -168,6 +195,7 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.write(io, chain, sector, buf, range).await,
             Layer::Qcow(qcow) => qcow.write(io, chain, sector, buf, range).await,
             Layer::Qcow2(qcow) => qcow.write(io, chain, sector, buf, range).await,
+            Layer::Vmdk(vmdk) => vmdk.write(io, chain, sector, buf, range).await,
             Layer::Nbd(nbd) => nbd.write(io, sector, buf, range).await,
             Layer::Null(_) => Ok(()),
         }
@@ -177,6 +205,7 @@ impl Layer {
     pub async fn flush(&self, io: &Io) -> Result<(), Errno> {
         match (self, self.file()) {
             (Layer::Nbd(nbd), _) => nbd.flush(io).await,
+            (Layer::Vmdk(vmdk), _) => vmdk.flush(io).await,
             (_, Some(file)) => io.fdatasync(file).await,
             (_, None) => Ok(()),
         }
@@ -188,6 +217,7 @@ impl Layer {
             Layer::Vhd(vhd) => vhd.close(io).await,
             Layer::Qcow(qcow) => qcow.close(io).await,
             Layer::Qcow2(qcow) => qcow.close(io).await,
+            Layer::Vmdk(vmdk) => vmdk.close(io).await,
             Layer::Raw(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(()),
         }
     }

@@ -24,6 +24,7 @@ pub mod snapshot;
 mod stack;
 pub mod store;
 mod survey;
+mod vmdk;
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -129,7 +130,7 @@ impl Disk {
     /// Gives up writing for good, down to the descriptor. Nothing may be in flight.
     pub fn make_readonly(&self) -> Result<(), OpenError> {
         if !self.readonly.get() {
-            if let Some(file) = self.chain.leaf.file() {
+            for file in self.chain.leaf.files() {
                 file.make_readonly()?;
             }
             self.readonly.set(true);

@@ -37,6 +37,7 @@ use super::OpenError;
 use super::locks::BlockLocks;
 use crate::buf::Buf;
 use crate::io::Io;
+use crate::socket::interruptible;
 use crate::sync::{Group, WaitSet};
 
 /// How long to wait for a server.
@@ -394,8 +395,7 @@ impl Nbd {
         let attempts = self.attempts(until, self.failures.get()).map_err(|error| error.to_string())?;
         let byte = io.pool.meta().await;
         while let Some(piece) = byte.piece(0..1) {
-            let rung =
-                connection::interruptible(&attempts.bell, io.reactor.receive(attempts.bell.as_fd(), piece));
+            let rung = interruptible(&attempts.bell, io.reactor.receive(attempts.bell.as_fd(), piece));
             match rung.await {
                 Err(Errno::EINTR | Errno::EAGAIN) => {}
                 _ => break,

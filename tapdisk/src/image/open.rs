@@ -185,6 +185,7 @@ impl Opener<'_> {
             ImageType::Vhd => self.open_vhd(file, writable),
             ImageType::Qcow => self.open_qcow(file, writable),
             ImageType::Qcow2 => self.open_qcow2(file, writable),
+            ImageType::Vmdk => self.open_vmdk(file, writable),
             other => {
                 let text = format!("images of type {} are not built in", other.name());
                 Err(OpenError::new(file.path(), Errno::ENOSYS, text))
@@ -245,7 +246,7 @@ impl Opener<'_> {
     }
 
     /// Notes an image of the chain: none may be there twice.
-    fn enter(&mut self, file: &ImageFile) -> Result<(), OpenError> {
+    pub(super) fn enter(&mut self, file: &ImageFile) -> Result<(), OpenError> {
         let (device, inode) =
             file.identity().map_err(|error| OpenError::io(file.path(), "cannot stat", &error))?;
         self.visited.enter(device, inode).map_err(|error| refuse(file.path(), &error))
@@ -299,6 +300,6 @@ fn refuse(path: &Path, error: &vhd::Error) -> OpenError {
     OpenError::new(path, Errno::from_raw(error.errno()), error.to_string())
 }
 
-fn canonical(path: &Path) -> Result<PathBuf, OpenError> {
+pub(super) fn canonical(path: &Path) -> Result<PathBuf, OpenError> {
     path.canonicalize().map_err(|error| OpenError::io(path, "cannot resolve", &error))
 }

@@ -79,6 +79,7 @@ impl Disk {
             Layer::Raw(raw) => self.resize_raw(&raw.file, size).await,
             // The size of these is their own.
             _ if size.is_none() => Ok(()),
+            Layer::Vmdk(_) => Err(self.refuse_size("a VMDK keeps its size; convert it to another format")),
             Layer::Nbd(_) => Err(self.refuse_size("an NBD server has its size, grow it there")),
             Layer::Null(_) => self.own_size(size).map(|sectors| self.common.grow(sectors)),
             Layer::Vhd(vhd) => self.grow(vhd, size).await,

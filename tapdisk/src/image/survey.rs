@@ -62,14 +62,14 @@ impl Disk {
 
     /// The files of the images, the leaf first; `None` for one that has no file.
     pub fn files(&self) -> Vec<Option<&Path>> {
-        self.chain.layers().map(|(layer, _)| layer.file().map(ImageFile::path)).collect()
+        self.chain.layers().map(|(layer, _)| layer.files().first().map(|file| file.path())).collect()
     }
 
     /// From now on (or, if not `defer`, no more) nothing is made durable, not even where the format needs it to survive a
     /// stop: for filling a new image, which is worth nothing before it is complete. [`Disk::close`] after the end of it makes all
     /// durable.
     pub fn defer_flushes(&self, defer: bool) {
-        if let Some(file) = self.chain.leaf.file() {
+        for file in self.chain.leaf.files() {
             file.defer_flushes(defer);
         }
     }

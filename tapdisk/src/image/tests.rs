@@ -5,6 +5,7 @@ mod handles;
 mod qcow;
 mod qcow2;
 mod sealed;
+mod vmdk;
 
 use std::future::Future;
 use std::path::Path;

@@ -129,6 +129,7 @@ impl Io {
         if file.takes(offset, piece) {
             return self.whole(Direction::Read, file, offset, piece).await;
         }
+        let _flight = self.flights.begin();
         self.read_parts(file, offset, buf, range).await
     }
 
@@ -210,6 +211,7 @@ impl Io {
         range: Range<usize>,
     ) -> Result<(), Errno> {
         let piece = buf.piece(range.clone()).ok_or(Errno::EINVAL)?;
+        let _flight = self.flights.begin();
         if file.takes(offset, piece) {
             return self.write_whole(file, offset, piece).await;
         }
@@ -239,8 +241,16 @@ impl Io {
         self.write_zeros(file, range.start..inner.start).await?;
         {
             let _lock = self.lock(file, inner.clone(), false).await;
-            self.fallocate(file, libc::FALLOC_FL_ZERO_RANGE, inner.clone()).await?;
+            match self.fallocate(file, libc::FALLOC_FL_ZERO_RANGE, inner.clone()).await {
+                Err(Errno::EOPNOTSUPP) => {}
+                result => {
+                    result?;
+                    return self.write_zeros(file, inner.end..range.end).await;
+                }
+            }
         }
+        // A file system that cannot do it for us.
+        self.write_zeros(file, inner.clone()).await?;
         self.write_zeros(file, inner.end..range.end).await
     }
 

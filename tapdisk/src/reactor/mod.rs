@@ -40,7 +40,7 @@ const KEY_COMMANDS: u64 = u64::MAX - 1;
 /// The engine's own.
 const KEY_HELPER: u64 = u64::MAX - 2;
 /// One for each [`Timer`].
-const KEY_TIMERS: [u64; 3] = [u64::MAX - 3, u64::MAX - 4, u64::MAX - 5];
+const KEY_TIMERS: [u64; 4] = [u64::MAX - 3, u64::MAX - 4, u64::MAX - 5, u64::MAX - 6];
 
 /// Memory that was registered with the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +97,8 @@ pub enum Timer {
     HoldOff,
     /// Looking at a ring again that was not allowed to take a request.
     Limit,
+    /// Trying requests again that have failed.
+    Retry,
 }
 
 /// The I/O of one worker thread.
@@ -131,7 +133,7 @@ pub struct Readable {
     /// The command queue.
     pub commands: bool,
     /// The timers whose time has come, by [`Timer`].
-    pub timers: [bool; 3],
+    pub timers: [bool; 4],
 }
 
 #[derive(Clone, Copy, Debug)]

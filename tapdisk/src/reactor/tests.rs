@@ -261,7 +261,11 @@ fn a_timer_fires_once() {
         let thread = Thread::new(engine);
         thread.reactor.timer(Timer::HoldOff, Duration::from_millis(1)).unwrap();
         let readable = thread.reactor.turn(true).unwrap();
-        assert_eq!(readable, Readable { timers: [false, true, false], ..Readable::default() }, "{engine}");
+        assert_eq!(
+            readable,
+            Readable { timers: [false, true, false, false], ..Readable::default() },
+            "{engine}"
+        );
         assert_eq!(thread.reactor.turn(false).unwrap(), Readable::default(), "{engine}");
     }
 }

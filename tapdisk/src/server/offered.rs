@@ -4,10 +4,7 @@ use tap_ctl::proto::OpenParams;
 
 /// The name of the first thing in `params` that is not offered.
 pub(super) fn refusal(params: &OpenParams) -> Option<&'static str> {
-    let asked = [
-        (params.standby, "a secondary image that waits (-s)"),
-        (params.timeout.is_some(), "a request timeout (-t)"),
-    ];
+    let asked = [(params.standby, "a secondary image that waits (-s)")];
     asked.into_iter().find_map(|(asked, name)| asked.then_some(name))
 }
 

@@ -25,7 +25,7 @@ use super::seat::{Seat, info};
 use super::serve::{self, Failures, Way};
 use super::thread::{Devices, Served, State, failure, notify};
 use super::throttle::Gate;
-use super::{Answer, Command, Commands, Inbox, Notice, Phase, Source, Worker};
+use super::{Answer, Command, Commands, Inbox, Notice, Phase, Shared, Source, Worker};
 use crate::copier::Copier;
 use crate::io::errno_of;
 use crate::xen::Xen;
@@ -225,7 +225,11 @@ impl<X: Xen> State<X> {
         let (sender, opened) = channel();
         let worker = Worker::start(
             self.xen.clone(),
-            Source::Share(share, self.throttle.clone()),
+            Source::Share(Shared {
+                disk: share,
+                throttle: self.throttle.clone(),
+                patience: self.seat.patience(),
+            }),
             self.engine,
             Box::new(move |result| drop(sender.send(result))),
             self.tell.clone(),
@@ -381,6 +385,7 @@ impl<X: Xen> State<X> {
         if std::mem::replace(&mut self.closing, true) {
             return answer.give(failure(Errno::EALREADY, "the image is being closed already".into()));
         }
+        self.send_clients_away();
         let ends: Vec<_> = self.entries().into_iter().map(|entry| self.end_of_frontend(entry)).collect();
         let (seat, ended) = (self.seat.clone(), self.ended.clone());
         self.executor.spawn(async move {

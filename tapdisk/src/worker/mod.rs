@@ -7,6 +7,7 @@
 //!                                                   siblings
 //! ```
 
+mod clients;
 mod connect;
 mod limit;
 mod mapped;
@@ -36,9 +37,16 @@ use tap_ctl::proto::{DiskInfo, ImageSpec, LimitChange, OpenParams, Reopen, RingE
 use self::stats::{Counted, Gathering};
 pub use self::throttle::Throttle;
 use crate::image::DiskShare;
+use crate::nbd::Client;
 use crate::reactor::EngineChoice;
 use crate::sync::WaitSet;
 use crate::xen::Xen;
+
+/// How long a request is tried again that fails for a reason that may pass, where the administrator does not say: as long
+/// as XenServer's tapdisk does it.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The time between two tries.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// How often a thread that holds memory or mappings looks what it can give back. An idle disk does not do it.
 const HOUSEKEEPING: Duration = Duration::from_secs(10);
@@ -48,8 +56,19 @@ const HOUSEKEEPING: Duration = Duration::from_secs(10);
 pub enum Source {
     /// It is opened.
     Open(OpenParams),
-    /// Another thread has it open, and it has these limits.
-    Share(DiskShare, Arc<Throttle>),
+    /// Another thread has it open.
+    Share(Shared),
+}
+
+/// A disk that another thread has open.
+#[derive(Debug)]
+pub struct Shared {
+    /// Its handle.
+    pub disk: DiskShare,
+    /// Its limits.
+    pub throttle: Arc<Throttle>,
+    /// How long a request is tried again.
+    pub patience: Duration,
 }
 
 /// What a worker tells without being asked.
@@ -135,12 +154,14 @@ pub enum Command {
     Unpause(Reopen, Answer),
     /// Make a new image over the present one, and go on with that.
     Snapshot(ImageSpec, Answer),
+    /// Serve an NBD client.
+    Client(Client),
     /// From the thread itself: nothing is in flight any more, and the image was closed with this result.
     Quiet(Result<(), Errno>),
     /// Change what the disk may do in a second, and tell it.
     Limit(LimitChange, Answer),
     /// Take part in an answer to how much has been done.
-    Stats(Gathering),
+    Stats(Box<Gathering>),
     /// Tell how much has been done.
     Statistics(Answer),
     /// For a sibling: the limits have changed.
@@ -226,7 +247,7 @@ impl Worker {
     }
 
     /// Where commands go in.
-    fn commands(&self) -> Commands {
+    pub fn commands(&self) -> Commands {
         self.commands.clone()
     }
 

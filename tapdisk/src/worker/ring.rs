@@ -356,6 +356,12 @@ impl<M: GrantMap> Ring<M> {
         }
     }
 
+    /// Whether a request that failed for a reason that may pass is tried again.
+    pub fn may_try_again(&self, slot: usize, patience: Duration) -> bool {
+        let since = self.slots.get(slot).and_then(|place| place.since.get());
+        !self.stopping.get() && since.is_some_and(|since| Tick::now().since(since) < patience)
+    }
+
     /// What is under way.
     pub fn flight(&self) -> Flight {
         let held = self.unanswered.get();
@@ -416,6 +422,11 @@ impl<M: GrantMap> Ring<M> {
         }
         self.unanswered.set(self.unanswered.get() - 1);
         self.release(slot, request);
+    }
+
+    /// Whether requests are in flight or held.
+    pub fn is_busy(&self) -> bool {
+        self.in_flight() > 0
     }
 
     fn in_flight(&self) -> usize {

@@ -5,6 +5,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use tap_ctl::proto::{DiskInfo, ImageSpec, Limits, OpenParams};
 
@@ -24,6 +25,10 @@ pub(super) struct Seat {
     /// Administrators' work on the disk that is under way.
     works: Cell<u32>,
     changed: WaitSet,
+    patience: Duration,
+    /// Requests that are to be tried again.
+    trying: Cell<u32>,
+    tries: WaitSet,
 }
 
 /// A work on the disk, during which it is not taken away.
@@ -42,14 +47,17 @@ impl Drop for Work {
 
 impl Seat {
     /// The place of an open disk.
-    pub fn new(disk: Disk, params: Option<OpenParams>, scheduler: Rc<Scheduler>) -> Seat {
+    pub fn new(disk: Disk, params: Option<OpenParams>, patience: Duration, scheduler: Rc<Scheduler>) -> Seat {
         Seat {
             seen: Cell::new(info(&disk)),
             disk: RefCell::new(Some(Rc::new(disk))),
             params: RefCell::new(params),
             phase: Cell::new(Phase::Running),
             works: Cell::new(0),
-            changed: WaitSet::new(scheduler),
+            changed: WaitSet::new(scheduler.clone()),
+            patience,
+            trying: Cell::new(0),
+            tries: WaitSet::new(scheduler),
         }
     }
 
@@ -65,6 +73,24 @@ impl Seat {
         Some(Work { seat: self.clone(), disk })
     }
 
+    /// The same, as soon as the disk is not paused; `None` if `over` becomes true before.
+    pub async fn work_soon(self: &Rc<Self>, over: impl Fn() -> bool) -> Option<Work> {
+        loop {
+            if over() {
+                return None;
+            }
+            if let Some(work) = self.work() {
+                return Some(work);
+            }
+            self.changed.wait().await;
+        }
+    }
+
+    /// Lets everybody look again who waits for the disk.
+    pub fn stir(&self) {
+        self.changed.wake_all();
+    }
+
     /// Ends when no work is under way.
     pub async fn no_work(&self) {
         while self.works.get() > 0 {
@@ -78,6 +104,28 @@ impl Seat {
             self.seen.set(info(disk));
         }
         self.seen.get()
+    }
+
+    /// How long a request is tried again that fails for a reason that may pass.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    /// Ends when it is time for another try.
+    pub async fn next_try(&self) {
+        self.trying.set(self.trying.get() + 1);
+        self.tries.wait().await;
+        self.trying.set(self.trying.get() - 1);
+    }
+
+    /// Whether requests wait for another try.
+    pub fn is_trying(&self) -> bool {
+        self.trying.get() > 0
+    }
+
+    /// It is time for another try.
+    pub fn try_again(&self) {
+        self.tries.wake_all();
     }
 
     /// How the disk was opened.

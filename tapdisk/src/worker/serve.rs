@@ -37,17 +37,21 @@ const WIRE_SEGMENT: usize = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
     Answer(Status),
+    /// The reason may pass.
+    Again,
     /// The truth cannot be told in the protocol: never answer.
     Hold,
 }
 
 impl From<Result<(), Errno>> for Outcome {
     fn from(result: Result<(), Errno>) -> Outcome {
-        Outcome::Answer(match result {
-            Ok(()) => Status::Okay,
-            Err(Errno::EOPNOTSUPP) => Status::NotSupported,
-            Err(_) => Status::Error,
-        })
+        match result {
+            Ok(()) => Outcome::Answer(Status::Okay),
+            Err(Errno::EOPNOTSUPP) => Outcome::Answer(Status::NotSupported),
+            // Interruptions were dealt with below; XenServer's tapdisk tries the same errors again.
+            Err(Errno::EAGAIN | Errno::EBUSY | Errno::EINTR) => Outcome::Again,
+            Err(_) => Outcome::Answer(Status::Error),
+        }
     }
 }
 
@@ -91,10 +95,19 @@ where
     while let Some(request) = ring.next(slot).await {
         let outcome = match way.seat.disk() {
             Some(disk) => {
-                let outcome = way.serve(&disk, &ring, &request, &mut scratch).await;
+                let mut outcome = way.serve(&disk, &ring, &request, &mut scratch).await;
+                while outcome == Outcome::Again {
+                    scratch.pages.clear();
+                    if !ring.may_try_again(slot, way.seat.patience()) {
+                        outcome = Outcome::Answer(Status::Error);
+                        break;
+                    }
+                    way.seat.next_try().await;
+                    outcome = way.serve(&disk, &ring, &request, &mut scratch).await;
+                }
                 match outcome {
                     Outcome::Answer(Status::Error) => way.complain(&disk, &request),
-                    Outcome::Answer(_) => {}
+                    Outcome::Answer(_) | Outcome::Again => {}
                     Outcome::Hold => way.report(&disk),
                 }
                 outcome
@@ -107,6 +120,7 @@ where
         way.served.count(&request, sectors(&request, &scratch), outcome != Outcome::Answer(Status::Okay));
         match outcome {
             Outcome::Answer(status) => ring.complete(slot, &request, status),
+            Outcome::Again => ring.complete(slot, &request, Status::Error),
             Outcome::Hold => {
                 ring.hold(slot, &request).await;
             }

@@ -24,13 +24,14 @@ use super::poll::{Advice, Poller};
 use super::ring::{Armed, Ring};
 use super::seat::Seat;
 use super::serve::Way;
-use super::stats::{self, Counted};
-use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, Source, Throttle};
+use super::stats::{self, Counted, Tick};
+use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, PATIENCE, RETRY, Source, Throttle};
 use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
 use crate::executor::{Executor, Scheduler};
 use crate::image;
 use crate::io::{Io, errno_of};
+use crate::nbd::Clients;
 use crate::reactor::{EngineChoice, Reactor, Readable, Timer};
 use crate::xen::Xen;
 
@@ -63,6 +64,8 @@ pub(super) struct State<X: Xen> {
     pub io: Io,
     pub executor: Executor,
     pub seat: Rc<Seat>,
+    /// Who reads and writes the disk by NBD.
+    pub clients: Rc<Clients>,
     pub devices: Option<Devices<X>>,
     pub rings: Rc<RefCell<Vec<Served<X>>>>,
     /// Threads for further rings of our frontends.
@@ -76,6 +79,8 @@ pub(super) struct State<X: Xen> {
     pub past: Rc<RefCell<Counted>>,
     /// When the timer for limits is due, if it is set.
     limit_timer: Cell<Option<Instant>>,
+    /// The timer for further tries is set.
+    retrying: Cell<bool>,
     /// What to do when the disk is paused.
     pub after_pause: Vec<Then>,
     pub poller: Poller,
@@ -136,17 +141,20 @@ fn set_up<X: Xen>(
     let reactor = Reactor::new(scheduler.clone(), engine).map_err(|e| system("the I/O engine", &e))?;
     let pool = Pool::new(scheduler.clone(), DATA_BYTES).map_err(|e| system("buffers", &e))?;
     reactor.watch_commands(inbox.fd()).map_err(|e| system("the I/O engine", &e))?;
-    let io = Io { reactor, pool, scheduler: scheduler.clone() };
-    let (disk, params, throttle) = match source {
+    let io = Io::new(reactor, pool, scheduler.clone());
+    let (disk, params, throttle, patience) = match source {
         Source::Open(params) => {
             let disk =
                 image::open(&params, &io).map_err(|error| failure(error.errno(), error.to_string()))?;
             let throttle = Throttle::new(params.limit);
-            (disk, Some(params), throttle)
+            let patience = params.timeout.filter(|&seconds| seconds > 0);
+            let patience = patience.map_or(PATIENCE, |seconds| Duration::from_secs(seconds.into()));
+            (disk, Some(params), throttle, patience)
         }
-        Source::Share(share, throttle) => (share.open(io.clone()), None, throttle),
+        Source::Share(shared) => (shared.disk.open(io.clone()), None, shared.throttle, shared.patience),
     };
-    let (executor, seat) = (Executor::new(scheduler.clone()), Rc::new(Seat::new(disk, params, scheduler)));
+    let executor = Executor::new(scheduler.clone());
+    let seat = Rc::new(Seat::new(disk, params, patience, scheduler));
     if let Some(work) = seat.disk().and_then(|disk| disk.background()) {
         executor.spawn(work);
     }
@@ -156,6 +164,7 @@ fn set_up<X: Xen>(
         io,
         executor,
         seat,
+        clients: Rc::default(),
         devices: None,
         rings: Rc::default(),
         siblings: Rc::default(),
@@ -164,6 +173,7 @@ fn set_up<X: Xen>(
         served: Rc::default(),
         past: Rc::default(),
         limit_timer: Cell::new(None),
+        retrying: Cell::new(false),
         after_pause: Vec::new(),
         poller: Poller::default(),
         inbox: Rc::new(inbox),
@@ -232,6 +242,10 @@ impl<X: Xen> State<X> {
             // The rings look for themselves.
             self.limit_timer.set(None);
         }
+        if readable.timers[Timer::Retry as usize] {
+            self.retrying.set(false);
+            self.seat.try_again();
+        }
         if readable.timers[Timer::Housekeeping as usize] {
             self.housekeeping.set(false);
             self.clean_up()?;
@@ -289,6 +303,7 @@ impl<X: Xen> State<X> {
                 notify(&*events, ring);
             }
         }
+        self.plan_retry()?;
         self.plan_housekeeping()?;
         Ok(true)
     }
@@ -303,12 +318,13 @@ impl<X: Xen> State<X> {
         Ok(())
     }
 
-    /// Sets the timer while there is something that could be given back: an idle disk is left alone.
+    /// Sets the timer while there is something that could be given back, or be late: an idle disk is left alone.
     fn plan_housekeeping(&self) -> io::Result<()> {
         let holds = || {
             let persistent =
                 |served: &Served<X>| served.way.persistent.as_ref().is_some_and(|p| p.pages() > 0);
-            self.io.pool.holds_memory() || self.rings.borrow().iter().any(persistent)
+            let needs = |served: &Served<X>| persistent(served) || served.ring.is_busy();
+            self.io.pool.holds_memory() || self.rings.borrow().iter().any(needs)
         };
         if !self.housekeeping.get() && holds() {
             self.housekeeping.set(true);
@@ -317,7 +333,31 @@ impl<X: Xen> State<X> {
         Ok(())
     }
 
+    /// Tells the administrator of requests that take longer than he thought sensible. Nothing can be done about one that
+    /// is with the storage: the memory that it moves to or from is still in use.
+    fn complain(&self) {
+        let now = Tick::now();
+        for served in self.rings.borrow().iter() {
+            let flight = served.ring.flight();
+            let age = flight.oldest.map(|then| now.since(then));
+            if let Some(age) = age.filter(|age| *age >= self.seat.patience()) {
+                let (name, seconds) = (self.seat.name(), age.as_secs());
+                log::warn!("{name}: {} requests are in flight, the oldest for {seconds} s", flight.requests);
+            }
+        }
+    }
+
+    /// Sets the timer while requests wait for another try.
+    fn plan_retry(&self) -> io::Result<()> {
+        if !self.retrying.get() && self.seat.is_trying() {
+            self.retrying.set(true);
+            self.io.reactor.timer(Timer::Retry, RETRY)?;
+        }
+        Ok(())
+    }
+
     fn clean_up(&self) -> io::Result<()> {
+        self.complain();
         self.io.pool.trim();
         for served in self.rings.borrow().iter() {
             if let Some(persistent) = &served.way.persistent {
@@ -369,6 +409,7 @@ impl<X: Xen> State<X> {
             Command::Stats(asked) => asked.pass(self.counted()),
             Command::Grown => self.grown(),
             Command::SiblingEnded(number) => self.sibling_ended(number),
+            Command::Client(client) => self.enter(client),
             Command::Close(answer) => self.close(answer),
         }
     }

@@ -5,3 +5,4 @@ mod malformed;
 mod model;
 mod qemu;
 mod support;
+mod tools;

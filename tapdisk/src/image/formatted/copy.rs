@@ -57,7 +57,7 @@ impl<F: Format> Formatted<F> {
             while at < done + len {
                 at = match part(at, done + len, &new) {
                     Part::Present(part) => {
-                        let here = Sector(first + part.start as u64 / SECTOR_SIZE);
+                        let here = Sector(self.first + first + part.start as u64 / SECTOR_SIZE);
                         chain.read(here, &bounce, part.start - done..part.end - done).await?;
                         part.end
                     }

@@ -51,6 +51,7 @@ impl<F: Format> Formatted<F> {
         range: Range<usize>,
     ) -> Result<usize, Errno> {
         let count = u32::try_from(range.len() as u64 / SECTOR_SIZE).map_err(|_| Errno::EINVAL)?;
+        let _flight = io.flights.begin();
         let lookup = self.core.borrow().map(sector.0, count).map_err(|e| self.errno(&e))?;
         match lookup {
             Lookup::Data { offset, count } => {

@@ -19,16 +19,15 @@ use std::fmt;
 use std::future::Future;
 use std::net::Shutdown;
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::Poll;
 use std::time::Instant;
 
 use nbd::client::{Ask, Export, Outcome, Session, Slot, Step, Violation, disconnect};
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send};
 
 use self::inbox::Inbox;
 use self::outbox::{Batch, Outbox};
@@ -37,6 +36,7 @@ use crate::buf::Buf;
 use crate::executor::{Scheduler, TaskId};
 use crate::io::Io;
 use crate::reactor::Op;
+use crate::socket::{interruptible, send_now};
 
 /// Why a connection is of no use any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -327,8 +327,7 @@ impl Drop for Connection {
     /// Tells the server that nothing more will come, so that it sees no loss.
     fn drop(&mut self) {
         if self.broken.get_mut().is_none() && self.session.get_mut().is_idle() {
-            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            let _ = send(self.socket.as_raw_fd(), &disconnect(), flags);
+            send_now(&self.socket, &disconnect());
         }
     }
 }
@@ -344,45 +343,5 @@ impl Drop for Flight<'_> {
         if !self.over.get() {
             self.connection.give_up(Broken::Lost("a request was given up".into()));
         }
-    }
-}
-
-/// An operation on a socket, which is shut down if this is dropped.
-pub fn interruptible<'a>(
-    socket: &'a UnixStream,
-    op: Op<'a>,
-) -> impl Future<Output = Result<u32, Errno>> + 'a {
-    Interruptible { cut: Cut { socket: Some(socket) }, op }
-}
-
-/// An operation on a socket. If it is dropped in flight, which waits for its end, the socket is shut down first, because the
-/// end may never come otherwise.
-struct Interruptible<'a> {
-    // In this order.
-    cut: Cut<'a>,
-    op: Op<'a>,
-}
-
-struct Cut<'a> {
-    socket: Option<&'a UnixStream>,
-}
-
-impl Drop for Cut<'_> {
-    fn drop(&mut self) {
-        if let Some(socket) = self.socket {
-            let _ = socket.shutdown(Shutdown::Both);
-        }
-    }
-}
-
-impl Future for Interruptible<'_> {
-    type Output = Result<u32, Errno>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let polled = Pin::new(&mut self.op).poll(cx);
-        if polled.is_ready() {
-            self.cut.socket = None;
-        }
-        polled
     }
 }

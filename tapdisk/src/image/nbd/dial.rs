@@ -12,10 +12,9 @@ use nbd::client::{Export, Handshake};
 use nbd::{Address, Place};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, setsockopt, socket, sockopt,
-};
-use nix::sys::time::TimeVal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+
+use crate::socket::{no_deadlines, receive_until, send_until};
 
 /// How long a TCP connection whose peer does not answer is believed to live, in milliseconds.
 const TCP_TIMEOUT: u32 = 30_000;
@@ -41,10 +40,7 @@ pub fn dial(address: &Address, timeout: Duration) -> Result<Dialled, String> {
     }
     .map_err(|error| format!("cannot connect to {}: {error}", address.place))?;
     let export = agree(socket.as_fd(), &address.export, deadline)?;
-    let forever = TimeVal::new(0, 0);
-    setsockopt(&socket, sockopt::ReceiveTimeout, &forever)
-        .and_then(|()| setsockopt(&socket, sockopt::SendTimeout, &forever))
-        .map_err(|errno| errno.to_string())?;
+    no_deadlines(socket.as_fd()).map_err(|errno| errno.to_string())?;
     Ok(Dialled { socket, export })
 }
 
@@ -85,47 +81,13 @@ fn agree(socket: BorrowedFd<'_>, name: &str, deadline: Instant) -> Result<Export
     let mut handshake = Handshake::new(name);
     loop {
         let mut bytes = vec![0; handshake.wants()];
-        let count = receive(socket, &mut bytes, deadline).map_err(failed)?;
+        let count = receive_until(socket, &mut bytes, deadline).map_err(failed)?;
         let agreed = handshake.input(bytes.get(..count).unwrap_or_default()).map_err(|e| e.to_string())?;
-        send_all(socket, &handshake.output(), deadline).map_err(failed)?;
+        send_until(socket, &handshake.output(), deadline).map_err(failed)?;
         if let Some(export) = agreed {
             return Ok(export);
         }
     }
-}
-
-/// What is left until a deadline; EAGAIN once it is over, as a socket says it.
-fn left(deadline: Instant) -> Result<TimeVal, Errno> {
-    let left = deadline.checked_duration_since(Instant::now()).filter(|left| left.as_micros() > 0);
-    let left = left.ok_or(Errno::EAGAIN)?;
-    Ok(TimeVal::new(left.as_secs().cast_signed(), i64::from(left.subsec_micros()).max(1)))
-}
-
-/// Fills `bytes`; fewer only at the end of the stream.
-fn receive(socket: BorrowedFd<'_>, bytes: &mut [u8], deadline: Instant) -> Result<usize, Errno> {
-    let mut at = 0;
-    while let Some(rest) = bytes.get_mut(at..).filter(|rest| !rest.is_empty()) {
-        setsockopt(&socket, sockopt::ReceiveTimeout, &left(deadline)?)?;
-        match recv(socket.as_raw_fd(), rest, MsgFlags::empty()) {
-            Ok(0) => break,
-            Ok(count) => at += count,
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(at)
-}
-
-fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], deadline: Instant) -> Result<(), Errno> {
-    while !bytes.is_empty() {
-        setsockopt(&socket, sockopt::SendTimeout, &left(deadline)?)?;
-        match send(socket.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
-            Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
 }
 
 /// When and how often to try.

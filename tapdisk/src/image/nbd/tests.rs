@@ -27,7 +27,7 @@ impl Bed {
         let reactor = Reactor::new(scheduler.clone(), engine).unwrap();
         let pool = Pool::new(scheduler.clone(), 8 << 20).unwrap();
         let executor = Executor::new(scheduler.clone());
-        Bed { io: Io { reactor, pool, scheduler }, executor, running: Rc::default() }
+        Bed { io: Io::new(reactor, pool, scheduler), executor, running: Rc::default() }
     }
 
     fn open(&self, fake: &Fake) -> Rc<Nbd> {

@@ -1,0 +1,319 @@
+//! A server's handshake, as a state machine.
+
+use zerocopy::IntoBytes;
+
+use super::{CONTEXT, Offer};
+use crate::flags::{HandshakeFlags, TransmissionFlags};
+use crate::wire::{
+    EXPORT_PADDING, ExportTail, Fixed, Greeting, InfoBlockSize, InfoExport, MAGIC, OPTION_MAGIC,
+    OPTION_REPLY_MAGIC, OptionCode, OptionHeader, OptionReply, OptionReplyHeader, info,
+};
+use crate::{BASE_ALLOCATION, MAX_NAME};
+
+/// The longest data of an option that is looked at, in bytes; longer ones are refused.
+const MAX_DATA: u32 = 64 << 10;
+
+/// The longest that is skipped to refuse it; longer ones end the connection.
+const MAX_SKIPPED: u32 = 1 << 20;
+
+/// Bytes skipped at a time.
+const STEP: u32 = 16 << 10;
+
+/// Options of one handshake at most.
+const MAX_OPTIONS: u32 = 64;
+
+/// Why there will be no transmission phase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Goodbye(pub &'static str);
+
+/// What client and server have agreed on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Agreed {
+    /// Replies to reads come in chunks.
+    pub structured: bool,
+    /// The client may ask for the allocation.
+    pub allocation: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Flags,
+    Header,
+    Data {
+        option: u32,
+        len: u32,
+    },
+    /// The data of an option that is too long.
+    Skip {
+        option: u32,
+        left: u32,
+    },
+}
+
+/// A handshake: send [`Welcome::output`], read [`Welcome::wants`] bytes, give them to [`Welcome::input`], and again.
+#[derive(Debug)]
+pub struct Welcome {
+    offer: Offer,
+    state: State,
+    out: Vec<u8>,
+    fixed: bool,
+    no_zeroes: bool,
+    structured: bool,
+    /// The export for which the context was set.
+    context: Option<Vec<u8>>,
+    options: u32,
+}
+
+impl Welcome {
+    /// A handshake that begins with a greeting.
+    pub fn new(offer: Offer) -> Welcome {
+        let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
+        let greeting =
+            Greeting { magic: MAGIC.into(), option_magic: OPTION_MAGIC.into(), flags: flags.0.into() };
+        Welcome {
+            offer,
+            state: State::Flags,
+            out: greeting.as_bytes().to_vec(),
+            fixed: false,
+            no_zeroes: false,
+            structured: false,
+            context: None,
+            options: 0,
+        }
+    }
+
+    /// What is to be sent now.
+    pub fn output(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.out)
+    }
+
+    /// How many bytes the next [`Welcome::input`] takes; at most 64 KiB.
+    pub fn wants(&self) -> usize {
+        let bytes = match self.state {
+            State::Flags => return 4,
+            State::Header => return OptionHeader::LEN,
+            State::Data { len, .. } => len,
+            State::Skip { left, .. } => left.min(STEP),
+        };
+        usize::try_from(bytes).unwrap_or(usize::MAX)
+    }
+
+    /// Takes as many bytes as were wanted. What was agreed on, once the client uses the export.
+    ///
+    /// # Errors
+    /// The connection is to be closed, after sending what there is to send.
+    pub fn input(&mut self, bytes: &[u8]) -> Result<Option<Agreed>, Goodbye> {
+        if bytes.len() != self.wants() {
+            return Err(Goodbye("the client went away within the handshake"));
+        }
+        match self.state {
+            State::Flags => self.client_flags(bytes)?,
+            State::Header => return self.header(bytes),
+            State::Data { option, .. } => {
+                self.state = State::Header;
+                return self.option(option, bytes);
+            }
+            State::Skip { option, left } => {
+                let left = left.saturating_sub(STEP);
+                self.state = State::Skip { option, left };
+                if left == 0 {
+                    self.state = State::Header;
+                    self.reply(option, OptionReply::TooBig, b"the option is too long");
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn client_flags(&mut self, bytes: &[u8]) -> Result<(), Goodbye> {
+        let number = bytes.first_chunk::<4>().map_or(u32::MAX, |bytes| u32::from_be_bytes(*bytes));
+        let flags = HandshakeFlags(u16::try_from(number).unwrap_or(u16::MAX));
+        if !flags.without(HandshakeFlags::ALL).is_empty() {
+            return Err(Goodbye("the client has flags that are not known"));
+        }
+        self.fixed = flags.has(HandshakeFlags::FIXED_NEWSTYLE);
+        self.no_zeroes = flags.has(HandshakeFlags::NO_ZEROES);
+        self.state = State::Header;
+        Ok(())
+    }
+
+    fn header(&mut self, bytes: &[u8]) -> Result<Option<Agreed>, Goodbye> {
+        let header = OptionHeader::take(bytes).ok_or(Goodbye("a short option"))?;
+        let (option, len) = (header.option.get(), header.len.get());
+        self.options = self.options.saturating_add(1);
+        let export_name = option == OptionCode::ExportName.number();
+        if header.magic.get() != OPTION_MAGIC {
+            return Err(Goodbye("an option without its magic number"));
+        }
+        if self.options > MAX_OPTIONS {
+            return Err(Goodbye("too many options"));
+        }
+        // This one cannot be refused in words, and a client without the fixed style understands no words.
+        let name_is_long = export_name && usize::try_from(len).unwrap_or(usize::MAX) > MAX_NAME;
+        if name_is_long || len > MAX_SKIPPED || !(self.fixed || export_name) {
+            return Err(Goodbye("an option that is too long, or was not to be sent"));
+        }
+        if len > MAX_DATA {
+            self.state = State::Skip { option, left: len };
+        } else if len > 0 {
+            self.state = State::Data { option, len };
+        } else {
+            return self.option(option, &[]);
+        }
+        Ok(None)
+    }
+
+    fn reply(&mut self, option: u32, kind: OptionReply, data: &[u8]) {
+        let header = OptionReplyHeader {
+            magic: OPTION_REPLY_MAGIC.into(),
+            option: option.into(),
+            kind: kind.number().into(),
+            len: u32::try_from(data.len()).unwrap_or(u32::MAX).into(),
+        };
+        self.out.extend_from_slice(header.as_bytes());
+        self.out.extend_from_slice(data);
+    }
+
+    fn option(&mut self, number: u32, data: &[u8]) -> Result<Option<Agreed>, Goodbye> {
+        match OptionCode::from_number(number) {
+            Some(OptionCode::ExportName) => {
+                let tail = ExportTail { size: self.offer.size.into(), flags: self.flags().0.into() };
+                self.out.extend_from_slice(tail.as_bytes());
+                if !self.no_zeroes {
+                    self.out.extend_from_slice(&[0; EXPORT_PADDING]);
+                }
+                return Ok(Some(self.agreed(data)));
+            }
+            Some(OptionCode::Abort) => {
+                self.reply(number, OptionReply::Ack, &[]);
+                return Err(Goodbye("the client has ended the handshake"));
+            }
+            Some(OptionCode::StructuredReply | OptionCode::List) if !data.is_empty() => {
+                self.reply(number, OptionReply::Invalid, b"the option has no data");
+            }
+            Some(OptionCode::StructuredReply) => {
+                self.structured = true;
+                self.reply(number, OptionReply::Ack, &[]);
+            }
+            Some(OptionCode::List) => {
+                let name = sized(self.offer.name.as_bytes());
+                self.reply(number, OptionReply::Server, &name);
+                self.reply(number, OptionReply::Ack, &[]);
+            }
+            Some(option @ (OptionCode::Info | OptionCode::Go)) => match parse_info(data) {
+                None => self.reply(number, OptionReply::Invalid, b"the option is malformed"),
+                Some((name, _)) if name.len() > MAX_NAME => {
+                    self.reply(number, OptionReply::TooBig, b"the name is too long");
+                }
+                Some((name, wanted)) => {
+                    self.describe(number, &wanted);
+                    self.reply(number, OptionReply::Ack, &[]);
+                    if option == OptionCode::Go {
+                        return Ok(Some(self.agreed(name)));
+                    }
+                }
+            },
+            Some(option @ (OptionCode::ListMetaContext | OptionCode::SetMetaContext)) => {
+                self.contexts(option, data);
+            }
+            _ => self.reply(number, OptionReply::Unsupported, b"the option is not supported"),
+        }
+        Ok(None)
+    }
+
+    fn flags(&self) -> TransmissionFlags {
+        self.offer.flags.with(TransmissionFlags::DF, self.structured)
+    }
+
+    fn agreed(&self, name: &[u8]) -> Agreed {
+        // A context that was set for another name is not set for this one.
+        let allocation = self.context.as_ref().is_some_and(|set| set == name);
+        Agreed { structured: self.structured, allocation }
+    }
+
+    fn describe(&mut self, number: u32, wanted: &[u16]) {
+        let export = InfoExport {
+            kind: info::EXPORT.into(),
+            size: self.offer.size.into(),
+            flags: self.flags().0.into(),
+        };
+        self.reply(number, OptionReply::Info, export.as_bytes());
+        let blocks = self.offer.blocks;
+        let sizes = InfoBlockSize {
+            kind: info::BLOCK_SIZE.into(),
+            minimum: blocks.minimum.into(),
+            preferred: blocks.preferred.into(),
+            maximum: blocks.maximum.into(),
+        };
+        // Whether it was asked for or not: who does not know it would ask for single bytes.
+        self.reply(number, OptionReply::Info, sizes.as_bytes());
+        for (kind, text) in [(info::NAME, self.offer.name), (info::DESCRIPTION, "a disk of a tapdisk")] {
+            if wanted.contains(&kind) {
+                let told = [&kind.to_be_bytes(), text.as_bytes()].concat();
+                self.reply(number, OptionReply::Info, &told);
+            }
+        }
+    }
+
+    fn contexts(&mut self, option: OptionCode, data: &[u8]) {
+        let number = option.number();
+        let sets = option == OptionCode::SetMetaContext;
+        if !self.structured {
+            return self.reply(number, OptionReply::Invalid, b"structured replies come first");
+        }
+        let Some((name, queries)) = parse_queries(data) else {
+            return self.reply(number, OptionReply::Invalid, b"the option is malformed");
+        };
+        let asked = |query: &&[u8]| *query == BASE_ALLOCATION.as_bytes() || (!sets && *query == b"base:");
+        let found = queries.iter().any(asked) || (!sets && queries.is_empty());
+        if sets {
+            self.context = found.then(|| name.to_vec());
+        }
+        if found {
+            let id = if sets { CONTEXT } else { 0 };
+            let told = [&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()].concat();
+            self.reply(number, OptionReply::MetaContext, &told);
+        }
+        self.reply(number, OptionReply::Ack, &[]);
+    }
+}
+
+fn sized(bytes: &[u8]) -> Vec<u8> {
+    let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    [&len.to_be_bytes(), bytes].concat()
+}
+
+/// The number that `bytes` begin with, and what follows.
+fn take_u32(bytes: &[u8]) -> Option<(usize, &[u8])> {
+    let (number, rest) = bytes.split_first_chunk::<4>()?;
+    Some((usize::try_from(u32::from_be_bytes(*number)).ok()?, rest))
+}
+
+/// The string that `bytes` begin with, behind its length, and what follows.
+fn take_string(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (len, rest) = take_u32(bytes)?;
+    rest.split_at_checked(len)
+}
+
+/// The name, and the kinds of information asked for.
+fn parse_info(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
+    let (name, rest) = take_string(data)?;
+    let (count, rest) = rest.split_first_chunk::<2>()?;
+    let kinds: Vec<u16> = rest.as_chunks::<2>().0.iter().map(|kind| u16::from_be_bytes(*kind)).collect();
+    let whole = rest.len().is_multiple_of(2) && kinds.len() == usize::from(u16::from_be_bytes(*count));
+    whole.then_some((name, kinds))
+}
+
+/// The name, and the queries.
+fn parse_queries(data: &[u8]) -> Option<(&[u8], Vec<&[u8]>)> {
+    let (name, rest) = take_string(data)?;
+    let (count, mut rest) = take_u32(rest)?;
+    let mut queries = Vec::new();
+    for _ in 0..count {
+        let (query, behind) = take_string(rest)?;
+        queries.push(query);
+        rest = behind;
+    }
+    rest.is_empty().then_some((name, queries))
+}

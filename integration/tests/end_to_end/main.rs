@@ -14,6 +14,7 @@ mod hostile_load;
 mod hostile_ring;
 mod limits;
 mod nbd;
+mod old_formats;
 mod pause;
 mod protocol;
 mod resize;

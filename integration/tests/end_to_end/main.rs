@@ -16,6 +16,7 @@ mod hostile_ring;
 mod limits;
 mod mirror;
 mod nbd;
+mod old_formats;
 mod pause;
 mod protocol;
 mod ram;

@@ -8,7 +8,7 @@ PREFIX ?= /usr
 DESTDIR ?=
 TOOLS := xenio tap-ctl tap-img vhd-util cbt-util
 
-.PHONY: all demo test check fmt clippy deny unit loom doc xen bench bench-formats bench-xen deps release install clean
+.PHONY: all demo test check fmt clippy deny unit loom fuzz doc xen bench bench-formats bench-xen deps release install clean
 
 all: release
 
@@ -45,6 +45,11 @@ unit:
 # The ring's notification protocol under every interleaving; its own folder, because the flag rebuilds everything.
 loom:
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom $(CARGO) test --locked --quiet -p blkif --test loom_notify --release
+
+## fuzz: malformed images and replies for a minute each (FUZZ_SECONDS); what fails names a SEED to run again
+FUZZ_SECONDS ?= 60
+fuzz:
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(CARGO) test --locked -p integration --test fuzz -- --nocapture --test-threads=1
 
 ## xen: the scenarios on real Xen, in QEMU
 xen: release

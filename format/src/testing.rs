@@ -27,6 +27,7 @@
 //! | [`Turns`] | an image on a `Memory` with its parents; several writers, discards and commits take turns at random |
 //! | [`crash_states`] | every state that a stop could have left: prefixes, and within a flush epoch subsets, orders, torn sectors |
 //! | [`model`], [`crash`], [`faults`] | the checks above |
+//! | [`fuzz_for`], [`mutate`], [`exercise`] | malformed images, made of good ones by chance |
 //! | [`stamp`], [`stamped`] | contents of sectors that tell whose they are |
 //!
 //! Everything here panics where something is not as it must be: that is how a test fails.
@@ -42,12 +43,14 @@
 
 mod checks;
 mod crash;
+mod fuzz;
 mod memory;
 mod random;
 mod turns;
 
 pub use checks::{Allowed, History, Size, crash, faults, jobs, model};
 pub use crash::crash_states;
+pub use fuzz::{exercise, fuzz_for, mutate};
 pub use memory::{Fault, Memory, Op};
 pub use random::{Random, seeds};
 pub use turns::{Failure, Job, Parent, Turns, apart};

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use format::blocking::Storage;
+use format::{MetaWrite, SECTOR_SIZE};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use tap_ctl::proto::ImageType;
@@ -50,16 +51,22 @@ pub enum CreateError {
         path: PathBuf,
     },
     /// No such image can exist.
-    #[error("{}: {source}", path.display())]
-    Vhd {
+    #[error("{}: {reason}", path.display())]
+    Impossible {
         /// Its name.
         path: PathBuf,
-        /// Why.
-        source: vhd::Error,
+        /// Why, in the format's words.
+        reason: String,
     },
     /// Images of that format are only read, or are in no file.
     #[error("images of format {} cannot be created", format_name(*.0))]
     Format(ImageType),
+}
+
+/// What is written into an empty file.
+struct Content {
+    len: u64,
+    writes: Vec<MetaWrite>,
 }
 
 impl New {
@@ -70,37 +77,58 @@ impl New {
     pub fn create(&self, path: &Path) -> Result<Created, CreateError> {
         let fail = |what| move |source| CreateError::File { path: path.to_owned(), what, source };
         // A wrong wish destroys nothing.
-        let vhd = match self.kind {
-            ImageType::Aio | ImageType::Sync => None,
-            ImageType::Vhd => Some(self.vhd().map_err(fail("no identifier"))?),
-            other => return Err(CreateError::Format(other)),
-        };
-        let refuse = |source| CreateError::Vhd { path: path.to_owned(), source };
-        if let Some(image) = &vhd {
-            image.build(None).map_err(refuse)?;
-        }
+        self.content(path, None)?;
         let mut file = claim(path)?;
         let regular = file.is_regular().map_err(fail("neither a file nor a block device"))?;
         let size = file.size().map_err(fail("cannot measure"))?;
+        let Content { len, writes } = self.content(path, (!regular).then_some(size))?;
         if regular {
             file.set_len(0).map_err(fail("cannot truncate"))?;
+        } else if size < len {
+            return Err(fail("too small")(Errno::ENOSPC.into()));
+        } else if !self.is_raw() {
+            // Old data must not show through tables that are not written.
+            let end = writes.iter().map(|write| write.offset + write.bytes.len() as u64).max();
+            file.zero(0..end.unwrap_or(0).min(len)).map_err(fail("cannot write"))?;
         }
-        let Some(image) = vhd else {
-            if regular {
-                file.set_len(self.size).map_err(fail("cannot set its length"))?;
-            } else if size < self.size {
-                return Err(fail("too small")(Errno::ENOSPC.into()));
-            }
-            return Ok(Created { blank: regular });
-        };
-        let bytes = image.build((!regular).then_some(size)).map_err(refuse)?;
-        for write in &bytes.writes {
+        for write in &writes {
             file.write_at(write.offset, &write.bytes).map_err(fail("cannot write"))?;
         }
         if regular {
-            file.set_len(bytes.len).map_err(fail("cannot set its length"))?;
+            file.set_len(len).map_err(fail("cannot set its length"))?;
         }
-        Ok(Created { blank: true })
+        Ok(Created { blank: regular || !self.is_raw() })
+    }
+
+    fn is_raw(&self) -> bool {
+        matches!(self.kind, ImageType::Aio | ImageType::Sync)
+    }
+
+    /// What the image is made of, in a file, or on a device of so many bytes.
+    fn content(&self, path: &Path, device: Option<u64>) -> Result<Content, CreateError> {
+        let sectors = self.size / SECTOR_SIZE;
+        let refuse = |reason: String| CreateError::Impossible { path: path.to_owned(), reason };
+        let (len, writes) = match self.kind {
+            ImageType::Aio | ImageType::Sync => (self.size, Vec::new()),
+            ImageType::Vhd => {
+                let image = self.vhd().map_err(|error| refuse(format!("it gets no identifier: {error}")))?;
+                let bytes = image.build(device).map_err(|error| refuse(error.to_string()))?;
+                (bytes.len, bytes.writes)
+            }
+            ImageType::Qcow2 => {
+                let bytes = qcow::v2::NewImage::new(sectors).build();
+                let bytes = bytes.map_err(|error| refuse(error.to_string()))?;
+                (bytes.len, bytes.writes)
+            }
+            ImageType::Qcow => {
+                let flavour = qcow::v1::Flavour::Qemu;
+                let image = qcow::v1::NewImage { sectors, flavour, backing: None, encrypted: false };
+                let bytes = image.build().map_err(|error| refuse(error.to_string()))?;
+                (bytes.len, bytes.writes)
+            }
+            other => return Err(CreateError::Format(other)),
+        };
+        Ok(Content { len, writes })
     }
 
     fn vhd(&self) -> io::Result<NewImage> {
@@ -121,7 +149,7 @@ impl New {
 }
 
 /// Opens or makes the file; nobody else may have it open. The lock ends with the descriptor.
-fn claim(path: &Path) -> Result<File, CreateError> {
+pub(crate) fn claim(path: &Path) -> Result<File, CreateError> {
     let fail = |what| move |source| CreateError::File { path: path.to_owned(), what, source };
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).custom_flags(libc::O_NONBLOCK);

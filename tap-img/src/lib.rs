@@ -7,6 +7,7 @@
 //! | [`create`] | new images |
 //! | [`source`] | opening images for a tool, by names that say their format |
 //! | [`progress`] | how far it is, on a terminal |
+//! | [`xen`] | what the qcow tools of Xen's blktap share |
 //!
 //! A tool's whole work is one task on [`tapdisk::alone::run`].
 
@@ -16,6 +17,7 @@ pub mod copy;
 pub mod create;
 pub mod progress;
 pub mod source;
+pub mod xen;
 
 /// Bytes of buffers that [`copy::copy`] and [`copy::compare`] need, for [`tapdisk::alone::run`].
 pub const BUFFERS: usize = 2 * copy::WORKERS * tapdisk::buf::MAX_DATA;

@@ -45,6 +45,11 @@ fn a_disk_survives_conversion_there_and_back() {
         assert_eq!(code(folder, &["convert", "-f", "raw", "-O", "vhd", "a.raw", "a.vhd"]), 0);
         assert_eq!(code(folder, &["check", "-f", "vhd", "a.vhd"]), 0);
         assert_eq!(code(folder, &["compare", "-s", "-f", "raw", "-F", "vhd", "a.raw", "a.vhd"]), 0);
+        for format in ["qcow2", "qcow"] {
+            assert_eq!(code(folder, &["convert", "-f", "vhd", "-O", format, "a.vhd", "a.other"]), 0);
+            assert_eq!(code(folder, &["check", "-f", format, "a.other"]), 0);
+            assert_eq!(code(folder, &["compare", "-s", "-f", "raw", "-F", format, "a.raw", "a.other"]), 0);
+        }
         // Over a longer file, of which nothing must stay.
         std::fs::write(folder.join("b.raw"), vec![7; bytes.len() + 5000]).unwrap();
         assert_eq!(code(folder, &["convert", "-f", "vhd", "-O", "raw", "a.vhd", "b.raw"]), 0);
@@ -111,6 +116,19 @@ fn the_map_says_where_data_are_and_in_which_image() {
         lines[1].starts_with(r#"{"start":2097152,"length":"#) && lines[1].contains(r#""offset":2097152"#)
     );
     assert_eq!(lines.len(), 3);
+}
+
+#[test]
+fn m61_a_raw_disk_that_looks_like_an_image_stays_raw() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let made = ["create", "-f", "qcow2", "guest", "1M"];
+    assert_eq!(code(folder, &made), 0);
+    // What a guest wrote to its raw disk is what another reads from it, names of files and all.
+    let bytes = std::fs::read(folder.join("guest")).unwrap();
+    assert_eq!(code(folder, &["convert", "-f", "raw", "-O", "raw", "guest", "copy"]), 0);
+    let copy = std::fs::read(folder.join("copy")).unwrap();
+    assert!(copy[..bytes.len() / 512 * 512] == bytes[..bytes.len() / 512 * 512]);
 }
 
 #[test]

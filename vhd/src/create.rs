@@ -68,8 +68,26 @@ impl NewImage {
     /// # Errors
     /// [`Error::Invalid`] or [`Error::TooBig`] if no such image can exist, [`Error::NoSpace`] if the device is too small.
     pub fn build(&self, device: Option<u64>) -> Result<NewBytes, Error> {
+        self.build_as(device, footer::TAP_VERSION)
+    }
+
+    /// The same for an image that QEMU may write to: QEMU puts its first block where others expect the batmap, so there is
+    /// none, and the creator's version says so.
+    ///
+    /// # Errors
+    /// As [`NewImage::build`], and [`Error::Invalid`] for an image with a parent or a key: QEMU knows neither.
+    pub fn build_for_qemu(&self, device: Option<u64>) -> Result<NewBytes, Error> {
+        if self.parent.is_some() || self.key.is_some() {
+            return Err(Error::invalid("image", "QEMU knows neither parents nor keys of a VHD"));
+        }
+        self.build_as(device, footer::TAP_VERSION_WITHOUT_BATMAP)
+    }
+
+    fn build_as(&self, device: Option<u64>, version: u32) -> Result<NewBytes, Error> {
         self.check()?;
-        let footer = RawFooter::new(self.kind, self.size, self.uuid, self.timestamp);
+        let mut footer = RawFooter::new(self.kind, self.size, self.uuid, self.timestamp);
+        footer.creator_version = version.into();
+        footer.seal();
         let mut writes = Vec::new();
         let data_end = if self.kind == DiskType::Fixed {
             self.size
@@ -117,6 +135,11 @@ impl NewImage {
         let mut table = bat::UNUSED.to_be_bytes().repeat(usize::try_from(entries).unwrap_or(0));
         table.resize(table.len().next_multiple_of(512), 0);
 
+        if footer.creator_version.get() == footer::TAP_VERSION_WITHOUT_BATMAP {
+            header.seal();
+            header.verify()?;
+            return Ok([footer.as_bytes(), header.as_bytes(), &table].concat());
+        }
         let batmap_offset = TABLE_OFFSET.saturating_add(table.len() as u64);
         let map_offset = batmap_offset.saturating_add(batmap::LEN as u64);
         let map_sectors = batmap::sectors_for(entries);

@@ -26,6 +26,8 @@ pub const FORMAT_VERSION: u32 = 0x0001_0000;
 pub const CREATOR_TAP: [u8; 4] = *b"tap\0";
 /// `creator_version` that this crate writes: a batmap of version 1.2 follows the table.
 pub const TAP_VERSION: u32 = 0x0001_0003;
+/// The version of blktap that may do without a batmap.
+pub const TAP_VERSION_WITHOUT_BATMAP: u32 = 0x0001_0001;
 /// `data_offset` of a fixed image, and of the header's unused field of that name.
 pub const NO_OFFSET: u64 = u64::MAX;
 

@@ -385,7 +385,6 @@ mod tests {
         assert_eq!(journal.state(&image).unwrap(), State::Whole);
     }
 
-    /// Malformed images 28.
     #[test]
     fn m28_a_journal_that_is_not_in_order_is_refused() {
         let good = journal();

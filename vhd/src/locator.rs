@@ -143,9 +143,8 @@ mod tests {
         assert_eq!(extent(&raw(4096, 600)), Some((3072, 4096)));
     }
 
-    /// Malformed image 16.
     #[test]
-    fn locators_that_contradict_themselves_are_skipped() {
+    fn m16_locators_that_contradict_themselves_are_skipped() {
         for (space, length) in
             [(0, 1), (513, 1), (u32::MAX, 1), (512, 513), (1, 513), (512, 0), (1 << 30, 1 << 20)]
         {
@@ -156,9 +155,8 @@ mod tests {
         assert_eq!(extent(&unknown), None);
     }
 
-    /// Malformed image 18.
     #[test]
-    fn names_that_are_no_text_are_skipped() {
+    fn m18_names_that_are_no_text_are_skipped() {
         assert_eq!(decode(Platform::W2ku, b"a\0b"), None);
         assert_eq!(decode(Platform::W2ru, &[0x00, 0xd8]), None);
         assert_eq!(decode(Platform::W2ru, b"a\0\0\0b\0"), None);

@@ -1,5 +1,7 @@
 //! Numbers that are random enough, and the same for the same seed.
 
+use std::time::{Duration, Instant};
+
 /// A generator: xorshift64*.
 #[derive(Debug, Clone)]
 pub struct Random(u64);
@@ -58,6 +60,14 @@ impl Random {
 /// Runs a test with the seeds 0 to `count`, or only with the one in the environment variable `SEED`. A seed with which it
 /// fails is named on the standard error output.
 pub fn seeds(count: u64, mut test: impl FnMut(&mut Random)) {
+    let only = std::env::var("SEED").ok().and_then(|seed| seed.parse::<u64>().ok());
+    for seed in only.map_or(0..count, |seed| seed..seed + 1) {
+        named(seed, &mut test);
+    }
+}
+
+/// Runs a test with one seed, and names it if it panics or takes very long.
+pub(super) fn named(seed: u64, test: &mut impl FnMut(&mut Random)) {
     struct Tell(u64);
     impl Drop for Tell {
         fn drop(&mut self) {
@@ -66,9 +76,8 @@ pub fn seeds(count: u64, mut test: impl FnMut(&mut Random)) {
             }
         }
     }
-    let only = std::env::var("SEED").ok().and_then(|seed| seed.parse::<u64>().ok());
-    for seed in only.map_or(0..count, |seed| seed..seed + 1) {
-        let _tell = Tell(seed);
-        test(&mut Random::new(seed));
-    }
+    let _tell = Tell(seed);
+    let begun = Instant::now();
+    test(&mut Random::new(seed));
+    assert!(begun.elapsed() < Duration::from_secs(20), "took {:?}", begun.elapsed());
 }

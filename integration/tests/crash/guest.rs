@@ -1,16 +1,17 @@
 //! A guest writes, discards and flushes through tapdisk.
 
 use std::collections::VecDeque;
+use std::process::Command;
 
 use blkif::{DomId, Sector};
-use format::testing::{Allowed, History, Job, Random, Size, Subject, jobs};
+use format::testing::{Allowed, History, Job, Random, Size, Subject, crash_states, jobs};
 use integration::programs;
 use integration::rig::{PATIENCE, Rig};
 use integration::sim::frontend::{Frontend, Io, Shape};
 use vhd::DiskType;
 
 use crate::recorder::Recorder;
-use crate::{qcow_support, skipped, vhd_support};
+use crate::{qcow_support, qcow2_support, skipped, vhd_support};
 
 const SECTORS: u64 = 2048;
 const XVDA: u32 = 51712;
@@ -129,4 +130,27 @@ fn a_guest_on_a_qcow() {
     let shape = qcow_support::Shape::new(12, 9);
     let history = record(&shape, "qcow", &mut random);
     history.replay(&shape, 3, &mut random);
+}
+
+#[test]
+fn a_guest_on_a_qcow2() {
+    if skipped() {
+        return;
+    }
+    let mut random = Random::new(3);
+    let shape = qcow2_support::Shape { may_leak: true, ..Default::default() };
+    let history = record(&shape, "qcow2", &mut random);
+    history.replay(&shape, 3, &mut random);
+    // QEMU is of the same opinion.
+    let file = tempfile::NamedTempFile::new().unwrap();
+    crash_states(&history.start, &history.log, 2, &mut random, |done, state, _| {
+        if done % 7 == 0 {
+            std::fs::write(file.path(), &state.bytes).unwrap();
+            let mut check = Command::new("qemu-img");
+            check.args(["check", "-q", "-f", "qcow2"]).arg(file.path());
+            let output = check.output().unwrap();
+            // 3: leaks only.
+            assert!(matches!(output.status.code(), Some(0 | 3)), "after {done} operations: {output:?}");
+        }
+    });
 }

@@ -6,6 +6,8 @@ mod guest;
 mod recorder;
 mod tools;
 
+#[path = "../../../qcow/tests/v2/support.rs"]
+mod qcow2_support;
 /// What the formats' own tests check images by.
 #[path = "../../../qcow/tests/v1/support.rs"]
 #[expect(dead_code, reason = "shared with the format's own tests, which use all of it")]

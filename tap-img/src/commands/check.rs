@@ -5,9 +5,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use format::Source;
-use format::blocking::Storage;
+use format::blocking::with_source;
 use serde::Serialize;
 use tap_ctl::proto::ImageType;
+use tap_img::source::format_name;
 use vhd::check::{CheckOptions, Verdict};
 
 use super::Args;
@@ -16,44 +17,83 @@ use super::Args;
 const UNSUPPORTED: u8 = 63;
 
 /// What was found.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
 struct Found {
     filename: String,
-    /// What is damaged; `None`: nothing.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    damage: Option<String>,
+    format: &'static str,
+    /// What loses data.
+    corruptions: u64,
+    /// Units of the file that are lost, and nothing worse.
+    leaks: u64,
+    /// The first of both, in words.
+    problems: Vec<String>,
 }
 
 pub fn run(args: Args) -> anyhow::Result<u8> {
     let name = &args.names[0];
-    let damage = match args.format()? {
+    let kind = args.format()?;
+    let found = match kind {
         ImageType::Vhd => check_vhd(name)?,
+        ImageType::Qcow2 => read(name, |source| {
+            let report = qcow::v2::check(source)?;
+            Ok(Found {
+                corruptions: report.corruptions,
+                leaks: report.leaks,
+                problems: report.problems,
+                ..Found::default()
+            })
+        })?,
+        ImageType::Qcow => read(name, |source| Ok(counted(qcow::v1::check::check(source)?)))?,
+        ImageType::Vmdk => read(name, |source| Ok(counted(vmdk::check::check(source)?)))?,
         other => {
             if !args.quiet {
-                println!("images of format {} have nothing to check", tap_img::source::format_name(other));
+                println!("images of format {} have nothing to check", format_name(other));
             }
             return Ok(UNSUPPORTED);
         }
     };
-    let code = if damage.is_some() { 2 } else { 0 };
-    let found = Found { filename: name.clone(), damage };
+    let found = Found { filename: name.clone(), format: format_name(kind), ..found };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&found)?);
     } else if !args.quiet {
-        println!("{}", found.damage.as_deref().unwrap_or("No errors were found on the image."));
+        tell(&found);
     }
-    Ok(code)
+    Ok(match found {
+        Found { corruptions: 1.., .. } => 2,
+        Found { leaks: 1.., .. } => 3,
+        _ => 0,
+    })
 }
 
-fn check_vhd(name: &str) -> anyhow::Result<Option<String>> {
+fn tell(found: &Found) {
+    for problem in &found.problems {
+        println!("{problem}");
+    }
+    match (found.corruptions, found.leaks) {
+        (0, 0) => println!("No errors were found on the image."),
+        (0, leaks) => println!("{leaks} units of the file are lost, which does no harm."),
+        (errors, _) => println!("{errors} errors were found on the image."),
+    }
+}
+
+fn read<T>(name: &str, check: impl FnOnce(Source<'_>) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let file = File::open(name).with_context(|| name.to_owned())?;
-    let mut read = |offset, buf: &mut [u8]| file.read_at(offset, buf);
-    let mut source = Source { size: file.size()?, regular: file.is_regular()?, read: &mut read };
+    with_source(&file, check)?.with_context(|| name.to_owned())
+}
+
+fn counted(report: format::report::Report) -> Found {
+    Found { corruptions: report.count, problems: report.problems, ..Found::default() }
+}
+
+fn check_vhd(name: &str) -> anyhow::Result<Found> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
     let now = vhd::time::from_unix(i64::try_from(now).unwrap_or(i64::MAX));
     let options = CheckOptions { bitmaps: true, now, ..CheckOptions::default() };
-    match vhd::check::check(&mut source, &options).with_context(|| name.to_owned())? {
-        Verdict::Fixed | Verdict::Valid(_) => Ok(None),
-        Verdict::Invalid(reason) => Ok(Some(reason)),
-    }
+    read(name, |mut source| {
+        Ok(match vhd::check::check(&mut source, &options)? {
+            Verdict::Fixed | Verdict::Valid(_) => Found::default(),
+            Verdict::Invalid(reason) => Found { corruptions: 1, problems: vec![reason], ..Found::default() },
+        })
+    })
 }

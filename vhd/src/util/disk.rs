@@ -370,9 +370,8 @@ pub(super) fn random<const N: usize>() -> io::Result<[u8; N]> {
 mod tests {
     use super::*;
 
-    /// Malformed image 22.
     #[test]
-    fn only_files_and_block_devices_are_opened_and_nothing_blocks() {
+    fn m22_only_files_and_block_devices_are_opened_and_nothing_blocks() {
         let folder = tempfile::tempdir().unwrap();
         let fifo = folder.path().join("fifo");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
@@ -400,9 +399,8 @@ mod tests {
         }
     }
 
-    /// Malformed image 23.
     #[test]
-    fn behind_the_end_of_a_smaller_parent_there_are_zeros() {
+    fn m23_behind_the_end_of_a_smaller_parent_there_are_zeros() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         std::fs::write(path("raw"), vec![7; 3 * 512]).unwrap();

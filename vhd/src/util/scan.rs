@@ -11,9 +11,9 @@ use super::query::LOOK;
 use super::{Failure, errno_of};
 use crate::{DiskType, Error, OpenOptions, SECTOR_SIZE, print};
 
-pub(super) const OPTIONS: &str = "m:fcpavM";
+pub(super) const OPTIONS: &str = "m:fcl:pavM";
 pub(super) const USAGE: &str = "usage: [OPTIONS] FILES\noptions: [-m match filter] [-f fast] [-c continue on failure] \
-                                [-p pretty print] [-a scan parents] [-v verbose] [-M print marker and key hash] [-h \
+                                [-l LVM volume group] [-p pretty print] [-a scan parents] [-v verbose] [-M print marker and key hash] [-h \
                                 help]";
 
 /// What is printed of an image.
@@ -21,6 +21,7 @@ struct Entry {
     name: String,
     path: PathBuf,
     facts: String,
+    hidden: bool,
     parent: Option<PathBuf>,
 }
 
@@ -33,14 +34,25 @@ struct Fault {
 
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
     let mut names = args.operands().iter().map(PathBuf::from).collect::<Vec<_>>();
-    if let Some(pattern) = args.path('m') {
-        names.extend(expand(pattern)?);
+    // The volumes of a group have their names in one folder.
+    let group = args.path('l').map(|group| Path::new("/dev").join(group));
+    if let Some(group) = &group {
+        names.iter_mut().for_each(|name| *name = group.join(&*name));
     }
+    match (args.path('m'), &group) {
+        (Some(pattern), None) => names.extend(expand(pattern)?),
+        (Some(pattern), Some(group)) => names.extend(expand(&group.join(pattern))?),
+        (None, Some(group)) if names.is_empty() => names.extend(expand(&group.join("*"))?),
+        (None, _) => {}
+    }
+    let style = Style { full: args.has('v') };
     let mut entries = Vec::new();
     let mut at = 0_usize;
     while let Some(name) = names.get(at).cloned() {
         at = at.saturating_add(1);
-        match scan(&name, args.has('M')) {
+        let scanned =
+            if is_raw_volume(&name, group.is_some()) { scan_raw(&name) } else { scan(&name, args.has('M')) };
+        match scanned {
             Ok(entry) => {
                 let unseen =
                     |parent: &&PathBuf| names.iter().all(|n| n.canonicalize().ok().as_ref() != Some(*parent));
@@ -50,7 +62,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
             }
             Err(Fault { name, errno, doing }) => {
                 if !args.has('p') {
-                    print_all(&entries, out)?;
+                    print_all(&entries, style, out)?;
                     entries.clear();
                 }
                 writeln!(out, "vhd={name} scan-error=-{errno} error-message='{doing}'")?;
@@ -60,7 +72,25 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<(), Failure> {
             }
         }
     }
-    if args.has('p') { print_trees(&entries, out) } else { print_all(&entries, out) }
+    if args.has('p') { print_trees(entries, style, out) } else { print_all(&entries, style, out) }
+}
+
+/// Storage managers name the volumes that hold a VHD `VHD-`; what is in the others is no image.
+fn is_raw_volume(name: &Path, volumes: bool) -> bool {
+    let named = name.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"VHD-"));
+    volumes && !named
+}
+
+/// What is printed of a raw volume.
+fn scan_raw(name: &Path) -> Result<Entry, Fault> {
+    let text = name.display().to_string();
+    let disk = Disk::open(name, false).map_err(|error| Fault {
+        name: text.clone(),
+        errno: errno_of(&error),
+        doing: "opening file",
+    })?;
+    let facts = format!("capacity={0} size={0} hidden=1", disk.size);
+    Ok(Entry { name: text, path: disk.path, facts, hidden: true, parent: None })
 }
 
 /// Reads one image.
@@ -80,36 +110,59 @@ fn scan(name: &Path, with_marker: bool) -> Result<Entry, Fault> {
         disk.size,
         vhd.footer().hidden
     );
-    if with_marker && let Some((batmap, _)) = vhd.batmap() {
-        facts += &format!(" marker={}", batmap.marker);
-        if let Some(key) = batmap.key_hash() {
-            facts += &format!(" keyhash={}", print::hex(&key.hash));
-        }
+    if with_marker {
+        let marker = vhd.batmap().map_or(0, |(batmap, _)| batmap.marker);
+        let hash = vhd.key_hash().map(|key| print::hex(&key.hash)).unwrap_or_default();
+        facts += &format!(" marker={marker} keyhash={hash}");
     }
+    let hidden = vhd.footer().hidden != 0;
     let parent = match open_parent(&disk, &vhd, &LOOK) {
         Ok(parent) => parent.map(|parent| parent.disk.path),
         Err(Error::NoParentName) => return Err(fault("getting parent")(libc::EINVAL)),
         Err(error) => return Err(fault("getting parent")(error.errno())),
     };
-    Ok(Entry { name: text, path: disk.path, facts, parent })
+    Ok(Entry { name: text, path: disk.path, facts, hidden, parent })
 }
 
-fn print_all(entries: &[Entry], out: &mut dyn Write) -> Result<(), Failure> {
-    entries.iter().try_for_each(|entry| print_one(entry, 0, "", out))
+/// How names are printed.
+#[derive(Clone, Copy)]
+struct Style {
+    /// Whole paths, not only their last parts.
+    full: bool,
 }
 
-fn print_one(entry: &Entry, depth: usize, note: &str, out: &mut dyn Write) -> Result<(), Failure> {
+impl Style {
+    fn name(self, path: &Path) -> String {
+        let last = path.file_name().filter(|_| !self.full);
+        last.unwrap_or(path.as_os_str()).display().to_string()
+    }
+}
+
+fn print_all(entries: &[Entry], style: Style, out: &mut dyn Write) -> Result<(), Failure> {
+    entries.iter().try_for_each(|entry| print_one(entry, style, 0, "", out))
+}
+
+fn print_one(
+    entry: &Entry,
+    style: Style,
+    depth: usize,
+    note: &str,
+    out: &mut dyn Write,
+) -> Result<(), Failure> {
     let indent = "   ".repeat(depth);
-    let parent = entry.parent.as_ref().map_or("none".into(), |parent| parent.display().to_string());
-    writeln!(out, "{indent}vhd={} {} parent={parent}{note}", entry.name, entry.facts)?;
+    let parent = entry.parent.as_ref().map_or("none".into(), |parent| style.name(parent));
+    let name = style.name(Path::new(&entry.name));
+    writeln!(out, "{indent}vhd={name} {} parent={parent}{note}", entry.facts)?;
     Ok(())
 }
 
-/// Prints every image below its parent.
-fn print_trees(entries: &[Entry], out: &mut dyn Write) -> Result<(), Failure> {
+/// Prints every image below its parent, in the order of their names. Among children the hidden ones are last, among trees those
+/// whose root is hidden are first.
+fn print_trees(mut entries: Vec<Entry>, style: Style, out: &mut dyn Write) -> Result<(), Failure> {
+    entries.sort_by(|a, b| a.name.cmp(&b.name));
     let mut children = BTreeMap::<&Path, Vec<&Entry>>::new();
     let mut pending = Vec::new();
-    for entry in entries {
+    for entry in &entries {
         match &entry.parent {
             Some(parent) if entries.iter().any(|other| other.path == *parent) => {
                 children.entry(parent).or_default().push(entry);
@@ -118,11 +171,13 @@ fn print_trees(entries: &[Entry], out: &mut dyn Write) -> Result<(), Failure> {
             None => pending.push((entry, 0, "")),
         }
     }
+    pending.sort_by_key(|(entry, ..)| !entry.hidden);
     // Depth first, without recursion, as a chain may be long.
     pending.reverse();
     while let Some((entry, depth, note)) = pending.pop() {
-        print_one(entry, depth, note, out)?;
-        let below = children.remove(entry.path.as_path()).unwrap_or_default();
+        print_one(entry, style, depth, note, out)?;
+        let mut below = children.remove(entry.path.as_path()).unwrap_or_default();
+        below.sort_by_key(|child| child.hidden);
         pending.extend(below.into_iter().rev().map(|child| (child, depth.saturating_add(1), "")));
     }
     Ok(())

@@ -134,3 +134,27 @@ fn a_tapdisk_killed_during_a_snapshot_loses_no_acknowledged_write() {
         unplug(&rig, &device);
     }
 }
+
+/// The procedure of `docs/running-disk.md`.
+#[test]
+fn a_middle_image_is_coalesced_away_under_a_running_guest() {
+    let rig = rig();
+    let (base, params) = vhd(&rig, "base.vhd", SIZE / MIB);
+    let (middle, leaf) = (rig.path("middle.vhd"), rig.path("leaf.vhd"));
+    let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
+    let mut storm = Storm::new(vec![0; SIZE], 17, false);
+    storm.blow(&mut frontend, 100);
+    ok(&rig, &device, "snapshot", &["-a", &format!("vhd:{}", middle.display())]);
+    storm.blow(&mut frontend, 100);
+    ok(&rig, &device, "snapshot", &["-a", &format!("vhd:{}", leaf.display())]);
+    under_load(&mut frontend, &mut storm, || {
+        ok(&rig, &device, "pause", &[]);
+        vhd_util(&["coalesce", "-n", middle.to_str().unwrap()]);
+        vhd_util(&["modify", "-n", leaf.to_str().unwrap(), "-p", base.to_str().unwrap()]);
+        std::fs::remove_file(&middle).unwrap();
+        ok(&rig, &device, "unpause", &[]);
+    });
+    unplug(&rig, &device);
+    check(&leaf);
+    rig.assert_clean();
+}

@@ -48,5 +48,5 @@ pub use create::{NewBytes, NewImage};
 pub use error::Error;
 pub use header::{Backing, Compression};
 pub use image::Qcow2;
-pub use open::{DEFAULT_CACHE, OpenOptions, open};
+pub use open::{DEFAULT_CACHE, DEFAULT_RESERVE, OpenOptions, open};
 pub use snapshot::Snapshot;

@@ -757,3 +757,65 @@ fn a_scan_prints_names_markers_and_trees() {
         ["vhd=hidden.vhd", "vhd=base.vhd", "   vhd=aa.vhd", "   vhd=s1.vhd", "      vhd=s2.vhd"]
     );
 }
+
+/// What libvhdi, which knows nothing of us, reads of a chain, the image itself first; `None` if it is not installed.
+fn by_libvhdi(images: &Images, chain: &[&str]) -> Option<Vec<u8>> {
+    const SCRIPT: &str = "
+import sys
+try:
+    import pyvhdi
+except ImportError:
+    sys.exit(77)
+files = [pyvhdi.file() for name in sys.argv[1:]]
+for file, name in zip(files, sys.argv[1:]):
+    file.open(name)
+for i in reversed(range(len(files) - 1)):
+    files[i].set_parent(files[i + 1])
+size = files[0].get_media_size()
+while size > 0:
+    data = files[0].read_buffer(min(size, 1 << 20))
+    sys.stdout.buffer.write(data)
+    size -= len(data)
+";
+    let mut command = Command::new("/usr/bin/python3");
+    let output = command.args(["-c", SCRIPT]).args(chain).current_dir(images.folder.path()).output().ok()?;
+    if output.status.code() == Some(77) {
+        return None;
+    }
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(output.stdout)
+}
+
+#[test]
+fn libvhdi_reads_our_chains_as_we_do() {
+    let images = Images::unpack();
+    if by_libvhdi(&images, &["empty.vhd"]).is_none() {
+        eprintln!("skipped: there is no pyvhdi for /usr/bin/python3");
+        return;
+    }
+    let compare = |chain: &[&str]| {
+        assert!(by_libvhdi(&images, chain).unwrap() == content(&images, chain[0]), "{chain:?}");
+    };
+    // It takes eight sectors for present if the first of them is, so not every chain can be compared.
+    compare(&["cchild.vhd", "cbase.vhd"]);
+    // Chains that are ours altogether: filled from a raw parent, put on another, snapshot, coalesced, resized, copied.
+    std::fs::write(images.folder.path().join("raw"), raw(16 << 20, 3)).unwrap();
+    for args in [
+        "snapshot -n one.vhd -p raw -m",
+        "fill -n one.vhd",
+        "create -n zero.vhd -s 64",
+        "modify -n one.vhd -p zero.vhd",
+        "snapshot -n two.vhd -p one.vhd",
+        "resize -n two.vhd -s 2000 -j journal",
+        "copy -n two.vhd -N copy.vhd",
+    ] {
+        assert_eq!(images.run(args), (Vec::new(), 0), "{args}");
+    }
+    compare(&["one.vhd", "zero.vhd"]);
+    assert_eq!(images.run("coalesce -n one.vhd").1, 0);
+    compare(&["zero.vhd"]);
+    compare(&["one.vhd", "zero.vhd"]);
+    assert_eq!(images.run("resize -n copy.vhd -s 2100 -j journal"), (Vec::new(), 0));
+    let copy = by_libvhdi(&images, &["copy.vhd"]).unwrap();
+    assert!(copy[..16 << 20] == raw(16 << 20, 3) && copy[16 << 20..].iter().all(|&byte| byte == 0));
+}

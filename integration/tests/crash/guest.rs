@@ -11,7 +11,7 @@ use integration::sim::frontend::{Frontend, Io, Shape};
 use vhd::DiskType;
 
 use crate::recorder::Recorder;
-use crate::{qcow_support, qcow2_support, skipped, vhd_support};
+use crate::{qcow_support, qcow2_support, skipped, vhd_support, vmdk_support};
 
 const SECTORS: u64 = 2048;
 const XVDA: u32 = 51712;
@@ -153,4 +153,15 @@ fn a_guest_on_a_qcow2() {
             assert!(matches!(output.status.code(), Some(0 | 3)), "after {done} operations: {output:?}");
         }
     });
+}
+
+#[test]
+fn a_guest_on_a_vmdk() {
+    if skipped() {
+        return;
+    }
+    let mut random = Random::new(4);
+    let shape = vmdk_support::Shape { grain: 8, entries: 512, redundant: true, tables: true, cache: 0 };
+    let history = record(&shape, "vmdk", &mut random);
+    history.replay(&shape, 3, &mut random);
 }

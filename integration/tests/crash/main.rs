@@ -14,6 +14,9 @@ mod qcow2_support;
 mod qcow_support;
 #[path = "../../../vhd/tests/core/support.rs"]
 mod vhd_support;
+#[path = "../../../vmdk/tests/sparse/support.rs"]
+#[expect(dead_code, reason = "shared with the format's own tests, which use all of it")]
+mod vmdk_support;
 
 /// Whether a test cannot run here. On a CI host it must.
 fn skipped() -> bool {

@@ -6,6 +6,7 @@
 const ENGINE: Option<&str> = None;
 
 mod control;
+mod dirty_log;
 mod failures;
 mod guest;
 mod hostile;
@@ -13,9 +14,12 @@ mod hostile_data;
 mod hostile_load;
 mod hostile_ring;
 mod limits;
+mod mirror;
 mod nbd;
+mod old_formats;
 mod pause;
 mod protocol;
+mod ram;
 mod resize;
 mod scene;
 mod snapshot;

@@ -46,7 +46,7 @@ impl Qcow2 {
         if writing.commit.is_some() || writing.poisoned || writing.resizing.is_some() {
             return None;
         }
-        let enough = up(writing.freed.len() as u64, bits) >= WORTH_A_FLUSH.max(up(8, bits));
+        let enough = up(writing.freed.len() as u64, bits) >= WORTH_A_FLUSH.min(writing.space.most).max(1);
         let ready = writing.changes.iter().filter(|(_, change)| change.state == State::Ready);
         let clusters = ready.map(|(&cluster, _)| cluster).collect::<Vec<_>>();
         let mut barrier = false;

@@ -17,6 +17,9 @@ const PART: u64 = 1 << 20;
 /// of the disk; this much keeps those of the 256 GiB that are in use in memory.
 pub const DEFAULT_CACHE: u64 = 32 << 20;
 
+/// Most bytes that are reserved ahead, if nothing else is asked for.
+pub const DEFAULT_RESERVE: u64 = 64 << 20;
+
 /// How to open an image.
 #[derive(Debug, Clone)]
 pub struct OpenOptions {
@@ -29,11 +32,20 @@ pub struct OpenOptions {
     /// Most bytes of memory for slices of L2 tables. The L1 table (16 KiB for each TiB with clusters of 64 KiB, at most 32 MiB)
     /// and up to 4 MiB of reference counts come on top.
     pub cache: u64,
+    /// Most bytes of clusters that are reserved ahead of need, and given up before that is worth a flush of its own. A stop
+    /// leaks so much at worst.
+    pub reserve: u64,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { writable: false, key: None, without_key: false, cache: DEFAULT_CACHE }
+        Self {
+            writable: false,
+            key: None,
+            without_key: false,
+            cache: DEFAULT_CACHE,
+            reserve: DEFAULT_RESERVE,
+        }
     }
 }
 
@@ -49,7 +61,13 @@ pub fn open(mut source: Source<'_>, options: &OpenOptions) -> Result<Qcow2, Erro
     let (snapshots, snapshot_bytes) = snapshot::read_table(&mut source, &header, options.writable)?;
     let l1 = read_entries(&mut source, "L1 table", header.l1_offset, header.l1_entries)?;
     let writing = match options.writable {
-        true => Some(Box::new(Writing::open(&mut source, &header, &l1, &snapshots, snapshot_bytes)?)),
+        true => Some(Box::new(Writing::open(
+            &mut source,
+            &header,
+            &l1,
+            (&snapshots, snapshot_bytes),
+            options.reserve,
+        )?)),
         false => None,
     };
     let geometry = header.geometry;

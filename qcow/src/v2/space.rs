@@ -20,9 +20,8 @@ use super::refcount::Count;
 use super::write::Writing;
 use super::{Error, geometry, metadata};
 
-/// Bytes of one reserve: an eighth of what is in use, between these.
+/// Bytes of one reserve: an eighth of what is in use, between this and [`super::OpenOptions::reserve`].
 const LEAST_RESERVE: u64 = 1 << 20;
-const MOST_RESERVE: u64 = 64 << 20;
 /// The most for a device, where a reserve has to be filled with zeros.
 const MOST_RESERVE_ON_DEVICE: u64 = 8 << 20;
 const LEAST_CLUSTERS: u64 = 8;
@@ -46,6 +45,8 @@ pub(super) struct Space {
     pub(super) frontier: u64,
     /// Length of the file once the preparation has been carried out.
     grown: u64,
+    /// Most bytes of a reserve.
+    pub(super) most: u64,
     /// When fewer are ready, more are prepared.
     low: u64,
     /// Slices of reference counts that are kept because `ready` or `preparing` are in them.
@@ -69,7 +70,7 @@ pub(super) enum Found<T> {
 }
 
 impl Space {
-    pub(super) fn new(frontier: u64, file_len: u64) -> Self {
+    pub(super) fn new(frontier: u64, file_len: u64, most: u64) -> Self {
         Self {
             ready: VecDeque::new(),
             preparing: VecDeque::new(),
@@ -78,6 +79,7 @@ impl Space {
             cursor: 0,
             frontier,
             grown: file_len,
+            most,
             low: 0,
             pinned: Vec::new(),
             extended: 0..0,
@@ -189,7 +191,7 @@ impl Writing {
             }
         }
         let g = header.geometry;
-        let want = wanted(self.space.frontier, &g, device.is_some()).max(need);
+        let want = wanted(&self.space, &g, device.is_some()).max(need);
         let found = match self.search(want, need)? {
             Found::Yes(found) => found,
             Found::Load(load) => return Ok(Found::Load(load)),
@@ -455,9 +457,9 @@ fn table_clusters(entries: u64, g: &Geometry) -> Option<u64> {
 }
 
 /// How many clusters to reserve at once.
-fn wanted(frontier: u64, g: &Geometry, device: bool) -> u64 {
-    let most = if device { MOST_RESERVE_ON_DEVICE } else { MOST_RESERVE };
-    let bytes = (up(frontier, g.cluster_bits) / 8).clamp(LEAST_RESERVE, most);
+fn wanted(space: &Space, g: &Geometry, device: bool) -> u64 {
+    let most = if device { space.most.min(MOST_RESERVE_ON_DEVICE) } else { space.most };
+    let bytes = (up(space.frontier, g.cluster_bits) / 8).clamp(LEAST_RESERVE.min(most), most);
     down(bytes, g.cluster_bits).max(LEAST_CLUSTERS)
 }
 

@@ -118,8 +118,8 @@ impl Writing {
         source: &mut Source<'_>,
         header: &Header,
         l1: &[u64],
-        snapshots: &[Snapshot],
-        snapshot_bytes: u64,
+        (snapshots, snapshot_bytes): (&[Snapshot], u64),
+        reserve: u64,
     ) -> Result<Self, Error> {
         let entries = down(header.refcount_table_bytes(), 3);
         let table = read_entries(source, "refcount table", header.refcount_table, entries)?;
@@ -138,7 +138,7 @@ impl Writing {
         Ok(Self {
             refcounts,
             metadata,
-            space: Space::new(frontier, source.size),
+            space: Space::new(frontier, source.size, reserve),
             stage,
             changes: BTreeMap::new(),
             tables: BTreeMap::new(),

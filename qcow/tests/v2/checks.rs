@@ -3,11 +3,14 @@
 use format::testing::{Random, Size, crash, faults, model, seeds};
 
 use crate::support::Shape;
+use qcow::v2;
 
 /// The shapes that differ in what the core does with them.
 fn shape(random: &mut Random) -> Shape {
     let cluster_bits = random.pick(&[9, 9, 10, 12, 13]);
-    let shape = Shape { cluster_bits, ..Shape::default() };
+    // Little, so that it is often used up, and what is freed is soon given to others.
+    let reserve = random.pick(&[0, 0, v2::DEFAULT_RESERVE]);
+    let shape = Shape { cluster_bits, reserve, ..Shape::default() };
     match random.below(7) {
         0 => Shape { version: 2, ..shape },
         1 => Shape { refcount_bits: random.pick(&[1, 2, 4, 8]), ..shape },

@@ -15,6 +15,8 @@ pub struct Shape {
     /// Bytes of memory for L2 tables.
     pub cache: u64,
     pub preallocate: bool,
+    /// Bytes that are reserved ahead.
+    pub reserve: u64,
     /// A stop or a failure was in its history: clusters may be leaked.
     pub may_leak: bool,
 }
@@ -28,6 +30,7 @@ impl Default for Shape {
             device: None,
             cache: 0,
             preallocate: false,
+            reserve: v2::DEFAULT_RESERVE,
             may_leak: false,
         }
     }
@@ -69,7 +72,8 @@ impl Subject for Shape {
     }
 
     fn open(&self, storage: &Memory, writable: bool) -> Qcow2 {
-        let options = OpenOptions { writable, cache: self.cache, ..OpenOptions::default() };
+        let options =
+            OpenOptions { writable, cache: self.cache, reserve: self.reserve, ..OpenOptions::default() };
         with_source(storage, |source| v2::open(source, &options)).unwrap().unwrap()
     }
 

@@ -42,7 +42,13 @@ pub(super) fn absolute(path: String) -> String {
 
 /// An image with an absolute path, where it has one.
 pub(super) fn absolute_image(mut image: ImageSpec) -> ImageSpec {
-    if !matches!(image.kind, ImageType::Null | ImageType::Nbd) {
+    let named = match image.kind {
+        ImageType::Null | ImageType::Nbd => false,
+        // What begins with a number is a size.
+        ImageType::Ram => !image.path.starts_with(|first: char| first.is_ascii_digit()),
+        _ => true,
+    };
+    if named {
         image.path = absolute(image.path);
     }
     image

@@ -5,12 +5,15 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use blkif::ids::SECTOR_SIZE;
+use format::FormatError;
 use nix::errno::Errno;
+use qcow::v2::Backing;
 use tap_ctl::proto::{ImageSpec, ImageType, OpenParams};
 use vhd::create::{NewImage, NewParent};
 use vhd::{DiskType, Uuid, Vhd, chain};
@@ -70,6 +73,9 @@ pub fn create(parent: &OpenParams, sectors: u64, child: &ImageSpec) -> Result<Ma
         (ImageType::Vhd, ImageType::Vhd | ImageType::Aio | ImageType::Sync) => {
             vhd_child(parent.image.kind, &below, &folder, sectors)?
         }
+        (ImageType::Qcow2, ImageType::Qcow2 | ImageType::Vhd | ImageType::Aio | ImageType::Sync) => {
+            qcow2_child(parent.image.kind, &below, &folder, sectors)?
+        }
         (child, parent) => {
             let text = format!("a {} image cannot be made over one of type {}", child.name(), parent.name());
             return refuse(Errno::EOPNOTSUPP, &text);
@@ -110,6 +116,24 @@ fn vhd_child(kind: ImageType, parent: &Path, folder: &Path, sectors: u64) -> Res
         key: core.as_ref().and_then(Vhd::key_hash),
     };
     let bytes = image.build(None).map_err(|error| vhd_error(&error))?;
+    let writes = bytes.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();
+    Ok(Content { writes, len: bytes.len })
+}
+
+fn qcow2_child(kind: ImageType, parent: &Path, folder: &Path, sectors: u64) -> Result<Content, OpenError> {
+    // As QEMU calls them.
+    let format = match kind {
+        ImageType::Qcow2 => "qcow2",
+        ImageType::Vhd => "vpc",
+        _ => "raw",
+    };
+    let backing = Backing {
+        name: chain::relative(folder, parent).into_os_string().into_vec(),
+        format: Some(format.to_owned()),
+    };
+    let image = qcow::v2::NewImage { backing: Some(backing), ..qcow::v2::NewImage::new(sectors) };
+    let bytes =
+        image.build().map_err(|e| OpenError::new(parent, Errno::from_raw(e.errno()), e.to_string()))?;
     let writes = bytes.writes.into_iter().map(|write| (write.offset, write.bytes)).collect();
     Ok(Content { writes, len: bytes.len })
 }

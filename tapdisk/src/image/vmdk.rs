@@ -38,7 +38,7 @@ struct Piece {
     sectors: u64,
     writable: bool,
     storage: Storage,
-    /// Something was written since the last flush.
+    /// Something was written. True for ever: a write that is under way during a flush needs the next one too.
     dirty: Cell<bool>,
 }
 
@@ -242,7 +242,7 @@ impl Vmdk {
 
     /// Makes all that was written durable.
     pub async fn flush(&self, io: &Io) -> Result<(), Errno> {
-        for piece in self.pieces.iter().filter(|piece| piece.dirty.replace(false)) {
+        for piece in self.pieces.iter().filter(|piece| piece.dirty.get()) {
             if let Some(file) = piece.file() {
                 io.fdatasync(file).await?;
             }

@@ -161,7 +161,7 @@ pub enum Command {
     /// Change what the disk may do in a second, and tell it.
     Limit(LimitChange, Answer),
     /// Take part in an answer to how much has been done.
-    Stats(Gathering),
+    Stats(Box<Gathering>),
     /// Tell how much has been done.
     Statistics(Answer),
     /// For a sibling: the limits have changed.

@@ -194,12 +194,13 @@ impl fmt::Debug for Gathering {
 
 impl Gathering {
     /// A question about the disk that `about` describes, which is to be put to the threads `next` too.
-    pub fn new(about: Stats, next: Vec<Commands>, answer: Answer) -> Gathering {
-        Gathering { about: Some(Box::new(about)), counted: Counted::default(), next, answer: Some(answer) }
+    pub fn new(about: Stats, next: Vec<Commands>, answer: Answer) -> Box<Gathering> {
+        let about = Some(Box::new(about));
+        Box::new(Gathering { about, counted: Counted::default(), next, answer: Some(answer) })
     }
 
     /// Takes a thread's part in, and passes the question on.
-    pub fn pass(mut self, counted: Counted) {
+    pub fn pass(mut self: Box<Self>, counted: Counted) {
         self.counted.add(counted);
         if let Some(next) = self.next.pop() {
             next.send(Command::Stats(self));

@@ -72,7 +72,7 @@ fn fuzz_vhd() {
         all.extend(images(&shape));
     }
     let open = |source: Source<'_>, writable| {
-        let key = vhd::key::Key::new(vec![7; 32]).ok().filter(|_| source.size % 3 == 0);
+        let key = vhd::key::Key::new(vec![7; 32]).ok().filter(|_| source.size.is_multiple_of(3));
         vhd::Vhd::open(source, &vhd::OpenOptions { writable, key, ..Default::default() }).ok()
     };
     fuzz(&all, 4000, open, |mut source| {
@@ -90,7 +90,7 @@ fn fuzz_qcow() {
     ];
     let all = shapes.iter().flat_map(images).collect::<Vec<_>>();
     let open = |source: Source<'_>, writable| {
-        let key = (source.size % 3 == 0).then_some(qcow::KEY);
+        let key = (source.size.is_multiple_of(3)).then_some(qcow::KEY);
         ::qcow::v1::open(source, &::qcow::v1::OpenOptions { writable, key, ..Default::default() }).ok()
     };
     fuzz(&all, 4000, open, |source| drop(::qcow::v1::check::check(source)));
@@ -154,8 +154,7 @@ fn fuzz_nbd_replies() {
         }
         let stream = replies(&cookies, random);
         let (mut at, mut there) = (0, 0);
-        loop {
-            let Ok((used, step)) = session.next(&stream[at..there]) else { break };
+        while let Ok((used, step)) = session.next(&stream[at..there]) {
             assert!(used <= there - at);
             at += used;
             match step {

@@ -20,10 +20,7 @@ async fn settled(disk: &Disk) {
 }
 
 /// A child of a VHD with 7s in its first 2 MiB, and a task beside its work.
-fn with_child<F: Future<Output = ()>>(test: impl FnOnce(Rc<Disk>, Io) -> F + 'static)
-where
-    F: 'static,
-{
+fn with_child<F: Future<Output = ()> + 'static>(test: impl FnOnce(Rc<Disk>, Io) -> F + 'static) {
     let dir = tempfile::tempdir().unwrap();
     let (base, child) = (dir.path().join("base"), dir.path().join("child"));
     make(&base, 8);

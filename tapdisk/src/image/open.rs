@@ -58,6 +58,7 @@ pub(super) struct Opened {
 pub(super) struct Opener<'a> {
     pub(super) params: &'a OpenParams,
     pub(super) io: &'a Io,
+    servers: nbd::Limits,
     visited: Visited,
     /// The leaf is open.
     pub(super) below: bool,
@@ -66,7 +67,7 @@ pub(super) struct Opener<'a> {
 /// Opens the disk that `params` asks for, blocking. Nothing is changed on disk, whether it succeeds or fails; but a log of
 /// written blocks says from then on that it is being written.
 pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
-    let Images { chain, sectors } = open_images(params, io)?;
+    let Images { chain, sectors } = open_images(params, nbd::Limits::default(), io)?;
     let filters = Filters::open(params, sectors, io)?;
     Ok(Disk::new(chain, filters, params.readonly, Common::new(sectors)))
 }
@@ -85,9 +86,9 @@ impl Images {
     }
 }
 
-/// Opens the image that `params` names, with what is below it.
-pub(super) fn open_images(params: &OpenParams, io: &Io) -> Result<Images, OpenError> {
-    let mut opener = Opener::new(params, io);
+/// Opens the image that `params` names, with what is below it; `servers`: how long NBD servers are waited for.
+pub(super) fn open_images(params: &OpenParams, servers: nbd::Limits, io: &Io) -> Result<Images, OpenError> {
+    let mut opener = Opener { servers, ..Opener::new(params, io) };
     let stack = match params.image.kind {
         ImageType::XChain => stack::read(Path::new(&params.image.path))?,
         _ => Stack { leaf: params.image.clone(), below: Vec::new() },
@@ -134,7 +135,7 @@ struct Named {
 
 impl<'a> Opener<'a> {
     fn new(params: &'a OpenParams, io: &'a Io) -> Opener<'a> {
-        Opener { params, io, visited: Visited::default(), below: false }
+        Opener { params, io, servers: nbd::Limits::default(), visited: Visited::default(), below: false }
     }
 
     fn open_named(&mut self, image: &ImageSpec, writable: bool) -> Result<Named, OpenError> {
@@ -154,7 +155,7 @@ impl<'a> Opener<'a> {
                 return Ok(apart(Layer::Raw(raw), sectors));
             }
             ImageType::Nbd => {
-                let nbd = Nbd::open(&image.path, !writable, nbd::Limits::default(), self.io)?;
+                let nbd = Nbd::open(&image.path, !writable, self.servers, self.io)?;
                 let sectors = nbd.sectors();
                 return Ok(apart(Layer::Nbd(Box::new(nbd)), sectors));
             }

@@ -12,6 +12,7 @@
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::ops::Range;
+use std::time::Duration;
 
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
@@ -22,6 +23,7 @@ use crate::buf::Buf;
 use crate::image::OpenError;
 use crate::image::chain::Chain;
 use crate::image::locks::{BlockLock, BlockLocks};
+use crate::image::nbd::Limits;
 use crate::image::open::{Images, open_images};
 use crate::io::Io;
 use crate::sync::{WaitSet, all, both};
@@ -31,6 +33,9 @@ const PART: u64 = 128 << 10;
 
 /// Parts in work at a time while no guest asks for anything.
 const PARTS: usize = 4;
+
+/// How long a guest's writes wait for the server of a second image to come back.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A second image.
 #[derive(Debug)]
@@ -106,7 +111,8 @@ impl Mirror {
     /// Opens the secondary image of a disk of so many sectors. Blocking.
     pub fn open(spec: &ImageSpec, params: &OpenParams, sectors: u64, io: &Io) -> Result<Mirror, OpenError> {
         let plain = OpenParams { image: spec.clone(), readonly: false, secondary: None, ..params.clone() };
-        let Images { chain, sectors: found } = open_images(&plain, io)?;
+        let servers = Limits { reconnect: PATIENCE, ..Limits::default() };
+        let Images { chain, sectors: found } = open_images(&plain, servers, io)?;
         if found < sectors {
             let text = format!(
                 "has {found} sectors of 512 bytes, too few for the secondary image of a disk of {sectors}"

@@ -78,7 +78,7 @@ pub enum Lookup {
         /// Number of sectors.
         count: u32,
     },
-    /// In this file, compressed: read [`Packed::range`], hand it to [`Format::unpack`].
+    /// In this file, compressed: read its range, hand that to [`Format::unpack`].
     Packed {
         /// The compressed unit.
         packed: Packed,

@@ -24,7 +24,7 @@ const CACHED_BITMAPS: usize = 4096;
 
 /// An open image.
 ///
-/// What the disk holds changes only by [`Vhd::commit_done`]: reserved blocks and sectors that are written but not
+/// What the disk holds changes only by `commit_done`: reserved blocks and sectors that are written but not
 /// committed are invisible to [`Vhd::map`].
 #[derive(Debug)]
 pub struct Vhd {

@@ -79,7 +79,7 @@ impl QueueParams {
     }
 }
 
-/// A served frontend in [`VbdEntry`].
+/// A served frontend in [`VbdEntry`](super::VbdEntry).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingEntry {
     /// The frontend's domain.

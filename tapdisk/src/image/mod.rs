@@ -1,4 +1,4 @@
-//! A disk: a [chain](chain::Chain) of images, and what is between it and its guests.
+//! A disk: a chain of images, and what is between it and its guests.
 
 pub mod cache;
 mod chain;

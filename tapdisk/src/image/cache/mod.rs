@@ -5,11 +5,11 @@
 //! hardly ever asks twice. Therefore it is off unless `tapdisk --parent-cache SIZE` turns it on. To share between
 //! processes is the business of the kernel's page cache, through which parents are read with `-D`.
 //!
-//! - A part is [`UNIT`] bytes at a multiple of it. A read that misses reads the whole part; reads of [`STREAM`] bytes or more
+//! - A part is `UNIT` bytes at a multiple of it. A read that misses reads the whole part; reads of `STREAM` bytes or more
 //!   are streams, which neither look here nor leave anything.
 //! - A file is known by what it is, not by its name, and only while somebody has it open: its lock keeps writers out so long
 //!   and no longer. What is compressed or encrypted is not kept here.
-//! - What goes when memory is short decides [`queue`].
+//! - What goes when memory is short decides `queue`.
 
 mod queue;
 

@@ -8,6 +8,7 @@
 //! | [`minors`] | allocating, freeing and claiming minor numbers |
 //! | [`client`] | a blocking client, for tools and tests |
 //! | [`spawn`] | starting a tapdisk |
+//! | [`inflight`] | what a disk leaves behind when its tapdisk dies |
 //! | [`list`] | what is there |
 //! | [`stats`] | statistics as text |
 //! | [`args`], [`cli`] | the command line: read, carried out |
@@ -21,6 +22,7 @@ pub mod client;
 pub mod dir;
 mod error;
 pub mod frame;
+pub mod inflight;
 pub mod list;
 pub mod logging;
 pub mod minors;

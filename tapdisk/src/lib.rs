@@ -11,6 +11,7 @@
 //! |---|---|
 //! | [`cli`] | the process: options, start-up, the hand-shake with `tap-ctl spawn` |
 //! | [`server`], [`vbd`] | the control socket |
+//! | [`journal`] | requests in memory that outlives the process |
 //! | [`worker`] | a disk's thread: its loop, rings, and the way from a request to its answer |
 //! | [`nbd`] | the disk's NBD server |
 //! | [`image`] | chains of layers, and opening them |
@@ -19,7 +20,7 @@
 //! | [`alone`] | the same without rings, for tools |
 //! | [`xen`] | real devices or simulated ones |
 //!
-//! Unsafe code is in `buf`, `copier`, `image::store`, `reactor::{uring, pool}` and `worker::mapped` only; each begins with
+//! Unsafe code is in `buf`, `copier`, `image::store`, `journal::words`, `reactor::{uring, pool}` and `worker::mapped` only; each begins with
 //! its invariants.
 
 pub mod alone;
@@ -29,6 +30,7 @@ pub mod copier;
 pub mod executor;
 pub mod image;
 pub mod io;
+pub mod journal;
 pub mod nbd;
 pub mod reactor;
 pub mod server;

@@ -116,6 +116,11 @@ impl Disk {
         self.readonly.get()
     }
 
+    /// Whether what is written is still there when this process has died: not so in a file without a name.
+    pub fn outlives_process(&self) -> bool {
+        self.chain.leaf.files().into_iter().all(|file| !file.is_nameless())
+    }
+
     /// Physical block size of the store in bytes.
     pub fn physical_block_size(&self) -> u32 {
         self.chain.leaf.physical_block_size()

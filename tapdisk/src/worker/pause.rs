@@ -17,8 +17,9 @@ use tap_ctl::proto::{DiskInfo, ImageSpec, Reopen, RingEntry, RingParams};
 use super::connect::Failure;
 use super::seat::info;
 use super::thread::{Served, State, failure};
-use super::{Answer, Command, Notice, Phase};
+use super::{Answer, Begin, Command, Notice, Phase};
 use crate::image::{self, snapshot};
+use crate::io::errno_of;
 use crate::xen::Xen;
 
 /// What comes after a pause.
@@ -28,11 +29,13 @@ pub(super) enum Then {
     Tell(Answer),
     /// A new image is made, and opened.
     Snapshot(ImageSpec, Answer),
+    /// Another process goes on; whoever asked for that is told.
+    Leave(Answer),
 }
 
 impl Then {
     fn refuse(self, errno: Errno, message: String) {
-        let (Then::Tell(answer) | Then::Snapshot(_, answer)) = self;
+        let (Then::Tell(answer) | Then::Leave(answer) | Then::Snapshot(_, answer)) = self;
         answer.give(failure(errno, message));
     }
 }
@@ -44,8 +47,8 @@ impl<X: Xen> State<X> {
             return then.refuse(Errno::ESHUTDOWN, "the image is being closed".into());
         }
         match (self.seat.phase(), then) {
-            (Phase::Paused, Then::Tell(answer)) => answer.give(Reply::Done),
-            (Phase::Pausing, then @ Then::Tell(_)) => self.after_pause.push(then),
+            (Phase::Paused, Then::Tell(answer) | Then::Leave(answer)) => answer.give(Reply::Done),
+            (Phase::Pausing, then @ (Then::Tell(_) | Then::Leave(_))) => self.after_pause.push(then),
             (Phase::Pausing | Phase::Paused, then) => {
                 then.refuse(Errno::EBUSY, format!("{}: is paused", self.seat.name()));
             }
@@ -89,6 +92,9 @@ impl<X: Xen> State<X> {
             Ok(()) => {
                 self.seat.empty();
                 self.seat.enter(Phase::Paused);
+                if self.after_pause.iter().any(|then| matches!(then, Then::Tell(_))) {
+                    self.keeper.note(|record| record.paused = true);
+                }
                 log::info!("{name}: paused");
             }
             Err(_) => self.go_on(),
@@ -103,7 +109,7 @@ impl<X: Xen> State<X> {
                 (Ok(()), then) if self.closing => {
                     then.refuse(Errno::ESHUTDOWN, format!("{name}: is being closed"));
                 }
-                (Ok(()), Then::Tell(answer)) => answer.give(Reply::Done),
+                (Ok(()), Then::Tell(answer) | Then::Leave(answer)) => answer.give(Reply::Done),
                 (Ok(()), Then::Snapshot(image, answer)) => answer.give(match self.snapshot(&image) {
                     Ok(()) => Reply::Done,
                     Err((errno, message)) => failure(errno, message),
@@ -133,6 +139,12 @@ impl<X: Xen> State<X> {
             return Err((Errno::EMEDIUMTYPE, message));
         }
         let after = info(&disk);
+        let kept = self.keeper.change(|record| {
+            record.paused = false;
+            record.params = params.clone();
+            record.info = after;
+        });
+        kept.map_err(|e| (errno_of(&e), format!("{}: cannot be noted for a takeover: {e}", params.image)))?;
         log::info!("{}: going on, {} sectors", params.image, after.sectors);
         self.seat.fill(disk, params);
         self.go_on();
@@ -160,7 +172,7 @@ impl<X: Xen> State<X> {
     /// Serves a ring again that had a thread of its own. Its guest may have died meanwhile, which must not hold up others.
     fn serve_parked(&mut self, params: RingParams) {
         let shared = self.seat.disk().is_some_and(|disk| disk.share().is_some());
-        let served = if shared { self.start_sibling(params.clone()) } else { self.serve_here(&params) };
+        let served = if shared { self.start_sibling(params.clone(), Begin::Again) } else { self.serve_here(&params) };
         if let Err((_, why)) = served {
             let (dom, vdev) = (DomId(params.domid), VdevId(params.vdev));
             log::error!(
@@ -171,7 +183,7 @@ impl<X: Xen> State<X> {
 
     fn serve_here(&mut self, params: &RingParams) -> Result<(), Failure> {
         for queue in &params.queues {
-            let served = self.attach(params, queue)?;
+            let served = self.attach(params, queue, Begin::Again)?;
             self.start_slots(&served);
             self.rings.borrow_mut().push(served);
         }
@@ -211,6 +223,7 @@ impl<X: Xen> State<X> {
         match self.unpause(Reopen::default()) {
             Ok(_) => Err((errno, why)),
             Err((_, also)) => {
+                self.keeper.note(|record| record.paused = true);
                 let message = format!(
                     "{why}; and the image before cannot be opened again, the disk stays paused: {also}"
                 );

@@ -61,6 +61,21 @@ impl Seat {
         }
     }
 
+    /// The place of a disk that was paused when another process had it, and that guests know as `info`.
+    pub fn paused(params: OpenParams, info: DiskInfo, patience: Duration, scheduler: Rc<Scheduler>) -> Seat {
+        Seat {
+            seen: Cell::new(info),
+            disk: RefCell::new(None),
+            params: RefCell::new(Some(params)),
+            phase: Cell::new(Phase::Paused),
+            works: Cell::new(0),
+            changed: WaitSet::new(scheduler.clone()),
+            patience,
+            trying: Cell::new(0),
+            tries: WaitSet::new(scheduler),
+        }
+    }
+
     /// The disk; `None` while it is paused.
     pub fn disk(&self) -> Option<Rc<Disk>> {
         self.disk.borrow().clone()
@@ -126,6 +141,11 @@ impl Seat {
     /// It is time for another try.
     pub fn try_again(&self) {
         self.tries.wake_all();
+    }
+
+    /// Whether it is the place of the thread that opened the disk.
+    pub fn is_first(&self) -> bool {
+        self.params.borrow().is_some()
     }
 
     /// How the disk was opened.

@@ -21,6 +21,7 @@ use gntdev::{CopyDirection, CopySegment, Grants};
 use nix::errno::Errno;
 
 use super::Notice;
+use super::keeper::Keeper;
 use super::persistent::Persistent;
 use super::ring::Ring;
 use super::seat::Seat;
@@ -162,6 +163,8 @@ where
     pub tell: Arc<dyn Fn(Notice) + Send + Sync>,
     /// It was told that the disk has stopped.
     pub told: Cell<bool>,
+    /// What is kept of the disk.
+    pub keeper: Arc<Keeper>,
     /// Requests that were answered with an error.
     pub failures: Failures,
 }
@@ -352,6 +355,8 @@ where
     /// The disk has stopped: the guest's device is to be closed, and the administrator told.
     fn report(&self, disk: &Disk) {
         if !self.told.replace(true) {
+            // Before anything else: a process that took over would find a disk that flushes.
+            self.keeper.give_up();
             let reason = disk.failure().unwrap_or_else(|| "the disk has stopped".to_owned());
             (self.tell)(Notice::Failed(reason));
         }

@@ -134,12 +134,8 @@ impl BackIndices {
         self.req_seen = self.req_cons;
         let req_prod = words.req_prod.load(Ordering::Acquire);
         if unanswered > self.slots {
-            let broken = RingBroken {
-                req_prod,
-                req_cons: self.req_cons,
-                outstanding: unanswered,
-                slots: self.slots,
-            };
+            let broken =
+                RingBroken { req_prod, req_cons: self.req_cons, outstanding: unanswered, slots: self.slots };
             self.broken = Some(broken);
             return Err(broken);
         }

@@ -50,6 +50,8 @@ pub enum Command {
     Limit(Target, LimitChange),
     /// `stats`, in full or as XenServer's storage manager reads them
     Stats(Target, bool),
+    /// `upgrade`, of one tapdisk or of all
+    Upgrade(Option<i32>),
     /// `list`
     List(Filter),
 }
@@ -92,7 +94,7 @@ macro_rules! opening {
 }
 
 /// Commands with their options, in the order of the help text.
-const COMMANDS: [(&str, &str); 16] = [
+const COMMANDS: [(&str, &str); 17] = [
     ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE]"),
     ("allocate", ""),
     ("free", "-m MINOR"),
@@ -115,6 +117,10 @@ const COMMANDS: [(&str, &str); 16] = [
         "-p PID -m MINOR [--iops N] [--bps N] [--burst-iops N] [--burst-bps N] (0: no limit; prints what holds then)",
     ),
     ("stats", "-p PID -m MINOR [--full]"),
+    (
+        "upgrade",
+        "-p PID [-m MINOR of it] | --all (other tapdisks, of the program installed now, go on with the disks; guests wait)",
+    ),
 ];
 
 /// The usage line of one command.

@@ -1,6 +1,7 @@
 //! `tap-ctl` as a library call, so that tests and simulations can use another runtime folder and another tapdisk.
 
 mod key;
+mod upgrade;
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -119,7 +120,7 @@ fn perform(
             minors::free(dir, *minor).map_err(because(format!("free minor {minor}")))?;
         }
         Command::Spawn(engine) => {
-            let child = spawn(dir, &config.tapdisk, *engine).map_err(because("spawn"))?;
+            let child = spawn(dir, &config.tapdisk, &options(*engine)).map_err(because("spawn"))?;
             let words = if config.terminal { "tapdisk spawned with pid " } else { "" };
             *output = format!("{words}{}\n", child.id());
         }
@@ -157,6 +158,9 @@ fn perform(
         Command::Stats(target, full) => {
             *output = statistics(dir, *target, *full).map_err(because(with_target("stats", *target)))?;
         }
+        Command::Upgrade(which) => {
+            *output = upgrade::upgrade(config, *which).map_err(|(what, why)| Failure { what, why })?;
+        }
         Command::Resize(target, size) => {
             resize(dir, *target, *size).map_err(because(with_target("resize", *target)))?;
         }
@@ -164,6 +168,11 @@ fn perform(
         Command::List(filter) => *output = listing(config, filter, notes)?,
     }
     Ok(())
+}
+
+/// The options of a tapdisk with this I/O engine.
+fn options(engine: Option<&'static str>) -> Vec<&'static str> {
+    engine.map_or_else(Vec::new, |engine| vec!["--engine", engine])
 }
 
 fn because(what: impl Into<String>) -> impl FnOnce(Error) -> Failure {
@@ -226,7 +235,7 @@ fn resize(dir: &ControlDir, target: Target, size: Option<u64>) -> Result<(), Err
 fn create(
     config: &Config,
     opening: &Opening,
-    engine: Option<&str>,
+    engine: Option<&'static str>,
     stdin: &mut dyn Read,
 ) -> Result<String, Failure> {
     let what = || format!("create {}", opening.params.image);
@@ -244,8 +253,13 @@ fn create(
     }
 }
 
-fn serve_new(config: &Config, minor: Minor, params: &OpenParams, engine: Option<&str>) -> Result<(), Error> {
-    let mut child = spawn(&config.dir, &config.tapdisk, engine)?;
+fn serve_new(
+    config: &Config,
+    minor: Minor,
+    params: &OpenParams,
+    engine: Option<&'static str>,
+) -> Result<(), Error> {
+    let mut child = spawn(&config.dir, &config.tapdisk, &options(engine))?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     let target = Target { pid, minor };
     if let Err(error) = order(&config.dir, target, &Request::Attach { minor }, None) {
@@ -270,8 +284,10 @@ fn end(child: &mut Child) {
     }
 }
 
-/// close, detach, free. A tapdisk that has ended has closed and detached everything: then only the marker is left.
+/// close, detach, free. A tapdisk that has ended has closed and detached everything: then only the marker is left. Unless
+/// another one has gone on with its disk, of which the caller does not know yet.
 fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Failure> {
+    let target = Target { pid: upgrade::successor(dir, target), ..target };
     let steps = [Request::Close { minor: target.minor }, Request::Detach { minor: target.minor }];
     for request in steps {
         match order(dir, target, &request, limit) {

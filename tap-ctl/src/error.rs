@@ -93,6 +93,14 @@ pub enum Error {
         /// The minor.
         minor: Minor,
     },
+    /// A disk whose tapdisk is gone cannot be gone on with.
+    #[error("nobody can go on with minor {minor}: {why}")]
+    NotRevived {
+        /// The minor.
+        minor: Minor,
+        /// Why.
+        why: String,
+    },
     /// The tapdisk program cannot be started at all.
     #[error("cannot start {}: {source}", program.display())]
     Start {
@@ -126,6 +134,7 @@ impl Error {
             Error::Frame { .. } | Error::Unexpected { .. } => Errno::EPROTO as i32,
             Error::Refused { errno, .. } => *errno,
             Error::NoFreeMinor => Errno::ENOSPC as i32,
+            Error::NotRevived { .. } => Errno::ENODATA as i32,
             Error::NoSuchMinor { .. } => Errno::ENOENT as i32,
             Error::MinorInUse { .. } => Errno::EAGAIN as i32,
             Error::Startup { .. } => Errno::ECHILD as i32,

@@ -111,8 +111,7 @@ impl Folder {
     /// What the system says.
     pub fn write(&self, record: &Record) -> io::Result<()> {
         let draft = self.path.join("draft");
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
         file.write_all(&serde_json::to_vec(record)?)?;
         fs::rename(draft, self.record())
     }
@@ -155,7 +154,8 @@ mod tests {
     use crate::proto::{Key, Polling};
 
     fn record() -> Record {
-        let params = OpenParams { key: Some(Key::new(vec![7; 32])), ..OpenParams::new("vhd:/a".parse().unwrap()) };
+        let params =
+            OpenParams { key: Some(Key::new(vec![7; 32])), ..OpenParams::new("vhd:/a".parse().unwrap()) };
         let info = DiskInfo {
             sectors: 8,
             sector_size: 512,

@@ -7,7 +7,7 @@
 //! | [`dir`] | the runtime folder: sockets, markers, minor numbers |
 //! | [`minors`] | allocating, freeing and claiming minor numbers |
 //! | [`client`] | a blocking client, for tools and tests |
-//! | [`spawn`] | starting a tapdisk |
+//! | [`spawn`], [`revive`] | starting a tapdisk, and one that goes on with a dead one's disk |
 //! | [`inflight`] | what a disk leaves behind when its tapdisk dies |
 //! | [`list`] | what is there |
 //! | [`stats`] | statistics as text |
@@ -27,6 +27,7 @@ pub mod list;
 pub mod logging;
 pub mod minors;
 pub mod proto;
+pub mod revive;
 pub mod spawn;
 pub mod stats;
 #[cfg(test)]

@@ -13,6 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::dir::ControlDir;
 use crate::error::Error;
+use crate::inflight::Folder;
 use crate::proto::Minor;
 
 fn file_error(action: &'static str, path: &Path, source: impl Into<io::Error>) -> Error {
@@ -42,7 +43,7 @@ pub fn allocate(dir: &ControlDir) -> Result<Minor, Error> {
     Err(Error::NoFreeMinor)
 }
 
-/// Frees a minor that no tapdisk serves.
+/// Frees a minor that no tapdisk serves, and forgets what a dead one has left of its disk.
 ///
 /// # Errors
 ///
@@ -50,6 +51,8 @@ pub fn allocate(dir: &ControlDir) -> Result<Minor, Error> {
 pub fn free(dir: &ControlDir, minor: Minor) -> Result<(), Error> {
     // The lock is held over the removal, so that no tapdisk can claim the marker in between.
     let _claim = claim(dir, minor)?;
+    let left = Folder::of(dir, minor);
+    left.remove().map_err(|error| file_error("remove", left.path(), error))?;
     let marker = dir.marker(minor);
     fs::remove_file(&marker).map_err(|error| file_error("remove", &marker, error))
 }

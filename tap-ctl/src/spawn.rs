@@ -34,8 +34,8 @@ const SYSTEMD: &str = "/run/systemd/system";
 const SCOPE: &str = "exec systemd-run --scope --quiet --collect --no-ask-password --slice=xenio-tapdisk.slice \
                      --unit=\"tapdisk-$$\" --description=\"Disk of a Xen guest (tapdisk $$)\" -- \"$0\" \"$@\"";
 
-/// Starts `program` and returns once it listens on its control socket. Its process id is that of the child. `engine`: the
-/// word for its `--engine` option.
+/// Starts `program` and returns once it listens on its control socket. Its process id is that of the child. `options`
+/// are its own.
 ///
 /// The child inherits no descriptor of ours beyond the standard three: all others are close-on-exec.
 ///
@@ -43,28 +43,21 @@ const SCOPE: &str = "exec systemd-run --scope --quiet --collect --no-ask-passwor
 ///
 /// [`Error::Start`] when the program cannot be executed, [`Error::Startup`] with its own words when it gives up or is
 /// not ready in 20 s; then it is no longer running.
-pub fn spawn(dir: &ControlDir, program: &Path, engine: Option<&str>) -> Result<Child, Error> {
+pub fn spawn(dir: &ControlDir, program: &Path, options: &[&str]) -> Result<Child, Error> {
     if Path::new(SYSTEMD).is_dir() && nix::unistd::geteuid().is_root() {
         let mut command = Command::new("sh");
         command.args(["-c", SCOPE]).arg(program);
-        match launch(command, dir, program, engine) {
+        match launch(command, dir, program, options) {
             Ok(child) => return Ok(child),
             Err(error) => log::warn!("a tapdisk in a scope of its own: {error}; starting it without"),
         }
     }
-    launch(Command::new(program), dir, program, engine)
+    launch(Command::new(program), dir, program, options)
 }
 
 /// Starts the command, which becomes `program`, and waits until it is ready.
-fn launch(
-    mut command: Command,
-    dir: &ControlDir,
-    program: &Path,
-    engine: Option<&str>,
-) -> Result<Child, Error> {
-    if let Some(engine) = engine {
-        command.args(["--engine", engine]);
-    }
+fn launch(mut command: Command, dir: &ControlDir, program: &Path, options: &[&str]) -> Result<Child, Error> {
+    command.args(options);
     let (mut reader, mut child) =
         start(command).map_err(|source| Error::Start { program: program.to_owned(), source })?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
@@ -178,7 +171,7 @@ mod tests {
             // moment (ETXTBSY); that is no property of what is tested here.
             let program = self.program(body);
             loop {
-                match spawn(&self.dir, &program, Some("pool")) {
+                match spawn(&self.dir, &program, &["--engine", "pool"]) {
                     Err(Error::Start { source, .. })
                         if source.kind() == io::ErrorKind::ExecutableFileBusy => {}
                     other => return other,
@@ -199,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn the_engine_is_passed_on() {
+    fn options_are_passed_on() {
         let stage = Stage::new();
         let mut child = stage.spawn("echo \"$*\" >\"$DIR/args\"\nprintf \"$DIR/ctl$$\\n\"").unwrap();
         child.wait().unwrap();
@@ -224,7 +217,7 @@ mod tests {
     #[test]
     fn a_missing_program_is_named() {
         let stage = Stage::new();
-        let error = spawn(&stage.dir, Path::new("/nonexistent/tapdisk"), None).unwrap_err();
+        let error = spawn(&stage.dir, Path::new("/nonexistent/tapdisk"), &[]).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/tapdisk"), "{error}");
         assert_eq!(error.errno(), 2);
     }

@@ -67,7 +67,9 @@ impl Vbd {
 
     /// Whether its image is open and guests are served.
     pub fn is_running(&self) -> bool {
-        self.open.as_ref().is_some_and(|open| open.info.is_some() && open.worker.status().phase == Phase::Running)
+        self.open
+            .as_ref()
+            .is_some_and(|open| open.info.is_some() && open.worker.status().phase == Phase::Running)
     }
 
     /// The line of `tap-ctl list`.

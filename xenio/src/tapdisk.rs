@@ -95,6 +95,19 @@ pub enum LinkError {
     },
 }
 
+impl LinkError {
+    /// Whether it says that there is no such tapdisk any more.
+    pub fn is_death(&self) -> bool {
+        match self {
+            LinkError::Ended { .. } => true,
+            LinkError::Unreachable { source, .. } => {
+                matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
+            }
+            LinkError::Io { .. } | LinkError::Frame { .. } | LinkError::Unasked { .. } => false,
+        }
+    }
+}
+
 /// All connections.
 #[derive(Debug)]
 pub struct Links {

@@ -25,3 +25,4 @@ mod scene;
 mod snapshot;
 mod stats;
 mod support;
+mod takeover;

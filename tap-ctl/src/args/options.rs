@@ -35,6 +35,7 @@ pub(super) struct Options {
     size: Option<u64>,
     engine: Option<&'static str>,
     full: bool,
+    all: bool,
 }
 
 impl Options {
@@ -84,6 +85,7 @@ impl Options {
                     options.size = Some(mebibytes(&text(&mut parser)?)?);
                 }
                 Arg::Long("engine") if spawns => options.engine = Some(engine(&text(&mut parser)?)?),
+                Arg::Long("all") if command == "upgrade" => options.all = true,
                 Arg::Long("full") if command == "stats" => options.full = true,
                 other => return Err(other.unexpected().to_string()),
             }
@@ -130,6 +132,11 @@ impl Options {
                 Command::Snapshot(target, absolute_image(self.image.ok_or("-a TYPE:PATH is missing")?))
             }
             "limit" => Command::Limit(self.target()?, self.limit),
+            "upgrade" => match (self.pid, self.all) {
+                (Some(pid), false) => Command::Upgrade(Some(pid)),
+                (None, true) if self.minor.is_none() => Command::Upgrade(None),
+                _ => return Err("either -p PID or --all".into()),
+            },
             "stats" => Command::Stats(self.target()?, self.full),
             _ => Command::List(Filter {
                 pid: self.pid,

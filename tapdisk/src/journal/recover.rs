@@ -22,7 +22,9 @@ pub enum Disagreement {
     #[error("the journal belongs to another ring, or another release wrote it")]
     Foreign,
     /// The counter in the ring is none that was ever to stand there.
-    #[error("the ring says that {found} requests are answered, the journal {before} or {after}: the guest has changed it")]
+    #[error(
+        "the ring says that {found} requests are answered, the journal {before} or {after}: the guest has changed it"
+    )]
     Counter {
         /// What the ring says.
         found: u32,
@@ -32,7 +34,9 @@ pub enum Disagreement {
         after: u32,
     },
     /// A request was taken at a position that was not reached.
-    #[error("request {index} was taken, although the ring shows {taken} only: the guest has changed a counter")]
+    #[error(
+        "request {index} was taken, although the ring shows {taken} only: the guest has changed a counter"
+    )]
     Ahead {
         /// Its position.
         index: u32,

@@ -1,6 +1,6 @@
+use blkif::GrantRef;
 use blkif::abi::op;
 use blkif::encode::{Draft, DraftSegment};
-use blkif::GrantRef;
 use proptest::prelude::*;
 
 use super::*;
@@ -61,7 +61,8 @@ impl Model {
     }
 
     fn note(&mut self) {
-        self.steps.extend(self.journal.words.stores.take().into_iter().map(|(at, value)| Step::Store(at, value)));
+        self.steps
+            .extend(self.journal.words.stores.take().into_iter().map(|(at, value)| Step::Store(at, value)));
     }
 
     fn do_it(&mut self, doing: Doing) {

@@ -107,6 +107,7 @@ impl<X: Xen> Server<X> {
 
 /// How many requests the rings of a disk have answered, in a measure that only has to change with every answer.
 fn responses(folder: &Folder, record: &Record) -> u64 {
-    let journals = record.rings.iter().flat_map(|ring| ring.queues.iter().map(|queue| folder.journal(ring, queue)));
+    let journals =
+        record.rings.iter().flat_map(|ring| ring.queues.iter().map(|queue| folder.journal(ring, queue)));
     journals.filter_map(|path| journal::responses(&path)).map(u64::from).sum()
 }

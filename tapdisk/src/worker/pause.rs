@@ -172,7 +172,8 @@ impl<X: Xen> State<X> {
     /// Serves a ring again that had a thread of its own. Its guest may have died meanwhile, which must not hold up others.
     fn serve_parked(&mut self, params: RingParams) {
         let shared = self.seat.disk().is_some_and(|disk| disk.share().is_some());
-        let served = if shared { self.start_sibling(params.clone(), Begin::Again) } else { self.serve_here(&params) };
+        let served =
+            if shared { self.start_sibling(params.clone(), Begin::Again) } else { self.serve_here(&params) };
         if let Err((_, why)) = served {
             let (dom, vdev) = (DomId(params.domid), VdevId(params.vdev));
             log::error!(

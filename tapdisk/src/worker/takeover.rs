@@ -31,7 +31,7 @@ use crate::journal::Journal;
 use crate::xen::Xen;
 
 /// How long the dead process's I/O may take to end.
-const LOCK_PATIENCE: Duration = Duration::from_secs(15);
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// How long its event channels may take to be free.
 const PORT_PATIENCE: Duration = Duration::from_secs(2);
 /// The time between two looks: the first, and the longest.
@@ -81,7 +81,8 @@ pub(super) fn attached<M: GrantMap>(
     let ring = mapped.ring();
     let (abi, slots, responses) = (ring.abi(), ring.slots(), ring.next_response());
     if begin == Begin::Again {
-        let left = Journal::resume(journal, abi, slots, responses).map_err(|e| (Errno::EIO, e.to_string()))?;
+        let left =
+            Journal::resume(journal, abi, slots, responses).map_err(|e| (Errno::EIO, e.to_string()))?;
         if let Some((journal, replay)) = left {
             let unanswered = u32::try_from(replay.len()).unwrap_or(u32::MAX);
             ring.resume(unanswered).map_err(|e| (Errno::EIO, e.to_string()))?;
@@ -116,7 +117,8 @@ impl<X: Xen> State<X> {
     pub(super) fn leave(&mut self, answer: Answer) {
         if !self.keeper.is_kept() {
             let name = self.seat.name();
-            let message = format!("{name}: cannot be taken over: it has failed, or is in this process's memory");
+            let message =
+                format!("{name}: cannot be taken over: it has failed, or is in this process's memory");
             return answer.give(failure(Errno::EINVAL, message));
         }
         self.pause(Then::Leave(answer));

@@ -1,0 +1,68 @@
+//! `tap-ctl upgrade`: tapdisks make room, and others of the program that is installed now go on with their disks.
+
+use super::Config;
+use crate::args::Target;
+use crate::client::{Client, QUICK};
+use crate::dir::ControlDir;
+use crate::error::Error;
+use crate::inflight::{Folder, Record};
+use crate::list;
+use crate::proto::{Minor, Reply, Request};
+use crate::revive::revive;
+
+/// A failure: what was tried, and why it failed.
+type Failed = (String, Error);
+
+/// Upgrades one tapdisk, or all that serve a disk; gives a line for each disk. One that fails does not hold up others, and
+/// the first failure is the one to tell.
+pub(super) fn upgrade(config: &Config, which: Option<i32>) -> Result<String, Failed> {
+    let dir = &config.dir;
+    let pids = match which {
+        Some(pid) => vec![pid],
+        None => list::tapdisks(dir).map_err(|why| ("upgrade".to_owned(), why))?,
+    };
+    let (mut output, mut failure) = (String::new(), None);
+    for pid in pids {
+        match replace(config, pid) {
+            Ok(lines) => output.push_str(&lines),
+            // A socket that somebody left behind.
+            Err(error) if which.is_none() && error.is_dead() => {}
+            Err(error) => {
+                log::warn!("upgrade tapdisk {pid}: {error}");
+                failure.get_or_insert((format!("upgrade tapdisk {pid}"), error));
+            }
+        }
+    }
+    failure.map_or(Ok(output), Err)
+}
+
+fn replace(config: &Config, pid: i32) -> Result<String, Error> {
+    let mut client = Client::connect(&config.dir, pid)?;
+    let minors: Vec<Minor> = match client.call(&Request::List, Some(QUICK))? {
+        Reply::List { vbds } => vbds.into_iter().map(|vbd| vbd.minor).collect(),
+        _ => return Err(Error::Unexpected { pid }),
+    };
+    if minors.is_empty() {
+        // Nobody waits for it: the next one that is spawned is of the new program.
+        return Ok(String::new());
+    }
+    // No limit: what is in flight takes as long as the storage does, and meanwhile guests are served.
+    client.command(&Request::Leave, None)?;
+    let mut lines = String::new();
+    for minor in minors {
+        let next = revive(&config.dir, &config.tapdisk, minor, pid)?;
+        lines.push_str(&format!("pid={} minor={minor}\n", next.pid));
+    }
+    Ok(lines)
+}
+
+/// Who serves a disk that the caller knows under `target`: after a death or an upgrade it is another tapdisk.
+pub(super) fn successor(dir: &ControlDir, target: Target) -> i32 {
+    match Client::connect(dir, target.pid) {
+        Err(error) if error.is_dead() => match Folder::of(dir, target.minor).read() {
+            Ok(Some(Record { pid, .. })) => pid,
+            _ => target.pid,
+        },
+        _ => target.pid,
+    }
+}

@@ -1,0 +1,118 @@
+//! Tapdisks that died: seeing to it that others go on with their disks, while the loop goes on.
+//!
+//! What tells a death is the end of the tapdisk's control connection, or that none can be made. That is when to act; whether it
+//! is dead, and its last I/O has ended, the kernel says by two locks: on the minor's marker, and on the image. So no process is
+//! ever watched by its number, which another one may have by now, and a xenio that was started later finds the same out by
+//! the same means.
+//!
+//! Each revival has a thread that ends with it.
+
+use std::collections::HashSet;
+use std::io;
+use std::path::PathBuf;
+use std::process::Child;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use mio::{Registry, Token, Waker};
+use nix::errno::Errno;
+use tap_ctl::revive::{Revived, is_possible, revive};
+use tap_ctl::{ControlDir, Error};
+
+use crate::device::Vbd;
+use crate::problem::Problem;
+
+/// A disk whose tapdisk has died, and what came of it.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The disk, with its dead tapdisk.
+    pub vbd: Vbd,
+    /// The process id of the next one, or why there is none.
+    pub next: Result<i32, Problem>,
+}
+
+/// All revivals under way.
+#[derive(Debug)]
+pub struct Revivals {
+    dir: ControlDir,
+    program: PathBuf,
+    waker: Arc<Waker>,
+    sender: Sender<(Vbd, Result<Revived, Error>)>,
+    receiver: Receiver<(Vbd, Result<Revived, Error>)>,
+    under_way: HashSet<Vbd>,
+    /// Tapdisks that we started, until they have ended.
+    children: Vec<Child>,
+}
+
+impl Revivals {
+    /// None yet. `token`: what the loop is woken with when there are outcomes. `program`: the tapdisk.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn new(registry: &Registry, token: Token, dir: ControlDir, program: PathBuf) -> io::Result<Revivals> {
+        let (sender, receiver) = channel();
+        let waker = Arc::new(Waker::new(registry, token)?);
+        Ok(Revivals {
+            dir,
+            program,
+            waker,
+            sender,
+            receiver,
+            under_way: HashSet::new(),
+            children: Vec::new(),
+        })
+    }
+
+    /// Begins to have another tapdisk go on with a disk, if that is not under way already. False: the disk has left nothing to
+    /// go on with.
+    pub fn begin(&mut self, vbd: Vbd) -> bool {
+        self.bury_children();
+        if self.under_way.contains(&vbd) {
+            return true;
+        }
+        if !is_possible(&self.dir, vbd.minor) {
+            return false;
+        }
+        let (dir, program) = (self.dir.clone(), self.program.clone());
+        let (sender, waker) = (self.sender.clone(), self.waker.clone());
+        let thread = std::thread::Builder::new().name("revive".into()).spawn(move || {
+            let outcome = revive(&dir, &program, vbd.minor, vbd.pid);
+            // Both fail only while the process ends.
+            if sender.send((vbd, outcome)).is_ok() {
+                let _ = waker.wake();
+            }
+        });
+        match thread {
+            Ok(_) => drop(self.under_way.insert(vbd)),
+            Err(error) => log::error!("no thread to go on with minor {}: {error}", vbd.minor),
+        }
+        self.under_way.contains(&vbd)
+    }
+
+    /// What has come of them since the last call.
+    pub fn outcomes(&mut self) -> Vec<Outcome> {
+        self.bury_children();
+        let mut outcomes = Vec::new();
+        while let Ok((vbd, outcome)) = self.receiver.try_recv() {
+            self.under_way.remove(&vbd);
+            let next = match outcome {
+                Ok(Revived { pid, child }) => {
+                    self.children.extend(child);
+                    Ok(pid)
+                }
+                Err(error) => Err(Problem::new(
+                    Errno::ENXIO,
+                    format!("tapdisk {} has ended, and no other one can go on: {error}", vbd.pid),
+                )),
+            };
+            outcomes.push(Outcome { vbd, next });
+        }
+        outcomes
+    }
+
+    /// Lets the system forget those of our tapdisks that have ended.
+    fn bury_children(&mut self) {
+        self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+    }
+}

@@ -37,6 +37,7 @@ use tap_ctl::proto::DiskStats;
 use self::chain::Chain;
 pub use self::error::OpenError;
 use self::filter::Filters;
+pub use self::filter::Succession;
 pub use self::open::open;
 use self::share::Common;
 pub use self::share::DiskShare;
@@ -114,6 +115,13 @@ impl Disk {
     /// Whether writes are refused.
     pub fn is_readonly(&self) -> bool {
         self.readonly.get()
+    }
+
+    /// Who is told when the second image serves instead of the first; asked before anything is written to the second only.
+    pub fn tell_succession(&self, succession: Succession) {
+        if let Some(filters) = &self.filters {
+            filters.tell_succession(succession);
+        }
     }
 
     /// Whether what is written is still there when this process has died: not so in a file without a name.

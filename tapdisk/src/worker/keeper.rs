@@ -120,6 +120,17 @@ impl Keeper {
         self.locked().is_some()
     }
 
+    /// The second image is about to serve instead of the first. Whether that was noted, without which it must not be.
+    pub fn leaves_first_image(&self) -> bool {
+        let noted = self.change(|record| {
+            if let Some(second) = record.params.secondary.take() {
+                record.params.image = second;
+                record.params.standby = false;
+            }
+        });
+        noted.inspect_err(|error| log::error!("cannot note that the first image is left: {error}")).is_ok()
+    }
+
     /// Nobody is to take over: the disk has failed, and a fresh process would not know it.
     pub fn give_up(&self) {
         if self.locked().take().is_some()

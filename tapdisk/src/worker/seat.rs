@@ -5,13 +5,15 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tap_ctl::proto::{DiskInfo, ImageSpec, Limits, OpenParams};
 
 use super::Phase;
+use super::keeper::Keeper;
 use crate::executor::Scheduler;
-use crate::image::Disk;
+use crate::image::{Disk, Succession};
 use crate::sync::WaitSet;
 
 /// The place of a disk.
@@ -199,6 +201,13 @@ impl Seat {
         if let Some(params) = &mut *self.params.borrow_mut() {
             params.limit = limit;
         }
+    }
+
+    /// If the second image of the disk comes to serve instead of the first, whoever takes over is to open only that.
+    pub fn heed_succession(&self, keeper: &Arc<Keeper>) {
+        let (Some(disk), true) = (self.disk(), self.is_first()) else { return };
+        let keeper = keeper.clone();
+        disk.tell_succession(Succession(Box::new(move || keeper.leaves_first_image())));
     }
 
     /// Lets go of the disk, which closes its files if nobody else has it.

@@ -24,6 +24,7 @@ use tap_ctl::proto::{DiskStats, OpenParams};
 use self::dirty_log::DirtyLog;
 use self::local_cache::LocalCache;
 use self::mirror::Mirror;
+pub use self::mirror::Succession;
 use super::OpenError;
 use super::chain::Chain;
 use super::locks::BlockLock;
@@ -64,6 +65,13 @@ impl Filters {
     /// The images that serve now, where `chain` did at first.
     pub fn serving<'a>(&'a self, chain: &'a Chain) -> &'a Chain {
         self.mirror.as_ref().and_then(Mirror::successor).unwrap_or(chain)
+    }
+
+    /// Who is told when another image than at first serves.
+    pub fn tell_succession(&self, succession: Succession) {
+        if let Some(mirror) = &self.mirror {
+            mirror.tell_succession(succession);
+        }
     }
 
     /// Whether each write goes to two images.

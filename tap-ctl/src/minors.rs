@@ -52,6 +52,10 @@ pub fn free(dir: &ControlDir, minor: Minor) -> Result<(), Error> {
     // The lock is held over the removal, so that no tapdisk can claim the marker in between.
     let _claim = claim(dir, minor)?;
     let left = Folder::of(dir, minor);
+    if let Ok(Some(record)) = left.read() {
+        // Missing, unless its tapdisk was killed.
+        let _ = fs::remove_file(record.socket);
+    }
     left.remove().map_err(|error| file_error("remove", left.path(), error))?;
     let marker = dir.marker(minor);
     fs::remove_file(&marker).map_err(|error| file_error("remove", &marker, error))

@@ -74,26 +74,17 @@ fn finish(rig: &Rig, device: &Device) {
 }
 
 fn disk(rig: &Rig, kind: &str, name: &str) -> String {
-    match kind {
-        "raw" => raw(rig, name, SIZE).1,
-        "vhd" => vhd(rig, name, SIZE / MIB).1,
-        _ => {
-            let path = rig.path(name);
-            let size = SIZE.to_string();
-            let made = std::process::Command::new("qemu-img")
-                .args(["create", "-q", "-f", "qcow2", path.to_str().unwrap(), &size])
-                .status()
-                .unwrap();
-            assert!(made.success());
-            format!("qcow2:{}", path.display())
-        }
-    }
+    if kind == "vhd" { vhd(rig, name, SIZE / MIB).1 } else { raw(rig, name, SIZE).1 }
 }
 
 fn survives_kills(kind: &str, shape: Shape, times: u32) {
     let rig = rig();
     let params = disk(&rig, kind, "disk");
     let (device, mut frontend) = guest(&rig, 1, &params, shape);
+    if kind == "qcow2" {
+        let leaf = format!("qcow2:{}", rig.path("leaf.qcow2").display());
+        ok(&rig, &device, "snapshot", &["-a", &leaf]);
+    }
     let mut storm = Storm::new(vec![0; SIZE], 11, true);
     under_load(&mut frontend, &mut storm, || kill_often(&rig, &device, times));
     finish(&rig, &device);

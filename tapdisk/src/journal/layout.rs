@@ -104,7 +104,7 @@ fn low(word: u64) -> u32 {
 
 /// The words of a request.
 pub(super) fn request_words(request: &RawRequest) -> impl Iterator<Item = u64> {
-    let (words, _) = request.as_bytes().as_chunks::<WORD>();
+    let (words, _) = request.copy().as_chunks::<WORD>();
     words.iter().map(|bytes| u64::from_ne_bytes(*bytes))
 }
 
@@ -112,8 +112,7 @@ pub(super) fn request_words(request: &RawRequest) -> impl Iterator<Item = u64> {
 pub(super) fn request(load: impl Fn(usize) -> u64, at: usize, abi: Abi) -> RawRequest {
     let mut bytes = [0; MAX_ENTRY_SIZE];
     let (words, _) = bytes.as_chunks_mut::<WORD>();
-    let used = abi.entry_size() / WORD;
-    for (number, word) in words.iter_mut().take(used).enumerate() {
+    for (number, word) in words.iter_mut().enumerate() {
         *word = load(at + 2 + number).to_ne_bytes();
     }
     RawRequest::new(bytes, abi)

@@ -5,7 +5,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-const ABI: Abi = Abi::X86_64;
+/// The one whose entries are no whole number of words.
+const ABI: Abi = Abi::X86_32;
 const SLOTS: u32 = 8;
 
 fn request(id: u64) -> RawRequest {
@@ -244,7 +245,7 @@ fn a_journal_of_another_ring_is_refused_and_a_missing_one_is_none() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ring");
     assert!(Journal::resume(&path, ABI, SLOTS, 0).unwrap().is_none());
-    let journal = Journal::create(&path, Abi::X86_32, SLOTS, 5).unwrap();
+    let journal = Journal::create(&path, Abi::X86_64, SLOTS, 5).unwrap();
     assert!(matches!(
         Journal::resume(&path, ABI, SLOTS, 5),
         Err(ResumeError::Disagreement(Disagreement::Foreign))

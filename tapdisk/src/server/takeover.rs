@@ -4,7 +4,9 @@
 //! successor only.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mio::Token;
 use tap_ctl::Reply;
@@ -97,12 +99,23 @@ impl<X: Xen> Server<X> {
         let vbd = self.dir.vbd_path(dead, minor);
         let control = self.dir.control_socket(dead);
         for path in [control, vbd] {
-            if path != record.socket && !parent::listens(&path) {
+            if path != record.socket && !listens_for_long(&path) {
                 // Missing, most likely.
                 let _ = std::fs::remove_file(&path);
             }
         }
     }
+}
+
+/// Whether somebody listens at a socket who is not just ending: the kernel may free a dead process's locks before its sockets.
+fn listens_for_long(path: &Path) -> bool {
+    for _ in 0..20 {
+        if !parent::listens(path) {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    true
 }
 
 /// How many requests the rings of a disk have answered, in a measure that only has to change with every answer.

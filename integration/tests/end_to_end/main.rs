@@ -23,5 +23,6 @@ mod ram;
 mod resize;
 mod scene;
 mod snapshot;
+mod standby;
 mod stats;
 mod support;

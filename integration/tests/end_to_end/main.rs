@@ -8,6 +8,7 @@ const ENGINE: Option<&str> = None;
 mod control;
 mod dirty_log;
 mod failures;
+mod frontends;
 mod guest;
 mod hostile;
 mod hostile_data;

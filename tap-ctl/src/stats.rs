@@ -91,7 +91,7 @@ fn text(text: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::{CacheStats, DiskStats, Limits, MirrorStats, RingEntry};
+    use crate::proto::{CacheStats, DiskStats, Latencies, Limits, MirrorStats, RingEntry};
 
     fn stats() -> Stats {
         let image = |text: &str, read, write| ImageStats {
@@ -104,6 +104,7 @@ mod tests {
             paused: false,
             sectors: ReadWrite { read: 24, write: 8 },
             requests: ReadWrite { read: 3, write: 1 },
+            latency: Latencies::default(),
             outstanding: 2,
             held: 0,
             oldest_ms: Some(5),

@@ -1,6 +1,7 @@
 //! Which hypervisor: the real devices, or a simulation in the tests.
 
 use std::io;
+use std::path::PathBuf;
 
 use evtchn::EventChannel;
 use gntdev::Grants;
@@ -16,6 +17,8 @@ pub trait Xen: Clone + Send + 'static {
     fn open_grants(&self) -> io::Result<Self::Grants>;
     /// Opens the event channel device.
     fn open_events(&self) -> io::Result<Self::Events>;
+    /// The folder where xentop looks for statistics.
+    fn statistics(&self) -> PathBuf;
 }
 
 /// `/dev/xen/gntdev` and `/dev/xen/evtchn`.
@@ -32,5 +35,9 @@ impl Xen for DeviceXen {
 
     fn open_events(&self) -> io::Result<Self::Events> {
         evtchn::device::EvtchnDev::open()
+    }
+
+    fn statistics(&self) -> PathBuf {
+        "/dev/shm".into()
     }
 }

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `store/` | sockets of the simulated XenStore |
 //! | `xen/` | domains' memory and event channels |
+//! | `shm/` | statistics for xentop |
 //! | `control/` | what `/run/blktap-control` is on a real host |
 //!
 //! The thin binaries of this crate find it through the environment variable [`VARIABLE`]; the programs that ship know
@@ -89,5 +90,9 @@ impl Xen for SimHost {
 
     fn open_events(&self) -> io::Result<SimEvents> {
         SimEvents::open(&self.xen(), BACKEND)
+    }
+
+    fn statistics(&self) -> PathBuf {
+        self.dir.join("shm")
     }
 }

@@ -8,7 +8,7 @@ PREFIX ?= /usr
 DESTDIR ?=
 TOOLS := xenio tap-ctl tap-img vhd-util cbt-util
 
-.PHONY: all demo test check fmt clippy deny unit loom fuzz doc xen bench bench-formats bench-xen deps release install clean
+.PHONY: all demo test test-full check fmt clippy deny unit loom fuzz doc xen bench bench-formats bench-xen deps release install clean
 
 all: release
 
@@ -18,6 +18,10 @@ demo: release
 
 ## test: everything: check, then the scenarios on real Xen
 test: check xen
+
+## test-full: the same with the scenarios that take long: guests with emulated hardware
+test-full: check release
+	integration/xen/run.sh --full
 
 ## check: the part without QEMU
 check: deps fmt clippy deny doc unit loom

@@ -83,7 +83,7 @@ raw() {
 # GUEST_CMDLINE, GUEST_MEMORY (MiB), GUEST_INITRD, GUEST_VCPUS and GUEST_CPUS (the CPUs that they may
 # use) and GUEST_CONFIG (more lines) change the guests that are written after them.
 
-# guest NAME TYPE DISK... <<JOB: writes NAME.cfg for a guest (pv or pvh) that runs the job, a shell script, and powers off.
+# guest NAME TYPE DISK... <<JOB: writes NAME.cfg for a guest (pv, pvh or hvm) that runs the job, a shell script, and powers off.
 guest() {
     local name=$1 type=$2 disk disks='' root
     shift 2
@@ -123,17 +123,31 @@ pack_guest() {
         cat "${GUEST_INITRD:-$SRV/guest.initrd}" - >"$WORK/$1.initrd"
 }
 
+# A guest with emulated hardware says on its serial port what others say on Xen's console.
+emulated() {
+    cat <<END
+serial = "file:$CONSOLES/guest-$1.log"
+vnc = 0
+vga = "none"
+END
+}
+
 write_config() {
+    local console=hvc0 more=${GUEST_CONFIG-}
+    if [ "$2" = hvm ]; then
+        console=ttyS0
+        more+=$'\n'$(emulated "$1")
+    fi
     cat >"$WORK/$1.cfg" <<END
 name = "$1"
 type = "$2"
 memory = ${GUEST_MEMORY:-160}
 vcpus = ${GUEST_VCPUS:-1}
-${GUEST_CONFIG-}
+$more
 cpus = "${GUEST_CPUS:-all}"
 kernel = "$SRV/vmlinux"
 ramdisk = "$WORK/$1.initrd"
-cmdline = "console=hvc0 quiet mitigations=off ${GUEST_CMDLINE-}"
+cmdline = "console=$console quiet mitigations=off ${GUEST_CMDLINE-}"
 disk = $3
 on_poweroff = "destroy"
 on_crash = "destroy"
@@ -166,7 +180,7 @@ type_to() {
 }
 
 # frontend NAME VDEV KEY: what the guest's driver wrote, or nothing. The disks' numbers in XenStore.
-declare -A VDEV=([xvda]=51712 [xvdb]=51728)
+declare -A VDEV=([hda]=768 [xvda]=51712 [xvdb]=51728)
 frontend() {
     xenstore-read "/local/domain/$(domid "$1")/device/vbd/${VDEV[$2]}/$3" 2>/dev/null || true
 }

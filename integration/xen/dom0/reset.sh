@@ -17,6 +17,15 @@ show_evidence() {
     done
 }
 
+# Before the backend is ended: without one xl would wait for each.
+detach_from_dom0() {
+    local device
+    umount "$WORK"/mnt* 2>/dev/null
+    for device in $(xenstore-list /local/domain/0/device/vbd 2>/dev/null); do
+        timeout 30 xl block-detach 0 "$device" force
+    done
+}
+
 destroy_all() {
     local name
     # A guest without a name is one that libxl is still taking away.
@@ -30,7 +39,10 @@ destroy_all() {
 }
 
 [ "$1" = 0 ] || show_evidence
-destroy_all >/tmp/destroy.log 2>&1
+{
+    detach_from_dom0
+    destroy_all
+} >/tmp/destroy.log 2>&1
 rm -rf /run/blktap-control /dev/shm/td3-* /run/xenio* "$WORK" /var/log/xen/{xenio,tapdisk}.log
 rm -f "$CONSOLES"/guest-*.log /var/log/xen/xl-*.log
 : >"$HOTPLUG_LOG"

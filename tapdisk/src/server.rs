@@ -29,7 +29,6 @@ use crate::reactor::EngineChoice;
 use crate::vbd::{Open, Vbd};
 use crate::worker::{Answer, Command, Notice, Source, Worker};
 use crate::xen::Xen;
-use crate::xentop;
 
 const LISTENER: Token = Token(0);
 const WAKER: Token = Token(1);
@@ -88,7 +87,6 @@ impl<X: Xen> Server<X> {
         let pid = nix::unistd::getpid().as_raw();
         let socket = dir.control_socket(pid);
         std::fs::create_dir_all(dir.root())?;
-        xentop::sweep(&xen.statistics());
         // A leftover of a dead process that had our pid.
         match std::fs::remove_file(&socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

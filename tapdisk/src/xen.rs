@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use evtchn::EventChannel;
 use gntdev::Grants;
+use tap_ctl::ControlDir;
 
 /// Opens the two devices; each worker thread has its own.
 pub trait Xen: Clone + Send + 'static {
@@ -17,7 +18,7 @@ pub trait Xen: Clone + Send + 'static {
     fn open_grants(&self) -> io::Result<Self::Grants>;
     /// Opens the event channel device.
     fn open_events(&self) -> io::Result<Self::Events>;
-    /// The folder where xentop looks for statistics.
+    /// The folder where xentop looks for this process's statistics.
     fn statistics(&self) -> PathBuf;
 }
 
@@ -38,6 +39,6 @@ impl Xen for DeviceXen {
     }
 
     fn statistics(&self) -> PathBuf {
-        "/dev/shm".into()
+        ControlDir::default().statistics(std::process::id())
     }
 }

@@ -7,8 +7,8 @@
 //! The file is mapped: telling costs a few additions and no system call, and happens when a thread is about to sleep, so that
 //! what an idle disk shows is exact. The threads of a frontend's rings add to the same file.
 //!
-//! A file goes with the frontend's first ring, the folder with its last file. What a crashed tapdisk has left is taken away by
-//! the next one that starts ([`sweep`]): until then nobody looks there, because no backend has that process id any more.
+//! A file goes with the frontend's first ring, the folder with its last file. What a crashed tapdisk leaves is taken away by
+//! xenio, which alone connects frontends.
 
 use std::cell::Cell;
 use std::fs;
@@ -24,8 +24,6 @@ use crate::words::Words;
 const VERSION: u32 = 1;
 /// The file has a page, in words.
 const WORDS: usize = 512;
-/// How a folder's name begins.
-const PREFIX: &str = "td3-";
 
 /// The counters of the file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,12 +70,12 @@ pub struct Page {
 }
 
 impl Page {
-    /// Makes the file of a frontend below `root`.
+    /// Makes the file of a frontend in this process's `folder`.
     ///
     /// # Errors
     /// What the system says.
-    pub fn create(root: &Path, entry: RingEntry) -> io::Result<Page> {
-        let path = file(root, entry);
+    pub fn create(folder: &Path, entry: RingEntry) -> io::Result<Page> {
+        let path = file(folder, entry);
         let words = make(&path)?;
         // The version in the first half of a word, whatever the machine's byte order is.
         let mut first = [0; 8];
@@ -90,8 +88,8 @@ impl Page {
     ///
     /// # Errors
     /// What the system says.
-    pub fn join(root: &Path, entry: RingEntry) -> io::Result<Page> {
-        let words = Words::open(&file(root, entry), WORDS)?;
+    pub fn join(folder: &Path, entry: RingEntry) -> io::Result<Page> {
+        let words = Words::open(&file(folder, entry), WORDS)?;
         Ok(Page { words, told: Cell::default(), owned: None })
     }
 
@@ -117,12 +115,8 @@ impl Drop for Page {
     }
 }
 
-fn folder(root: &Path) -> PathBuf {
-    root.join(format!("{PREFIX}{}", std::process::id()))
-}
-
-fn file(root: &Path, RingEntry { domid, vdev }: RingEntry) -> PathBuf {
-    folder(root).join(format!("vbd-{domid}-{vdev}"))
+fn file(folder: &Path, RingEntry { domid, vdev }: RingEntry) -> PathBuf {
+    folder.join(format!("vbd-{domid}-{vdev}"))
 }
 
 /// Makes a file and its folder, which another thread may be removing with its last file.
@@ -135,20 +129,6 @@ fn make(path: &Path) -> io::Result<Words> {
         match Words::create(path, WORDS) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && tries < 10 => tries += 1,
             made => return made,
-        }
-    }
-}
-
-/// Removes what tapdisks have left that do not run any more, and what an earlier process of our id has left.
-pub fn sweep(root: &Path) {
-    let Ok(entries) = fs::read_dir(root) else { return };
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else { continue };
-        let Ok(pid) = pid.parse::<u32>() else { continue };
-        let running = pid != std::process::id() && Path::new("/proc").join(pid.to_string()).exists();
-        if !running && let Err(error) = fs::remove_dir_all(entry.path()) {
-            log::debug!("cannot remove {}: {error}", entry.path().display());
         }
     }
 }
@@ -173,12 +153,13 @@ mod tests {
     #[test]
     fn the_file_has_libxenstats_layout_and_sums_up_the_rings() {
         let root = tempfile::tempdir().unwrap();
-        let path = root.path().join(format!("td3-{}/vbd-7-51712", std::process::id()));
-        let first = Page::create(root.path(), ENTRY).unwrap();
+        let folder = root.path().join("td3-5");
+        let path = folder.join("vbd-7-51712");
+        let first = Page::create(&folder, ENTRY).unwrap();
         assert_eq!(fs::read(&path).unwrap()[..8], [1u32.to_ne_bytes(), [0; 4]].concat());
         first.tell(counters(100));
         assert_eq!(read(&path)[1..], [100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 0]);
-        let second = Page::join(root.path(), ENTRY).unwrap();
+        let second = Page::join(&folder, ENTRY).unwrap();
         second.tell(counters(1000));
         first.tell(counters(200));
         assert_eq!(read(&path)[1..5], [1200, 1202, 1204, 1206]);
@@ -187,10 +168,10 @@ mod tests {
     #[test]
     fn files_go_with_their_frontends_and_the_folder_with_the_last() {
         let root = tempfile::tempdir().unwrap();
-        let (folder, other) = (folder(root.path()), RingEntry { domid: 8, vdev: 51712 });
-        let first = Page::create(root.path(), ENTRY).unwrap();
-        let second = Page::create(root.path(), other).unwrap();
-        let joined = Page::join(root.path(), ENTRY).unwrap();
+        let (folder, other) = (root.path().join("td3-5"), RingEntry { domid: 8, vdev: 51712 });
+        let first = Page::create(&folder, ENTRY).unwrap();
+        let second = Page::create(&folder, other).unwrap();
+        let joined = Page::join(&folder, ENTRY).unwrap();
         drop(first);
         assert!(!folder.join("vbd-7-51712").exists() && folder.join("vbd-8-51712").exists());
         // A mapping outlives its name.
@@ -199,19 +180,5 @@ mod tests {
         assert!(folder.exists());
         drop(second);
         assert!(!folder.exists());
-    }
-
-    #[test]
-    fn what_the_dead_have_left_is_swept_and_the_living_are_left_alone() {
-        let root = tempfile::tempdir().unwrap();
-        let (own, parent) = (std::process::id(), nix::unistd::getppid());
-        // Process ids end below 2^22.
-        let names = [format!("td3-{own}"), "td3-5000000".into(), format!("td3-{parent}"), "td3-x".into()];
-        for name in &names {
-            fs::create_dir(root.path().join(name)).unwrap();
-            fs::write(root.path().join(name).join("vbd-1-2"), "old").unwrap();
-        }
-        sweep(root.path());
-        assert_eq!(names.map(|name| root.path().join(name).exists()), [false, false, true, true]);
     }
 }

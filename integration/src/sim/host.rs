@@ -4,7 +4,6 @@
 //! |---|---|
 //! | `store/` | sockets of the simulated XenStore |
 //! | `xen/` | domains' memory and event channels |
-//! | `shm/` | statistics for xentop |
 //! | `control/` | what `/run/blktap-control` is on a real host |
 //!
 //! The thin binaries of this crate find it through the environment variable [`VARIABLE`]; the programs that ship know
@@ -93,6 +92,6 @@ impl Xen for SimHost {
     }
 
     fn statistics(&self) -> PathBuf {
-        self.dir.join("shm")
+        self.control().statistics(std::process::id())
     }
 }

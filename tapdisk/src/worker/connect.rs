@@ -198,17 +198,17 @@ impl<X: Xen> State<X> {
 
     /// Where xentop looks for this frontend. To make the file falls to the frontend's first ring, which is the last to end.
     fn page(&self, params: &RingParams, queue: &QueueParams) -> Option<Page> {
-        let (root, entry) = (self.xen.statistics(), params.entry());
+        let (folder, entry) = (self.xen.statistics(), params.entry());
         let first = params.queues.first() == Some(queue) && self.seat.image().is_some();
         let made = match first && !self.entries().contains(&entry) {
-            true => Page::create(&root, entry),
-            false => Page::join(&root, entry),
+            true => Page::create(&folder, entry),
+            false => Page::join(&folder, entry),
         };
         let warn = |error: &io::Error| {
             let (dom, vdev) = (params.dom(), params.device());
             log::warn!(
                 "device {vdev} of domain {dom}: no statistics for xentop in {}: {error}",
-                root.display()
+                folder.display()
             );
         };
         made.inspect_err(warn).ok()

@@ -113,6 +113,7 @@ pub(crate) fn some_stats() -> Stats {
         disk: DiskStats {
             images: vec![image("vhd:/a \"b", 8, 8), image("aio:/p", 16, 0)],
             mirror: None,
+            standby: None,
             local_cache: None,
             cache: None,
         },

@@ -187,7 +187,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt;
         let (folder, dir, minor) = stage();
         leave(&dir, minor, 7, false);
-        let program = folder.path().join("tapdisk");
+        let program = folder.path().join("program");
         let root = folder.path().display();
         fs::write(&program, format!("#!/bin/sh\necho \"$*\" >{root}/args\necho {root}/ctl$$\n")).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();

@@ -13,6 +13,7 @@
 //! | [`features`] | what is published |
 //! | [`revive`] | act: other tapdisks for disks whose tapdisks died |
 //! | [`tapdisk`] | act: control connections that never block |
+//! | [`leftovers`] | statistics of tapdisks that have crashed |
 //! | [`limit`] | how much work a guest may cause |
 //! | [`notify`] | telling systemd how we are |
 //! | [`paths`], [`problem`] | names and reasons |
@@ -29,6 +30,7 @@ pub mod daemon;
 pub mod device;
 pub mod features;
 pub mod input;
+pub mod leftovers;
 pub mod limit;
 pub mod machine;
 pub mod notify;

@@ -24,6 +24,7 @@ mod ram;
 mod resize;
 mod scene;
 mod snapshot;
+mod standby;
 mod stats;
 mod support;
 mod takeover;

@@ -21,7 +21,6 @@
 
 mod layout;
 mod recover;
-mod words;
 
 use std::collections::VecDeque;
 use std::io;
@@ -31,7 +30,7 @@ use blkif::{Abi, RawRequest};
 
 use self::layout::{Head, State};
 pub use self::recover::{Disagreement, Unanswered};
-use self::words::Words;
+use crate::words::Words;
 
 /// The place of a request in a journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

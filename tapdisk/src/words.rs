@@ -1,11 +1,12 @@
-//! A file in memory, mapped as words of 64 bits: what is stored there outlives the process.
+//! A file in memory, mapped as words of 64 bits.
 //!
 //! # Invariants of this file
 //!
 //! - `base` is a shared mapping of `count` words of a file whose blocks are allocated; it is unmapped once, on drop.
-//! - Nobody makes the file shorter: it lies in a folder that only root can enter, and no program of ours does. So a store
-//!   never meets a missing page (SIGBUS).
-//! - Every access is an aligned atomic of 64 bits inside the mapping, so what another process leaves there is only a value.
+//! - Nobody makes the file shorter: only its owner may write to it, and no program of ours does. So a store never meets a
+//!   missing page (SIGBUS).
+//! - Every access is an aligned atomic of 64 bits inside the mapping, so what another process or thread does there is only a
+//!   value.
 #![expect(unsafe_code, reason = "maps a file; see the invariants above")]
 
 use std::fs::{File, OpenOptions};
@@ -21,7 +22,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 /// Words in a mapped file.
 #[derive(Debug)]
-pub(super) struct Words {
+pub struct Words {
     base: NonNull<AtomicU64>,
     count: usize,
     /// Every store, in its order, for tests that stop after each.
@@ -90,6 +91,11 @@ impl Words {
         self.stores.borrow_mut().push((index, value));
         self.at(index).store(value, Ordering::Release);
     }
+
+    /// Adds to a word to which others may add at the same time; wraps around.
+    pub fn add(&self, index: usize, more: u64) {
+        self.at(index).fetch_add(more, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Words {
@@ -97,7 +103,7 @@ impl Drop for Words {
         // SAFETY: the mapping is ours, and every reference into it borrowed `self`.
         let unmapped = unsafe { munmap(self.base.cast(), self.count * size_of::<u64>()) };
         if let Err(errno) = unmapped {
-            log::error!("cannot unmap a journal: {errno}");
+            log::error!("cannot unmap a file in memory: {errno}");
         }
     }
 }

@@ -40,7 +40,6 @@ prepare_machine() {
 prepare_packages() {
     local next=$PAYLOAD/next
     quiet "$CACHE/deb.log" make -C "$TOP" deb-files "BUILT=$BIN" "DEB_DIR=$PAYLOAD/deb"
-    rm "$PAYLOAD"/deb/xenio-dbgsym_*
     dpkg-deb --raw-extract "$PAYLOAD"/deb/xenio_*.deb "$next"
     sed -i 's/^Version: .*/&+next/' "$next/DEBIAN/control"
     dpkg-deb --build --root-owner-group "$next" "$PAYLOAD/deb/next.deb" >/dev/null

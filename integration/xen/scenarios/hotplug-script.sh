@@ -2,8 +2,8 @@
 # limit: 180
 vhd_file='a disk: the first.vhd'
 qcow2_file='second, with "quotes".qcow2'
-qemu-img convert -f raw -O vpc "$SRV/small.raw" "$vhd_file"
-qemu-img convert -f raw -O qcow2 "$SRV/small.raw" "$qcow2_file"
+qemu-img convert -f raw -O vpc "$SRV/small.raw" "./$vhd_file"
+qemu-img convert -f raw -O qcow2 "$SRV/small.raw" "./$qcow2_file"
 start_xenio
 ours() {
     echo "script=block-xenio,backendtype=tap,$1"
@@ -49,5 +49,5 @@ grep -q 'neither an absolute path nor TYPE:PATH' target.log || fail "the message
 type_to g1 end
 finish g1 60
 assert_nothing_left
-vhd-util check -n "$vhd_file"
-qemu-img check -f qcow2 "$qcow2_file"
+vhd-util check -n "./$vhd_file"
+qemu-img check -f qcow2 "./$qcow2_file"

@@ -43,7 +43,7 @@ expect "what the service says" "serving disks" show StatusText
 systemd-analyze verify xenio.service xenio-tapdisk.slice
 
 qemu-img convert -f raw -O vpc "$SRV/small.raw" first.vhd
-qemu-img convert -f raw -O vpc "$SRV/small.raw" "second: a disk.vhd"
+qemu-img convert -f raw -O vpc "$SRV/small.raw" "./second: a disk.vhd"
 tick_job | guest g1 pv "$(vhd xvda first.vhd)"
 create g1
 wait_console g1 'GUEST TICK' 60

@@ -126,7 +126,7 @@ boot_and_follow() {
     local kind=$1 name limit end current='' todo=() line word rest
     shift
     todo=("$@")
-    end=$((SECONDS + BOOT_LIMIT))
+    end=$((SECONDS + 2 * BOOT_LIMIT))
     for name in "$@"; do
         echo "$name $(header "$name" limit)"
         end=$((end + $(host_limit "$kind" "$name")))
@@ -134,6 +134,8 @@ boot_and_follow() {
     say "booting Xen in QEMU ..."
     start_qemu "$kind"
     limit=$BOOT_LIMIT
+    # All of Debian's own services start as well.
+    [ "$kind" != service ] || limit=$((2 * BOOT_LIMIT))
     # Each event has to come in time, and all of them together.
     while [ $SECONDS -lt $end ] && IFS= read -r -t "$limit" -u "$EVENTS" line; do
         line=${line//$'\r'/}

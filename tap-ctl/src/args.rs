@@ -12,6 +12,7 @@ use std::time::Duration;
 use self::options::Options;
 use crate::list::Filter;
 use crate::proto::{ImageSpec, LimitChange, Minor, OpenParams, Reopen};
+use crate::{metrics, top};
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +53,12 @@ pub enum Command {
     Stats(Target, bool),
     /// `list`
     List(Filter),
+    /// `top`
+    Top(top::Options),
+    /// `metrics`, once or for whoever asks there
+    Metrics(Option<metrics::serve::Address>),
+    /// With `--json`: the same, and what it prints as JSON
+    Json(Box<Command>),
 }
 
 /// What to open.
@@ -86,19 +93,19 @@ pub struct UsageError {
 macro_rules! opening {
     () => {
         "-a TYPE:PATH [-R read-only] [-D through the page cache] [-r local read cache] [-e MINOR of the disk that \
-         stands for the parents] [-2 TYPE:PATH of the mirror [-s standby]] [-t SECONDS] [-C LOG of written blocks] \
+         stands for the parents] [-2 TYPE:PATH of the mirror, or with -s of the image that takes the writes when this one is full] [-t SECONDS] [-C LOG of written blocks] \
          [-E key from standard input] [--limit iops=N,bps=N,burst-iops=N,burst-bps=N]"
     };
 }
 
 /// Commands with their options, in the order of the help text.
-const COMMANDS: [(&str, &str); 16] = [
-    ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE]"),
-    ("allocate", ""),
+const COMMANDS: [(&str, &str); 18] = [
+    ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE] [--json]"),
+    ("allocate", "[--json]"),
     ("free", "-m MINOR"),
-    ("create", concat!(opening!(), " [--engine uring|pool|auto] [-d NAME ignored]")),
+    ("create", concat!(opening!(), " [--engine uring|pool|auto] [-d NAME ignored] [--json]")),
     ("destroy", "-p PID -m MINOR [-t SECONDS]"),
-    ("spawn", "[--engine uring|pool|auto]"),
+    ("spawn", "[--engine uring|pool|auto] [--json]"),
     ("attach", "-p PID -m MINOR"),
     ("detach", "-p PID -m MINOR"),
     ("open", concat!("-p PID -m MINOR ", opening!())),
@@ -106,15 +113,22 @@ const COMMANDS: [(&str, &str); 16] = [
     ("pause", "-p PID -m MINOR [-t SECONDS]"),
     (
         "unpause",
-        "-p PID -m MINOR [-a TYPE:PATH] [-2 TYPE:PATH of the mirror, or null for none] [-c LOG of written blocks]",
+        "-p PID -m MINOR [-a TYPE:PATH] [-2 TYPE:PATH of the mirror, or with -s of the standby image, or null for none] \
+         [-c LOG of written blocks]",
     ),
     ("snapshot", "-p PID -m MINOR -a TYPE:PATH of the new image"),
     ("resize", "-p PID -m MINOR [-s MIB, without it the size that the storage has now]"),
     (
         "limit",
-        "-p PID -m MINOR [--iops N] [--bps N] [--burst-iops N] [--burst-bps N] (0: no limit; prints what holds then)",
+        "-p PID -m MINOR [--iops N] [--bps N] [--burst-iops N] [--burst-bps N] (0: no limit; prints what holds then) [--json]",
     ),
-    ("stats", "-p PID -m MINOR [--full]"),
+    ("stats", "-p PID -m MINOR [--full, or --json, for everything there is]"),
+    (
+        "top",
+        "[-p PID] [-m MINOR] [-d SECONDS between two tables] [-n TIMES] [-s device|iops|bytes|latency|queue|hits] \
+         [-b for scripts: one table after the other]",
+    ),
+    ("metrics", "[-l SOCKET or LOOPBACK-ADDRESS:PORT to serve Prometheus; without it, prints them once]"),
 ];
 
 /// The usage line of one command.

@@ -24,5 +24,6 @@ mod ram;
 mod resize;
 mod scene;
 mod snapshot;
+mod standby;
 mod stats;
 mod support;

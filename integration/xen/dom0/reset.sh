@@ -12,7 +12,7 @@ show_evidence() {
     find /run/blktap-control -ls 2>/dev/null
     dmesg | tail -n 60
     for file in "$HOTPLUG_LOG" "$WORK"/*.cfg "$WORK"/*.log /var/log/xen/{xenio,tapdisk}.log "$CONSOLES"/guest-*.log \
-        /var/log/xen/xl-*.log; do
+        /var/log/xen/{xl,qemu-dm}-*.log; do
         [ ! -s "$file" ] || { echo "=== $file"; tail -n 60 "$file"; }
     done
 }
@@ -44,7 +44,7 @@ destroy_all() {
     destroy_all
 } >/tmp/destroy.log 2>&1
 rm -rf /run/blktap-control /dev/shm/td3-* /run/xenio* "$WORK" /var/log/xen/{xenio,tapdisk}.log
-rm -f "$CONSOLES"/guest-*.log /var/log/xen/xl-*.log
+rm -f "$CONSOLES"/guest-*.log /var/log/xen/{xl,qemu-dm}-*.log*
 : >"$HOTPLUG_LOG"
 losetup -D
 for device in /sys/kernel/config/nullb/*/; do

@@ -1,5 +1,5 @@
 # about: the Debian package on a dom0 with systemd: installed, upgraded and watched under a guest, not removed under it
-# extra: its disk, a Debian in full, takes minutes to make and to boot
+# extra: make test-full
 # machine: service
 # limit: 420
 tick_job() {

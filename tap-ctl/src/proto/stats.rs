@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ImageSpec, Limits, RingEntry};
+use super::{ImageSpec, Latencies, Limits, RingEntry};
 
 /// The statistics of an open disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,6 +17,9 @@ pub struct Stats {
     /// Requests served for frontends, whatever came of them.
     #[serde(default)]
     pub requests: ReadWrite,
+    /// How long they took.
+    #[serde(default)]
+    pub latency: Latencies,
     /// Requests in flight.
     pub outstanding: u64,
     /// Requests that are never answered, because the disk was stopped.
@@ -45,6 +48,9 @@ pub struct DiskStats {
     /// The secondary image.
     #[serde(default)]
     pub mirror: Option<MirrorStats>,
+    /// The secondary image that waits, or has waited, for the first to be full.
+    #[serde(default)]
+    pub standby: Option<StandbyStats>,
     /// A read cache.
     #[serde(default)]
     pub cache: Option<CacheStats>,
@@ -103,6 +109,17 @@ pub struct MirrorStats {
     pub total: u64,
     /// Why it gets no more writes, if so.
     pub failed: Option<String>,
+}
+
+/// The state of a standby image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandbyStats {
+    /// Which.
+    pub image: ImageSpec,
+    /// It has taken over: all writes go there.
+    pub serving: bool,
+    /// Bytes that guests have written to it since the disk was opened.
+    pub written: u64,
 }
 
 /// The state of a read cache.

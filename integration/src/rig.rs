@@ -147,6 +147,17 @@ impl Rig {
         }
     }
 
+    /// The process id of the xenio that runs.
+    ///
+    /// # Panics
+    ///
+    /// If none does.
+    #[must_use]
+    pub fn xenio_pid(&self) -> i32 {
+        let xenio = self.xenio.as_ref().expect("xenio runs");
+        xenio.id().try_into().expect("a process id")
+    }
+
     /// What xenio has said so far.
     #[must_use]
     pub fn xenio_log(&self) -> String {
@@ -360,15 +371,16 @@ impl Rig {
         self.store.rm(&device.frontend);
     }
 
-    /// Checks that no tapdisk, marker or socket is left.
+    /// Checks that no tapdisk, marker, socket or statistics are left.
     pub fn assert_clean(&self) {
         assert_eq!(self.tap_ctl(&["list"]).out, "", "tapdisks or markers are left");
         let control = self.host.control();
         let left: Vec<PathBuf> = std::fs::read_dir(control.root())
             .expect("the runtime folder")
             .chain(std::fs::read_dir(control.markers()).expect("the markers' folder"))
+            .chain(std::fs::read_dir(control.all_statistics()).into_iter().flatten())
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| *path != control.markers())
+            .filter(|path| *path != control.markers() && path != control.all_statistics())
             .collect();
         assert!(left.is_empty(), "left behind: {left:?}");
     }

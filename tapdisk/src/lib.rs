@@ -15,7 +15,8 @@
 //! | [`nbd`] | the disk's NBD server |
 //! | [`image`] | chains of layers, and opening them |
 //! | [`io`], [`reactor`], [`buf`], [`copier`] | moving bytes |
-//! | [`executor`], [`sync`] | tasks and waiting |
+//! | [`flight`] | requests under way, as they are told to people |
+//! | [`executor`], [`sync`], [`tick`] | tasks, waiting, the time |
 //! | [`alone`] | the same without rings, for tools |
 //! | [`xen`] | real devices or simulated ones |
 //!
@@ -27,6 +28,7 @@ pub mod buf;
 pub mod cli;
 pub mod copier;
 pub mod executor;
+pub mod flight;
 pub mod image;
 pub mod io;
 pub mod nbd;
@@ -34,6 +36,7 @@ pub mod reactor;
 pub mod server;
 mod socket;
 pub mod sync;
+pub mod tick;
 pub mod vbd;
 pub mod worker;
 pub mod xen;

@@ -13,6 +13,7 @@ mod hostile;
 mod hostile_data;
 mod hostile_load;
 mod hostile_ring;
+mod hung;
 mod limits;
 mod mirror;
 mod nbd;

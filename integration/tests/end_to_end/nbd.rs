@@ -32,7 +32,7 @@ fn succeed(program: &str, args: &[&str]) -> Option<String> {
 }
 
 /// A disk that no guest uses; the path of its NBD socket, and its minor.
-fn serve(rig: &Rig, args: &[&str]) -> (PathBuf, String) {
+pub fn serve(rig: &Rig, args: &[&str]) -> (PathBuf, String) {
     let outcome = rig.tap_ctl(&[&["create"], args].concat());
     assert_eq!(outcome.code, 0, "{args:?}: {}", outcome.err);
     // The path that stands for the disk is that of the socket.

@@ -50,8 +50,8 @@ pub enum Command {
     Limit(Target, LimitChange),
     /// `stats`, in full or as XenServer's storage manager reads them
     Stats(Target, bool),
-    /// `list`
-    List(Filter),
+    /// `list`, with where disks are served by NBD
+    List(Filter, bool),
 }
 
 /// What to open.
@@ -93,7 +93,7 @@ macro_rules! opening {
 
 /// Commands with their options, in the order of the help text.
 const COMMANDS: [(&str, &str); 16] = [
-    ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE]"),
+    ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE] [-v with the URI of each disk's NBD server]"),
     ("allocate", ""),
     ("free", "-m MINOR"),
     ("create", concat!(opening!(), " [--engine uring|pool|auto] [-d NAME ignored]")),

@@ -166,7 +166,7 @@ fn perform(
         }
         Command::Destroy(target, limit, false) => destroy(dir, *target, *limit)?,
         Command::Destroy(target, limit, true) => force::destroy(dir, *target, *limit)?,
-        Command::List(filter) => *output = listing(config, filter, notes)?,
+        Command::List(filter, verbose) => *output = listing(config, filter, *verbose, notes)?,
     }
     Ok(())
 }
@@ -302,9 +302,17 @@ fn close_and_detach(dir: &ControlDir, target: Target, limit: Option<Duration>) -
     Ok(())
 }
 
-fn listing(config: &Config, filter: &Filter, notes: &mut Vec<Error>) -> Result<String, Failure> {
-    let (entries, problems) = list::gather(&config.dir, filter).map_err(because("list"))?;
+fn listing(
+    config: &Config,
+    filter: &Filter,
+    verbose: bool,
+    notes: &mut Vec<Error>,
+) -> Result<String, Failure> {
+    let (mut entries, problems) = list::gather(&config.dir, filter).map_err(because("list"))?;
     notes.extend(problems);
+    if verbose {
+        entries.iter_mut().for_each(|entry| entry.add_uri(&config.dir));
+    }
     let line = if config.terminal { list::people_line } else { list::script_line };
     Ok(entries.iter().map(|entry| line(entry) + "\n").collect())
 }

@@ -36,6 +36,7 @@ pub(super) struct Options {
     engine: Option<&'static str>,
     full: bool,
     force: bool,
+    verbose: bool,
 }
 
 impl Options {
@@ -76,6 +77,7 @@ impl Options {
                 Arg::Short('d') if command == "create" => drop(text(&mut parser)?),
                 Arg::Short('t') if command == "list" => options.kind = Some(text(&mut parser)?),
                 Arg::Short('f') if command == "list" => options.file = Some(text(&mut parser)?),
+                Arg::Short('v') if command == "list" => options.verbose = true,
                 // Closing never waits for a frontend: rings are always disconnected, forced or not.
                 Arg::Short('f') if command == "close" => {}
                 Arg::Short('f') if command == "destroy" => options.force = true,
@@ -133,16 +135,19 @@ impl Options {
             }
             "limit" => Command::Limit(self.target()?, self.limit),
             "stats" => Command::Stats(self.target()?, self.full),
-            _ => Command::List(Filter {
-                pid: self.pid,
-                minor: self.minor,
-                // What a null image has for a path is none.
-                path: match self.kind.as_deref() {
-                    Some("null") => self.file,
-                    _ => self.file.map(absolute),
-                },
-                kind: self.kind,
-            }),
+            _ => {
+                let filter = Filter {
+                    pid: self.pid,
+                    minor: self.minor,
+                    // What a null image has for a path is none.
+                    path: match self.kind.as_deref() {
+                        Some("null") => self.file,
+                        _ => self.file.map(absolute),
+                    },
+                    kind: self.kind,
+                };
+                Command::List(filter, self.verbose)
+            }
         })
     }
 

@@ -10,7 +10,8 @@ const TARGET: Target = Target { pid: 12, minor: Minor(3) };
 #[test]
 fn the_lines_of_the_hotplug_script_are_understood() {
     let filter = Filter { kind: Some("vhd".into()), path: Some("/a".into()), ..Filter::default() };
-    assert_eq!(line("list -t vhd -f /a"), Ok(Command::List(filter)));
+    assert_eq!(line("list -t vhd -f /a"), Ok(Command::List(filter.clone(), false)));
+    assert_eq!(line("list -v -t vhd -f /a"), Ok(Command::List(filter, true)));
     assert_eq!(line("allocate"), Ok(Command::Allocate));
     assert_eq!(line("spawn"), Ok(Command::Spawn(None)));
     assert_eq!(line("attach -p 12 -m 3"), Ok(Command::Attach(TARGET)));
@@ -141,7 +142,7 @@ fn the_size_of_a_null_image_is_no_path() {
         panic!()
     };
     assert_eq!(opening.params.image.path, "64G");
-    let Ok(Command::List(filter)) = line("list -t null -f 64G") else { panic!() };
+    let Ok(Command::List(filter, _)) = line("list -t null -f 64G") else { panic!() };
     assert_eq!(filter.path.as_deref(), Some("64G"));
 }
 

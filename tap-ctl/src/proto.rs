@@ -26,7 +26,7 @@ pub use open::{Key, OpenParams, Reopen, Secondary};
 pub use ring::{Polling, QueueParams, RingEntry, RingParams};
 pub use stats::{
     CacheStats, DiskStats, ImageStats, LATE, LocalCacheStats, MirrorStats, OldestRequest, ReadWrite,
-    RingStats, Stats, StoreOperation,
+    RingStats, StandbyStats, Stats, StoreOperation,
 };
 
 /// What a client asks of a tapdisk.

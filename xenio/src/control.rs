@@ -88,7 +88,25 @@ impl Control {
             // the daemon's memory, and its guest goes on using it.
             device.unconfirmed = true;
         }
-        store.watch(self.paths.root(), "backend")
+        store.watch(self.paths.root(), "backend")?;
+        self.sweep_errors(store)
+    }
+
+    /// Removes the error messages of devices that went while nobody was there to see it.
+    fn sweep_errors(&self, store: &mut Client) -> Result<(), Error> {
+        let root = self.paths.errors();
+        for domid in children(store, &root)?.iter().filter_map(|name| paths::domid(name)) {
+            for vdev in
+                children(store, &format!("{root}/{domid}"))?.iter().filter_map(|name| paths::vdev(name))
+            {
+                let id = DeviceId { domid, vdev };
+                let state = format!("{}/{}", self.paths.device(id), keys::STATE);
+                if input::optional(store, TxId::NONE, state)?.is_none() {
+                    remove_error(store, &self.paths.error(id))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The devices there may be: those known and those with a directory; of one domain, or of all.
@@ -210,6 +228,11 @@ impl Control {
     fn look(&mut self, store: &mut Client, id: DeviceId) -> Result<Option<Look>, Error> {
         let backend = input::backend(store, &self.paths.device(id), id, &self.dir)?;
         let offer = self.offer;
+        if backend.own == Own::Absent && !self.knows(id) {
+            // It went before this xenio had looked at it; the sweep at the beginning may have found it there still.
+            remove_error(store, &self.paths.error(id))?;
+            return Ok(None);
+        }
         let Some(device) = self.device(id, &backend) else {
             return Ok(None);
         };
@@ -227,19 +250,21 @@ impl Control {
             _ => (Vec::new(), Frontend::Gone),
         };
         device.observe(&backend, frontend);
-        let moved = match device.params() {
-            Some(params) if frontend == Frontend::Is(XenbusState::Initialised) => {
-                let terms = Terms {
-                    offer,
-                    writable: backend.role.writable,
-                    // Only what the frontend shows is of interest.
-                    discard: params.discard,
-                    polling: params.polling,
-                };
-                connect::ring(store, id, &frontend_path, terms)?.is_ok_and(|shown| shown != *params)
-            }
-            _ => false,
-        };
+        let moved = device.returned(frontend)
+            || match device.params() {
+                // It may be in operation already when its new ring is first seen: NetBSD's waits for nothing.
+                Some(params) if frontend.has_ring() => {
+                    let terms = Terms {
+                        offer,
+                        writable: backend.role.writable,
+                        // Only what the frontend shows is of interest.
+                        discard: params.discard,
+                        polling: params.polling,
+                    };
+                    connect::ring(store, id, &frontend_path, terms)?.is_ok_and(|shown| shown != *params)
+                }
+                _ => false,
+            };
         let view = device.view(&backend, frontend, moved);
         if device.changed(&view) {
             log::debug!("device {id}: {view}");
@@ -448,9 +473,7 @@ impl Control {
                 store.unwatch(input::frontend_key(path, keys::STATE), token(id, device.generation)),
             )?;
         }
-        if device.reported {
-            remove_error(store, &self.paths.error(id))?;
-        }
+        remove_error(store, &self.paths.error(id))?;
         self.devices.remove(&id);
         self.tickets.retain(|_, owner| *owner != id);
         let devices = &self.devices;
@@ -501,8 +524,11 @@ fn ignore_missing(result: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// Removes an error message, and the domain's directory above it if it was the last one in there.
+/// Removes an error message if there is one, and the domain's directory above it if it was the last one in there.
 fn remove_error(store: &mut Client, dir: &str) -> Result<(), Error> {
+    if input::optional(store, TxId::NONE, format!("{dir}/error"))?.is_none() {
+        return Ok(());
+    }
     ignore_missing(store.rm(TxId::NONE, dir))?;
     let Some((parent, _)) = dir.rsplit_once('/') else { return Ok(()) };
     if children(store, parent)?.is_empty() {

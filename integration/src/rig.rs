@@ -64,6 +64,8 @@ pub struct Rig {
     pub spawn_options: Vec<String>,
     /// More options of `tap-ctl open`.
     pub open_options: Vec<String>,
+    /// What `tap-ctl` finds on its standard input, such as a key.
+    pub input: Option<PathBuf>,
     /// What the kernel refuses to tapdisks, see [`refuse::VARIABLE`].
     pub refuse: String,
 }
@@ -106,6 +108,7 @@ impl Rig {
             xenio: None,
             spawn_options: Vec::new(),
             open_options: Vec::new(),
+            input: None,
             refuse: String::new(),
         };
         rig.start_xenio();
@@ -156,6 +159,9 @@ impl Rig {
         let mut command = self.command(&self.programs.tap_ctl);
         if !self.refuse.is_empty() {
             command.env(refuse::VARIABLE, &self.refuse);
+        }
+        if let Some(path) = &self.input {
+            command.stdin(std::fs::File::open(path).expect("the input of tap-ctl"));
         }
         let output = command.args(args).output().expect("tap-ctl-sim starts");
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();

@@ -12,6 +12,7 @@ use std::time::Duration;
 use self::options::Options;
 use crate::list::Filter;
 use crate::proto::{ImageSpec, LimitChange, Minor, OpenParams, Reopen};
+use crate::{metrics, top};
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,8 +51,14 @@ pub enum Command {
     Limit(Target, LimitChange),
     /// `stats`, in full or as XenServer's storage manager reads them
     Stats(Target, bool),
-    /// `list`, with where disks are served by NBD
-    List(Filter, bool),
+    /// `list`
+    List(Filter),
+    /// `top`
+    Top(top::Options),
+    /// `metrics`, once or for whoever asks there
+    Metrics(Option<metrics::serve::Address>),
+    /// With `--json`: the same, and what it prints as JSON
+    Json(Box<Command>),
 }
 
 /// What to open.
@@ -92,13 +99,13 @@ macro_rules! opening {
 }
 
 /// Commands with their options, in the order of the help text.
-const COMMANDS: [(&str, &str); 16] = [
-    ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE] [-v with the URI of each disk's NBD server]"),
-    ("allocate", ""),
+const COMMANDS: [(&str, &str); 18] = [
+    ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE] [--json]"),
+    ("allocate", "[--json]"),
     ("free", "-m MINOR"),
-    ("create", concat!(opening!(), " [--engine uring|pool|auto] [-d NAME ignored]")),
+    ("create", concat!(opening!(), " [--engine uring|pool|auto] [-d NAME ignored] [--json]")),
     ("destroy", "-p PID -m MINOR [-t SECONDS] [-f by killing the tapdisk if it does not answer]"),
-    ("spawn", "[--engine uring|pool|auto]"),
+    ("spawn", "[--engine uring|pool|auto] [--json]"),
     ("attach", "-p PID -m MINOR"),
     ("detach", "-p PID -m MINOR"),
     ("open", concat!("-p PID -m MINOR ", opening!())),
@@ -113,9 +120,15 @@ const COMMANDS: [(&str, &str); 16] = [
     ("resize", "-p PID -m MINOR [-s MIB, without it the size that the storage has now]"),
     (
         "limit",
-        "-p PID -m MINOR [--iops N] [--bps N] [--burst-iops N] [--burst-bps N] (0: no limit; prints what holds then)",
+        "-p PID -m MINOR [--iops N] [--bps N] [--burst-iops N] [--burst-bps N] (0: no limit; prints what holds then) [--json]",
     ),
-    ("stats", "-p PID -m MINOR [--full]"),
+    ("stats", "-p PID -m MINOR [--full, or --json, for everything there is]"),
+    (
+        "top",
+        "[-p PID] [-m MINOR] [-d SECONDS between two tables] [-n TIMES] [-s device|iops|bytes|latency|queue|hits] \
+         [-b for scripts: one table after the other]",
+    ),
+    ("metrics", "[-l SOCKET or LOOPBACK-ADDRESS:PORT to serve Prometheus; without it, prints them once]"),
 ];
 
 /// The usage line of one command.

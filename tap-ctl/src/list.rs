@@ -20,7 +20,7 @@ pub struct Entry {
     pub state: Option<u32>,
     /// The open image.
     pub image: Option<ImageSpec>,
-    /// Where it is served by NBD, if that is wanted.
+    /// Where it is served by NBD, where that was looked for.
     pub uri: Option<String>,
 }
 
@@ -131,7 +131,6 @@ pub fn script_line(entry: &Entry) -> String {
         entry.pid.map(|pid| format!("pid={pid}")),
         entry.minor.map(|minor| format!("minor={minor}")),
         entry.state.map(|state| format!("state={}", hex(state))),
-        entry.uri.as_ref().map(|uri| format!("uri={uri}")),
         entry.image.as_ref().map(|image| format!("args={image}")),
     ];
     fields.into_iter().flatten().collect::<Vec<_>>().join(" ")
@@ -140,9 +139,8 @@ pub fn script_line(entry: &Entry) -> String {
 /// An entry as people read it: columns, `-` for what is not known.
 pub fn people_line(entry: &Entry) -> String {
     let dash = || "-".to_owned();
-    let uri = entry.uri.as_ref().map(|uri| format!(" {uri}")).unwrap_or_default();
     format!(
-        "{:>8} {:>4} {:>4} {:>10} {}{uri}",
+        "{:>8} {:>4} {:>4} {:>10} {}",
         entry.pid.map_or_else(dash, |pid| pid.to_string()),
         entry.minor.map_or_else(dash, |minor| minor.to_string()),
         entry.state.map_or_else(dash, hex),
@@ -198,18 +196,6 @@ mod tests {
                 "       -    2    -          - -"
             ]
         );
-    }
-
-    #[test]
-    fn a_disk_tells_where_it_is_served_if_asked() {
-        let fake = two_disks();
-        let (mut entries, _) = gather(&fake.dir, &Filter::default()).unwrap();
-        entries.iter_mut().for_each(|entry| entry.add_uri(&ControlDir::default()));
-        let lines: Vec<_> = entries.iter().map(script_line).collect();
-        let uri = "nbd+unix:///?socket=/run/blktap-control/nbd4711.1";
-        assert_eq!(lines[0], format!("pid=4711 minor=1 state=0x2a uri={uri} args=vhd:/srv/a b.vhd"));
-        assert_eq!(lines[1], "pid=4711 minor=0 state=0");
-        assert!(people_line(&entries[0]).ends_with(&format!("/srv/a b.vhd {uri}")));
     }
 
     #[test]

@@ -14,6 +14,7 @@ use crate::connect::{self, Terms};
 use crate::device::{Device, Pending};
 use crate::features::{self, Disk, Offer};
 use crate::input::{self, Backend};
+use crate::leftovers;
 use crate::machine::{Action, Frontend, Own, Phase, View, decide};
 use crate::paths::{self, DeviceId, Paths};
 use crate::problem::Problem;
@@ -195,6 +196,7 @@ impl Control {
     /// A tapdisk is gone: so are all its rings and disks.
     fn bury(&mut self, pid: i32, reason: &LinkError) -> Vec<DeviceId> {
         self.heard.retain(|(teller, _), _| *teller != pid);
+        leftovers::remove(&self.dir, pid.cast_unsigned());
         let problem = Problem::new(Errno::ENXIO, reason.to_string());
         let served = |device: &&mut Device| device.vbd().is_some_and(|vbd| vbd.pid == pid);
         let mut touched = Vec::new();

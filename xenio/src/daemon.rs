@@ -21,6 +21,7 @@ use xenstore::{Client, WatchEvent};
 
 use crate::control::{Control, Rest};
 use crate::features::Offer;
+use crate::leftovers;
 use crate::limit::Bucket;
 use crate::notify::Manager;
 use crate::paths::{DeviceId, Paths, Touched};
@@ -79,6 +80,7 @@ pub fn run(config: &Config, stop: BorrowedFd<'_>) -> Result<(), RunError> {
         Paths::new(&config.kind).map_err(|source| RunError::Kind { kind: config.kind.clone(), source })?;
     let poll = Poll::new()?;
     poll.registry().register(&mut SourceFd(&stop.as_raw_fd()), STOP, Interest::READABLE)?;
+    leftovers::sweep(&config.control_dir);
     let links = Links::new(poll.registry().try_clone()?, config.control_dir.clone());
     let control = Control::new(paths.clone(), config.control_dir.clone(), config.offer, links);
     Daemon {

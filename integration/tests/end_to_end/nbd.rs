@@ -107,8 +107,8 @@ fn a_machine_of_qemu_boots_from_the_disk_and_writes_it() {
     let (image, params) = raw(&rig, "boot.img", MIB);
     std::fs::write(&image, &content).unwrap();
     serve(&rig, &["-a", &params]);
-    let list = rig.tap_ctl(&["list", "-v"]).out;
-    let uri = list.split(' ').find_map(|field| field.strip_prefix("uri=")).expect("a URI");
+    let list: serde_json::Value = serde_json::from_str(&rig.tap_ctl(&["list", "--json"]).out).unwrap();
+    let uri = list[0]["uri"].as_str().expect("a URI");
     let drive = format!("file={uri},format=raw,if=none,id=disk");
     let machine = ["-M", "pc", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none", "-no-reboot"];
     let devices =

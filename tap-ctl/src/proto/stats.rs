@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ImageSpec, Limits, RingEntry};
+use super::{ImageSpec, Latencies, Limits, RingEntry};
 
 /// The statistics of an open disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +19,9 @@ pub struct Stats {
     /// Requests served for frontends, whatever came of them.
     #[serde(default)]
     pub requests: ReadWrite,
+    /// How long they took.
+    #[serde(default)]
+    pub latency: Latencies,
     /// Requests in flight, of frontends and of NBD clients.
     pub outstanding: u64,
     /// Requests that are never answered, because the disk was stopped.

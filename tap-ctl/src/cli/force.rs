@@ -3,7 +3,7 @@
 //! The tapdisk is killed. What it has in flight cannot be taken back: the kernel ends it when the storage answers, and keeps
 //! the image's lock until then, so nobody opens the image while an old write may still reach it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
@@ -15,7 +15,7 @@ use crate::client::{self, Client, QUICK};
 use crate::dir::ControlDir;
 use crate::error::Error;
 use crate::minors;
-use crate::proto::{Reply, Request};
+use crate::proto::{Minor, Reply, Request};
 
 /// How long a healthy disk is given to close, where the caller does not say.
 const CLOSING: Duration = Duration::from_secs(5);
@@ -34,7 +34,21 @@ pub(super) fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>)
         }
         other => other.map_err(what())?,
     }
-    minors::free(dir, target.minor).map_err(what())
+    free(dir, target.minor).map_err(what())
+}
+
+/// Frees a minor. The system closes a dead process's files one after the other: the marker may still be locked when the control
+/// socket is gone.
+fn free(dir: &ControlDir, minor: Minor) -> Result<(), Error> {
+    let end = Instant::now() + DYING;
+    loop {
+        match minors::free(dir, minor) {
+            Err(Error::MinorInUse { .. }) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(20))
+            }
+            other => return other,
+        }
+    }
 }
 
 /// Kills the tapdisk, and clears away what it would have cleared away itself.

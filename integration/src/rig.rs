@@ -147,6 +147,17 @@ impl Rig {
         }
     }
 
+    /// The process id of the xenio that runs.
+    ///
+    /// # Panics
+    ///
+    /// If none does.
+    #[must_use]
+    pub fn xenio_pid(&self) -> i32 {
+        let xenio = self.xenio.as_ref().expect("xenio runs");
+        xenio.id().try_into().expect("a process id")
+    }
+
     /// What xenio has said so far.
     #[must_use]
     pub fn xenio_log(&self) -> String {
@@ -368,7 +379,14 @@ impl Rig {
             .expect("the runtime folder")
             .chain(std::fs::read_dir(control.markers()).expect("the markers' folder"))
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| *path != control.markers())
+            // As /dev/shm, it stays; what is in it is the tapdisks'.
+            .filter(|path| *path != control.markers() && path != control.all_statistics())
+            .chain(
+                std::fs::read_dir(control.all_statistics())
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|entry| Some(entry.ok()?.path())),
+            )
             .collect();
         assert!(left.is_empty(), "left behind: {left:?}");
     }

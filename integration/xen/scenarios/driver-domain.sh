@@ -1,4 +1,5 @@
 # about: a guest's disks come from another domain, where xenio reaches XenStore by the kernel and xl devd runs the scripts
+# extra: make test-full
 # limit: 480
 . /testbed/dom0/driver-domain.sh
 mkdir images mnt

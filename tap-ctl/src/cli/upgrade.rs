@@ -56,13 +56,12 @@ fn replace(config: &Config, pid: i32) -> Result<String, Error> {
     Ok(lines)
 }
 
-/// Who serves a disk that the caller knows under `target`: after a death or an upgrade it is another tapdisk.
-pub(super) fn successor(dir: &ControlDir, target: Target) -> i32 {
-    match Client::connect(dir, target.pid) {
-        Err(error) if error.is_dead() => match Folder::of(dir, target.minor).read() {
-            Ok(Some(Record { pid, .. })) => pid,
-            _ => target.pid,
-        },
-        _ => target.pid,
+/// The disk that the caller knows under `target`: after a death or an upgrade another tapdisk serves it.
+pub(super) fn successor(dir: &ControlDir, target: Target) -> Target {
+    let is_gone = matches!(Client::connect(dir, target.pid), Err(error) if error.is_dead());
+    // Read only then: a death in between would be missed.
+    match is_gone.then(|| Folder::of(dir, target.minor).read()) {
+        Some(Ok(Some(Record { pid, .. }))) => Target { pid, ..target },
+        _ => target,
     }
 }

@@ -21,7 +21,7 @@ use tap_ctl::proto::RingParams;
 
 use super::connect::Failure;
 use super::mapped::MappedRing;
-use super::pause::Then;
+use super::pause::{Then, Wish};
 use super::ring::Attached;
 use super::thread::{Served, State, failure, notify};
 use super::{Answer, Begin};
@@ -121,6 +121,7 @@ impl<X: Xen> State<X> {
                 format!("{name}: cannot be taken over: it has failed, or is in this process's memory");
             return answer.give(failure(Errno::EINVAL, message));
         }
-        self.pause(Then::Leave(answer));
+        // No limit: what is in flight takes as long as the store does, and meanwhile guests are served.
+        self.pause(Wish { then: Then::Leave, until: None, answer });
     }
 }

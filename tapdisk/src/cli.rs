@@ -14,6 +14,7 @@ use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
 use tap_ctl::proto::null_size;
 
+use crate::confine;
 use crate::image::cache;
 use crate::reactor::EngineChoice;
 use crate::server::Server;
@@ -110,6 +111,7 @@ fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool, engine: EngineChoic
     }
     let mode = if foreground { Mode::Foreground } else { Mode::Daemon };
     logging::init("tapdisk", mode, foreground).context("cannot set up logging")?;
+    confine::this_thread().context("cannot give up what a tapdisk does not need")?;
     let mut server = Server::bind(xen, dir.clone(), engine)
         .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
     writeln!(std::io::stdout(), "{}", server.socket().display())

@@ -6,9 +6,9 @@ DENY_VERSION := 0.20.2
 DENY := target/tools/bin/cargo-deny
 PREFIX ?= /usr
 DESTDIR ?=
-TOOLS := xenio tap-ctl tap-img vhd-util cbt-util
+TOOLS := xenio tap-ctl tap-img vhd-util cbt-util img2qcow qcow2raw qcow-create
 
-.PHONY: all demo test check fmt clippy deny unit loom fuzz doc xen bench bench-formats bench-xen deps release install clean
+.PHONY: all demo test test-full check fmt clippy deny unit loom fuzz doc xen bench bench-formats bench-xen deps release install install-files deb deb-files clean
 
 all: release
 
@@ -18,6 +18,10 @@ demo: release
 
 ## test: everything: check, then the scenarios on real Xen
 test: check xen
+
+## test-full: the same with the scenarios that take long: guests with emulated hardware
+test-full: check release
+	integration/xen/run.sh --full
 
 ## check: the part without QEMU
 check: deps fmt clippy deny doc unit loom
@@ -80,9 +84,40 @@ deps:
 release:
 	$(CARGO) build --release --locked --workspace --exclude integration --bins
 
-install: release
-	install -D -m 755 -t $(DESTDIR)$(PREFIX)/sbin $(addprefix target/release/,$(TOOLS))
-	install -D -m 755 -t $(DESTDIR)$(PREFIX)/libexec/xenio target/release/tapdisk
+## install: programs, service, manual pages, completions, defaults; DESTDIR and PREFIX as usual
+install: release install-files
+
+# BUILT is where cargo has put the programs. install strips them; STRIP= leaves that to others.
+BUILT ?= $(or $(CARGO_TARGET_DIR),target)/release
+STRIP ?= -s
+sbindir = $(PREFIX)/sbin
+install-files:
+	install -D -m 755 $(STRIP) -t $(DESTDIR)$(sbindir) $(addprefix $(BUILT)/,$(TOOLS))
+	install -D -m 755 $(STRIP) -t $(DESTDIR)$(PREFIX)/libexec/xenio $(BUILT)/tapdisk
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man1 dist/man/*.1
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 dist/man/*.5
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 dist/man/*.8
+	for tool in tap-ctl tap-img vhd-util cbt-util; do \
+		install -D -m 644 dist/completions/xenio.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$tool || exit; \
+	done
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system dist/systemd/xenio-tapdisk.slice
+	sed 's,@sbindir@,$(sbindir),' dist/systemd/xenio.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/xenio.service
+	install -D -m 644 dist/systemd/tapdisk-scope.conf \
+		$(DESTDIR)$(PREFIX)/lib/systemd/system/tapdisk-.scope.d/10-xenio.conf
+	install -D -m 644 dist/systemd/xenio.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/xenio.conf
+	install -D -m 644 dist/xenio.default $(DESTDIR)/etc/default/xenio
+	install -D -m 644 -t $(DESTDIR)/etc/xenio dist/image-folders
+	install -D -m 755 -t $(DESTDIR)/etc/xen/scripts dist/hotplug/block-xenio
+
+## deb: the Debian package, for Debian 12 and 13, into target/deb
+DEB_DIR ?= $(or $(CARGO_TARGET_DIR),target)/deb
+deb: deps release deb-files
+	lintian --fail-on error $(DEB_DIR)/xenio_*.deb
+
+deb-files:
+	mkdir -p $(DEB_DIR)
+	BUILT=$(abspath $(BUILT)) DEB_DIR=$(abspath $(DEB_DIR)) debian/rules binary
+	rm -rf debian/xenio debian/.debhelper debian/debhelper-build-stamp debian/files debian/*.debhelper debian/*.substvars
 
 clean:
 	$(CARGO) clean

@@ -7,8 +7,9 @@
 #   libxen-dev   Xen's public headers, against which layouts and numbers are checked
 #   fio          what the bench compares with
 #   valgrind, strace   count instructions and system calls in the bench; strace also records what the crash tests replay
+#   debhelper, lintian   build and examine the Debian package
 set -euo pipefail
-wanted=(gcc make xz-utils qemu-utils python3-libvhdi libnbd-bin nbdkit libxen-dev fio valgrind strace)
+wanted=(gcc make xz-utils qemu-utils python3-libvhdi libnbd-bin nbdkit libxen-dev fio valgrind strace debhelper lintian)
 missing=()
 for package in "${wanted[@]}"; do
     if ! dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed'; then

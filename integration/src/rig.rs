@@ -265,6 +265,16 @@ impl Rig {
     ) -> Result<Device, String> {
         let mut device = self.write_device_with(domid, vdev, params, mode, keys);
         self.wait_value(&format!("{}/state", device.backend), "2");
+        self.hotplug(&mut device, params)?;
+        Ok(device)
+    }
+
+    /// What libxl's hotplug script does for a disk that was added: a tapdisk with the image, and its name in XenStore.
+    ///
+    /// # Errors
+    ///
+    /// As [`Rig::plug`].
+    pub fn hotplug(&self, device: &mut Device, params: &str) -> Result<(), String> {
         let marker = self.tap_ctl_ok(&["allocate"])?;
         let minor = marker.rsplit('-').next().unwrap_or_default().to_owned();
         let options = self.spawn_options.iter().map(String::as_str);
@@ -281,7 +291,7 @@ impl Rig {
         self.store
             .write(&format!("{}/physical-device-path", device.backend), path.to_string_lossy().as_bytes());
         self.store.write(&format!("{}/hotplug-status", device.backend), "connected");
-        Ok(device)
+        Ok(())
     }
 
     fn open(&self, pid: &str, minor: &str, params: &str) -> Result<String, String> {

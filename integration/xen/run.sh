@@ -1,9 +1,10 @@
 #!/bin/bash
 # The real-Xen testbed: boots Xen with a Debian dom0 in QEMU (plain emulation), runs scenarios there, reports each.
 #
-#   run.sh [--list] [--keep] [SCENARIO...] [PARAMETER=VALUE...]
+#   run.sh [--list] [--full] [--keep] [SCENARIO...] [PARAMETER=VALUE...]
 #
-# Without names all scenarios run, except those marked "extra". --keep leaves the machine's folder with the console and
+# Without names all scenarios run, except those marked "extra"; with --full also those that are extra only because they
+# take long ("extra: make test-full"). --keep leaves the machine's folder with the console and
 # all logs in place when everything passed (it always stays when something failed). Parameters are variables for the
 # scenarios.
 #
@@ -46,27 +47,31 @@ list() {
     done
 }
 
+# choose FULL [NAME...]
 choose() {
-    local name
+    local full=$1 name why
+    shift
     if [ $# -gt 0 ]; then
         printf '%s\n' "$@"
         return
     fi
     for name in $(scenarios); do
-        [ -n "$(header "$name" extra)" ] || echo "$name"
+        why=$(header "$name" extra)
+        if [ -z "$why" ] || [ "$full$why" = '1make test-full' ]; then echo "$name"; fi
     done
 }
 
 usage() {
-    echo "usage: run.sh [--list] [--keep] [SCENARIO...] [PARAMETER=VALUE...]" >&2
+    echo "usage: run.sh [--list] [--full] [--keep] [SCENARIO...] [PARAMETER=VALUE...]" >&2
     exit 2
 }
 
 main() {
-    local keep='' names=()
+    local keep='' full='' names=()
     while [ $# -gt 0 ]; do
         case $1 in
         --list) list && exit ;;
+        --full) full=1 ;;
         --keep) keep=1 ;;
         -*) usage ;;
         [A-Z]*=*) PARAMETERS+=("$1") ;;
@@ -77,7 +82,7 @@ main() {
         esac
         shift
     done
-    mapfile -t names < <(choose "${names[@]}")
+    mapfile -t names < <(choose "$full" "${names[@]}")
     "$HERE/deps.sh"
     lock_cache
     build_images

@@ -86,7 +86,7 @@ pub struct UsageError {
 macro_rules! opening {
     () => {
         "-a TYPE:PATH [-R read-only] [-D through the page cache] [-r local read cache] [-e MINOR of the disk that \
-         stands for the parents] [-2 TYPE:PATH of the mirror [-s standby]] [-t SECONDS] [-C LOG of written blocks] \
+         stands for the parents] [-2 TYPE:PATH of the mirror, or with -s of the image that takes the writes when this one is full] [-t SECONDS] [-C LOG of written blocks] \
          [-E key from standard input] [--limit iops=N,bps=N,burst-iops=N,burst-bps=N]"
     };
 }
@@ -106,7 +106,8 @@ const COMMANDS: [(&str, &str); 16] = [
     ("pause", "-p PID -m MINOR [-t SECONDS]"),
     (
         "unpause",
-        "-p PID -m MINOR [-a TYPE:PATH] [-2 TYPE:PATH of the mirror, or null for none] [-c LOG of written blocks]",
+        "-p PID -m MINOR [-a TYPE:PATH] [-2 TYPE:PATH of the mirror, or with -s of the standby image, or null for none] \
+         [-c LOG of written blocks]",
     ),
     ("snapshot", "-p PID -m MINOR -a TYPE:PATH of the new image"),
     ("resize", "-p PID -m MINOR [-s MIB, without it the size that the storage has now]"),

@@ -25,7 +25,8 @@ pub use minor::{Minor, MinorError};
 pub use open::{Key, OpenParams, Reopen, Secondary};
 pub use ring::{Polling, QueueParams, RingEntry, RingParams};
 pub use stats::{
-    CacheStats, DiskStats, ImageStats, LocalCacheStats, MirrorStats, ReadWrite, RingStats, Stats,
+    CacheStats, DiskStats, ImageStats, LocalCacheStats, MirrorStats, ReadWrite, RingStats, StandbyStats,
+    Stats,
 };
 
 /// What a client asks of a tapdisk.

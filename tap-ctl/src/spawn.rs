@@ -3,6 +3,10 @@
 //! The tapdisk does not fork. It leaves the session of its parent, binds its control socket, prints the socket's path
 //! as a line of its own and then lets go of standard output and error. Until that line both are a pipe to us, so what
 //! it says when it gives up reaches the person who asked.
+//!
+//! Where systemd runs, the tapdisk gets a scope of its own, `tapdisk-<pid>.scope` in `xenio-tapdisk.slice`: it belongs to
+//! its guest, so it must end neither with the login session of who typed `xl create`, nor with a service that is
+//! restarted. A system manager that refuses costs a warning, not the disk.
 
 use std::io::{self, PipeReader, Read};
 use std::os::fd::AsFd;
@@ -22,6 +26,14 @@ const STARTUP: Duration = Duration::from_secs(20);
 /// How much of the child's words is kept, in bytes; the rest is dropped.
 const OUTPUT_MAX: usize = 8192;
 
+/// Exists where systemd is the system's manager: sd_booted(3).
+const SYSTEMD: &str = "/run/systemd/system";
+
+/// Makes the scope of its own process and becomes the tapdisk, so that the process id stays that of our child.
+/// `systemd-run` needs the scope's name in advance, hence the shell, whose process id is the same too.
+const SCOPE: &str = "exec systemd-run --scope --quiet --collect --no-ask-password --slice=xenio-tapdisk.slice \
+                     --unit=\"tapdisk-$$\" --description=\"Disk of a Xen guest (tapdisk $$)\" -- \"$0\" \"$@\"";
+
 /// Starts `program` and returns once it listens on its control socket. Its process id is that of the child. `engine`: the
 /// word for its `--engine` option.
 ///
@@ -32,8 +44,29 @@ const OUTPUT_MAX: usize = 8192;
 /// [`Error::Start`] when the program cannot be executed, [`Error::Startup`] with its own words when it gives up or is
 /// not ready in 20 s; then it is no longer running.
 pub fn spawn(dir: &ControlDir, program: &Path, engine: Option<&str>) -> Result<Child, Error> {
+    if Path::new(SYSTEMD).is_dir() && nix::unistd::geteuid().is_root() {
+        let mut command = Command::new("sh");
+        command.args(["-c", SCOPE]).arg(program);
+        match launch(command, dir, program, engine) {
+            Ok(child) => return Ok(child),
+            Err(error) => log::warn!("a tapdisk in a scope of its own: {error}; starting it without"),
+        }
+    }
+    launch(Command::new(program), dir, program, engine)
+}
+
+/// Starts the command, which becomes `program`, and waits until it is ready.
+fn launch(
+    mut command: Command,
+    dir: &ControlDir,
+    program: &Path,
+    engine: Option<&str>,
+) -> Result<Child, Error> {
+    if let Some(engine) = engine {
+        command.args(["--engine", engine]);
+    }
     let (mut reader, mut child) =
-        start(program, engine).map_err(|source| Error::Start { program: program.to_owned(), source })?;
+        start(command).map_err(|source| Error::Start { program: program.to_owned(), source })?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     let ready_line = dir.control_socket(pid);
     let mut output = Output::default();
@@ -52,13 +85,9 @@ pub fn spawn(dir: &ControlDir, program: &Path, engine: Option<&str>) -> Result<C
 }
 
 /// The child, and the reading end of the pipe that is its standard output and error.
-fn start(program: &Path, engine: Option<&str>) -> io::Result<(PipeReader, Child)> {
+fn start(mut command: Command) -> io::Result<(PipeReader, Child)> {
     let (reader, writer) = io::pipe()?;
     // The command owns our copies of the writing end and drops them here, so that the child's end is our end of file.
-    let mut command = Command::new(program);
-    if let Some(engine) = engine {
-        command.args(["--engine", engine]);
-    }
     let child = command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer).spawn()?;
     Ok((reader, child))
 }

@@ -23,8 +23,10 @@ pub fn xenserver(stats: &Stats) -> String {
     // An object whose keys repeat, one for each frontend, is what is read: so it is put together as text.
     let rings: String = stats.rings.iter().map(|ring| format!(", \"xenbus\": {}", xenbus(ring))).collect();
     let mirror_failed = u8::from(disk.mirror.as_ref().is_some_and(|mirror| mirror.failed.is_some()));
+    // In sectors.
+    let redirected = disk.standby.as_ref().map_or(0, |standby| standby.written / 512);
     format!(
-        "{{ \"name\": {}, \"secs\": {}, \"images\": [ {} ]{rings}, \"FIXME_enospc_redirect_count\": 0, \
+        "{{ \"name\": {}, \"secs\": {}, \"images\": [ {} ]{rings}, \"FIXME_enospc_redirect_count\": {redirected}, \
          \"nbd_mirror_failed\": {mirror_failed}, \"reqs_outstanding\": {}, \"read_caching\": {} }}",
         text(&image.to_string()),
         pair(stats.sectors),
@@ -91,7 +93,7 @@ fn text(text: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::{CacheStats, DiskStats, Limits, MirrorStats, RingEntry};
+    use crate::proto::{CacheStats, DiskStats, Limits, MirrorStats, RingEntry, StandbyStats};
 
     fn stats() -> Stats {
         let image = |text: &str, read, write| ImageStats {
@@ -113,6 +115,7 @@ mod tests {
             disk: DiskStats {
                 images: vec![image("vhd:/a \"b", 8, 8), image("aio:/p", 16, 0)],
                 mirror: None,
+                standby: None,
                 local_cache: None,
                 cache: None,
             },
@@ -152,6 +155,10 @@ mod tests {
         let value: Value = serde_json::from_str(&xenserver(&stats)).unwrap();
         assert_eq!(value["xenbus"]["reqs"], json!([5, 3]));
         assert_eq!((&value["nbd_mirror_failed"], &value["read_caching"]), (&json!(1), &json!("true")));
+        let image = "vhd:/s".parse().unwrap();
+        stats.disk.standby = Some(StandbyStats { image, serving: true, written: 4096 });
+        let value: Value = serde_json::from_str(&xenserver(&stats)).unwrap();
+        assert_eq!(value["FIXME_enospc_redirect_count"], json!(8));
         let value: Value = serde_json::from_str(&full(&stats)).unwrap();
         assert_eq!(value["disk"]["mirror"]["failed"], json!("gone"));
     }

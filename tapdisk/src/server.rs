@@ -4,7 +4,6 @@
 //! answers, and meanwhile everybody else is served. Nor does it wait for a client.
 
 mod client;
-mod offered;
 mod parent;
 
 use std::collections::HashMap;
@@ -96,6 +95,8 @@ impl<X: Xen> Server<X> {
         mask.add(Signal::SIGINT);
         mask.add(Signal::SIGTERM);
         mask.thread_block()?;
+        // A file that may not become larger is an error of the write, not the end of all disks.
+        SigSet::from(Signal::SIGXFSZ).thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let poll = Poll::new()?;
         let mut listener = UnixListener::bind(&socket)?;
@@ -367,12 +368,6 @@ impl<X: Xen> Server<X> {
                 return Some(refuse(Errno::EALREADY, format!("minor {minor} has {image} open already")));
             }
             Ok(_) => {}
-        }
-        if let Some(what) = offered::refusal(&params) {
-            return Some(refuse(
-                Errno::EOPNOTSUPP,
-                format!("{}: {what} is not supported by this tapdisk", params.image),
-            ));
         }
         if let Some(shared) = params.shared_parent {
             match parent::find(&self.dir, shared) {

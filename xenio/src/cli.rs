@@ -22,8 +22,10 @@ use crate::features::{MAX_QUEUES, Offer};
 
 /// The usage text.
 const USAGE: &str = "\
-usage: xenio [-D] [-n NAME] [-p FILE] [--max-queues N]
+usage: xenio [-D | -f] [-n NAME] [-p FILE] [--max-queues N]
   -D              stay in the foreground, with debug messages on standard error
+  -f              stay in the foreground and log to the system log, for a service
+                  manager
   -n NAME         serve the devices in backend/NAME (default vbd3)
   -p FILE         write the process id to FILE
   --max-queues N  offer at most N rings for a disk, 1 to 4 (default 4), and in no
@@ -43,11 +45,22 @@ pub enum Command {
     Serve(Options),
 }
 
+/// How the process runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// Detached, with messages to the system log.
+    Daemon,
+    /// `-f`: a service manager's child, with messages to the system log, which knows their priorities.
+    Service,
+    /// `-D`: at a terminal, with debug messages there.
+    Debug,
+}
+
 /// How to serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// `-D`
-    pub foreground: bool,
+    /// How to run.
+    pub way: Way,
     /// `-n`
     pub kind: String,
     /// `-p`
@@ -78,13 +91,14 @@ impl Default for Places {
 /// What is wrong with it.
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, lexopt::Error> {
     let mut options =
-        Options { foreground: false, kind: "vbd3".to_owned(), pid_file: None, max_queues: MAX_QUEUES };
+        Options { way: Way::Daemon, kind: "vbd3".to_owned(), pid_file: None, max_queues: MAX_QUEUES };
     let mut parser = Parser::from_args(args);
     while let Some(arg) = parser.next()? {
         match arg {
             Arg::Short('h') | Arg::Long("help") => return Ok(Command::Help),
             Arg::Long("version") => return Ok(Command::Version),
-            Arg::Short('D') => options.foreground = true,
+            Arg::Short('D') => options.way = Way::Debug,
+            Arg::Short('f') => options.way = Way::Service,
             Arg::Short('n') => options.kind = parser.value()?.string()?,
             Arg::Short('p') => options.pid_file = Some(parser.value()?.into()),
             Arg::Long("max-queues") => options.max_queues = parser.value()?.parse_with(queues)?,
@@ -137,11 +151,12 @@ fn serve(options: &Options, places: &Places) -> anyhow::Result<()> {
     // Before the process leaves its terminal, so that who started it sees why it cannot run. The lock stays with the
     // open file and so passes to the daemon.
     let _lock = lock(&places.lock)?;
-    if !options.foreground {
+    if options.way == Way::Daemon {
         nix::unistd::daemon(false, false).context("cannot become a daemon")?;
     }
-    let mode = if options.foreground { Mode::Foreground } else { Mode::Daemon };
-    logging::init("xenio", mode, options.foreground).context("cannot start logging")?;
+    let debug = options.way == Way::Debug;
+    let mode = if debug { Mode::Foreground } else { Mode::Daemon };
+    logging::init("xenio", mode, debug).context("cannot start logging")?;
     let _pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
     let signals = end_signals().context("cannot take signals")?;
     log::info!("xenio {} starts", env!("CARGO_PKG_VERSION"));
@@ -210,11 +225,11 @@ mod tests {
 
     #[test]
     fn options_are_read() {
-        let plain =
-            Options { foreground: false, kind: "vbd3".into(), pid_file: None, max_queues: MAX_QUEUES };
+        let plain = Options { way: Way::Daemon, kind: "vbd3".into(), pid_file: None, max_queues: MAX_QUEUES };
+        assert_eq!(line("-f"), Some(Command::Serve(Options { way: Way::Service, ..plain.clone() })));
         assert_eq!(line(""), Some(Command::Serve(plain)));
         let pid_file = Some("/run/x.pid".into());
-        let all = Options { foreground: true, kind: "vbd7".into(), pid_file, max_queues: 1 };
+        let all = Options { way: Way::Debug, kind: "vbd7".into(), pid_file, max_queues: 1 };
         assert_eq!(line("-D -n vbd7 -p /run/x.pid --max-queues 1"), Some(Command::Serve(all)));
         assert_eq!(line("-D -h"), Some(Command::Help));
         assert_eq!(line("--version"), Some(Command::Version));
@@ -235,7 +250,7 @@ mod tests {
 
     #[test]
     fn no_more_rings_are_offered_than_asked_for_and_at_least_one() {
-        let options = |max_queues| Options { foreground: true, kind: "x".into(), pid_file: None, max_queues };
+        let options = |max_queues| Options { way: Way::Debug, kind: "x".into(), pid_file: None, max_queues };
         assert_eq!(offer(&options(1)).max_queues, 1);
         assert!((1..=MAX_QUEUES).contains(&offer(&options(MAX_QUEUES)).max_queues));
     }

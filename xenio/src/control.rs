@@ -227,19 +227,21 @@ impl Control {
             _ => (Vec::new(), Frontend::Gone),
         };
         device.observe(&backend, frontend);
-        let moved = match device.params() {
-            Some(params) if frontend == Frontend::Is(XenbusState::Initialised) => {
-                let terms = Terms {
-                    offer,
-                    writable: backend.role.writable,
-                    // Only what the frontend shows is of interest.
-                    discard: params.discard,
-                    polling: params.polling,
-                };
-                connect::ring(store, id, &frontend_path, terms)?.is_ok_and(|shown| shown != *params)
-            }
-            _ => false,
-        };
+        let moved = device.returned(frontend)
+            || match device.params() {
+                // It may be in operation already when its new ring is first seen: NetBSD's waits for nothing.
+                Some(params) if frontend.has_ring() => {
+                    let terms = Terms {
+                        offer,
+                        writable: backend.role.writable,
+                        // Only what the frontend shows is of interest.
+                        discard: params.discard,
+                        polling: params.polling,
+                    };
+                    connect::ring(store, id, &frontend_path, terms)?.is_ok_and(|shown| shown != *params)
+                }
+                _ => false,
+            };
         let view = device.view(&backend, frontend, moved);
         if device.changed(&view) {
             log::debug!("device {id}: {view}");

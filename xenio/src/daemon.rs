@@ -22,6 +22,7 @@ use xenstore::{Client, WatchEvent};
 use crate::control::{Control, Rest};
 use crate::features::Offer;
 use crate::limit::Bucket;
+use crate::notify::Manager;
 use crate::paths::{DeviceId, Paths, Touched};
 use crate::tapdisk::{FIRST_TOKEN, Links};
 
@@ -85,6 +86,7 @@ pub fn run(config: &Config, stop: BorrowedFd<'_>) -> Result<(), RunError> {
         paths,
         poll,
         control,
+        manager: Manager::from_environment(),
         store: None,
         store_ready: false,
         connect_at: Instant::now(),
@@ -103,6 +105,7 @@ struct Daemon {
     paths: Paths,
     poll: Poll,
     control: Control,
+    manager: Manager,
     store: Option<Client>,
     /// There may be something to read on the connection: readiness is told only once.
     store_ready: bool,
@@ -125,6 +128,7 @@ impl Daemon {
         let mut events = Events::with_capacity(128);
         loop {
             let wake = self.turn();
+            let wake = wake.into_iter().chain(self.manager.alive(Instant::now())).min();
             let timeout = wake.map(|wake| wake.saturating_duration_since(Instant::now()));
             match self.poll.poll(&mut events, timeout) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
@@ -132,7 +136,10 @@ impl Daemon {
             }
             for event in &events {
                 match event.token() {
-                    STOP => return Ok(()),
+                    STOP => {
+                        self.manager.stopping();
+                        return Ok(());
+                    }
                     STORE => self.store_ready = true,
                     token if token.0 >= FIRST_TOKEN => self.stirred.extend(self.control.link_ready(token)),
                     _ => {}
@@ -181,12 +188,14 @@ impl Daemon {
         match ready.map_err(|error| error.to_string()).and_then(|client| self.register(client)) {
             Ok(client) => {
                 log::info!("connected to XenStore, serving {}", self.paths.root());
+                self.manager.ready();
                 self.store = Some(client);
                 self.store_ready = true;
                 self.backoff = BACKOFF.0;
             }
             Err(error) => {
                 log::warn!("{error}; trying again in {} ms", self.backoff.as_millis());
+                self.manager.status("waiting for XenStore");
                 self.connect_at = Instant::now() + self.backoff;
                 self.backoff = (self.backoff * 2).min(BACKOFF.1);
             }

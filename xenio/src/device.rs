@@ -69,6 +69,8 @@ pub struct Device {
     /// The connected ring, unless an earlier xenio connected it.
     params: Option<RingParams>,
     announced: bool,
+    /// The frontend was seen in operation since Connected was written.
+    greeted: bool,
     published: bool,
     problem: Option<Problem>,
     failed: bool,
@@ -93,6 +95,7 @@ impl Device {
             ring: Ring::Down,
             params: None,
             announced: false,
+            greeted: false,
             published: false,
             problem: None,
             failed: false,
@@ -137,6 +140,13 @@ impl Device {
         }
         if self.ring == Ring::Down && self.differs(&backend.named) {
             self.adopt(&backend.named);
+        }
+        let told = self.announced || self.ring == Ring::Unknown;
+        if told
+            && backend.own == Own::Is(Phase::Connected)
+            && frontend == Frontend::Is(XenbusState::Connected)
+        {
+            self.greeted = true;
         }
         let closes = [Frontend::Gone, Frontend::Is(XenbusState::Closing), Frontend::Is(XenbusState::Closed)];
         if closes.contains(&frontend) {
@@ -199,16 +209,28 @@ impl Device {
         self.ring != Ring::Down
     }
 
-    /// The ring to compare with what a frontend shows that claims to have connected anew.
+    /// The ring to compare with what the frontend shows: it may have connected anew.
     pub fn params(&self) -> Option<&RingParams> {
         self.params.as_ref().filter(|_| self.ring == Ring::Up && self.announced)
+    }
+
+    /// Whether the frontend, which was in operation, has published a ring again. It is a new one even if its keys are
+    /// the old ones': a guest that resumes in place hands the same references and ports out again.
+    pub fn returned(&self, frontend: Frontend) -> bool {
+        self.greeted && self.ring == Ring::Up && frontend == Frontend::Is(XenbusState::Initialised)
     }
 
     /// A request was sent.
     pub fn sent(&mut self, ticket: Ticket, pending: Pending) {
         match &pending {
             Pending::List | Pending::DiskInfo => self.disk = Disk::Asking,
-            Pending::Connect(_) | Pending::Disconnect => self.ring = Ring::Busy,
+            Pending::Connect(_) | Pending::Disconnect => {
+                self.ring = Ring::Busy;
+                if self.disk == Disk::Asking {
+                    // That answer will not be waited for.
+                    self.disk = Disk::New;
+                }
+            }
         }
         self.pending = Some((ticket, pending));
     }
@@ -286,6 +308,7 @@ impl Device {
         self.ring = Ring::Down;
         self.params = None;
         self.announced = false;
+        self.greeted = false;
         self.pending = None;
     }
 
@@ -327,10 +350,10 @@ impl Device {
             Some(VbdEntry { image: None, .. }) => self.lose(lacks("has no image open as")),
             Some(entry) => {
                 if self.ring == Ring::Unknown {
-                    let ours = |ring: &&tap_ctl::proto::RingEntry| {
+                    let ours = |ring: &tap_ctl::proto::RingEntry| {
                         (ring.domid, ring.vdev) == (self.id.domid.0, self.id.vdev.0)
                     };
-                    self.announced = entry.rings.iter().find(ours).is_some();
+                    self.announced = entry.rings.iter().any(ours);
                     self.ring = if self.announced { Ring::Up } else { Ring::Down };
                 }
                 return Some((Request::DiskInfo { minor: vbd.minor }, Pending::DiskInfo));
@@ -343,12 +366,14 @@ impl Device {
         self.ring = Ring::Up;
         self.params = Some(params);
         self.announced = false;
+        self.greeted = false;
     }
 
     fn disconnected(&mut self, vbd: Vbd, reply: Reply) {
         self.ring = Ring::Down;
         self.params = None;
         self.announced = false;
+        self.greeted = false;
         let gone = [Errno::ENODEV, Errno::ENOENT, Errno::ESRCH].map(|errno| errno as i32);
         match reply {
             Reply::Done => {}

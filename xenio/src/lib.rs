@@ -13,6 +13,7 @@
 //! | [`features`] | what is published |
 //! | [`tapdisk`] | act: control connections that never block |
 //! | [`limit`] | how much work a guest may cause |
+//! | [`notify`] | telling systemd how we are |
 //! | [`paths`], [`problem`] | names and reasons |
 //! | [`cli`] | the command line |
 //!
@@ -29,6 +30,7 @@ pub mod features;
 pub mod input;
 pub mod limit;
 pub mod machine;
+pub mod notify;
 pub mod paths;
 pub mod problem;
 pub mod publish;

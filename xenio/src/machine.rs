@@ -77,7 +77,7 @@ pub enum Frontend {
 
 impl Frontend {
     /// It has published a ring.
-    fn has_ring(self) -> bool {
+    pub fn has_ring(self) -> bool {
         matches!(self, Frontend::Is(XenbusState::Initialised | XenbusState::Connected))
     }
 }
@@ -127,7 +127,8 @@ pub struct View {
     pub tap: Tap,
     /// The ring.
     pub ring: Ring,
-    /// The ring is up, and the frontend in state Initialised shows other ring keys than those it was connected with.
+    /// The ring is up, and the frontend has published another: its keys differ from those it was connected with, or it
+    /// was in operation and is in state Initialised again.
     pub moved: bool,
     /// The ring is up and Connected has been written for it.
     pub announced: bool,
@@ -289,10 +290,12 @@ fn begin(view: &View) -> Action {
 
 /// Brings the device into operation and keeps it there.
 fn serve(view: &View, phase: Phase) -> Option<Action> {
+    let waits = view.frontend == Frontend::Is(XenbusState::Initialised);
     match view.ring {
         Ring::Busy => None,
-        // Found in operation by a new xenio: the tapdisk knows whether it is.
-        Ring::Unknown if phase == Phase::Connected => (view.tap == Tap::New).then_some(Action::Ask),
+        // Found in operation by a new xenio: the tapdisk knows whether it is. Not so for a frontend that waits: its ring
+        // may be newer than the one that the tapdisk has.
+        Ring::Unknown if phase == Phase::Connected && !waits => (view.tap == Tap::New).then_some(Action::Ask),
         Ring::Unknown => Some(Action::Disconnect),
         Ring::Up if !view.announced && view.frontend.has_ring() => Some(Action::Announce),
         Ring::Up if view.announced && phase == Phase::Connected => match view.moved {

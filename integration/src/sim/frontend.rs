@@ -149,6 +149,8 @@ pub struct Frontend {
     domain: SimDomain,
     events: SimEvents,
     queues: Vec<Queue>,
+    /// Rings from before the guest slept, which the backend may have mapped still.
+    slept: Vec<Queue>,
     /// The queue for the next request.
     turn: usize,
     next_id: u64,
@@ -159,7 +161,8 @@ impl Frontend {
     pub fn create(dir: &Path, shape: Shape) -> io::Result<Frontend> {
         let domain = SimDomain::create(dir, shape.guest, shape.pages())?;
         let events = SimEvents::open(dir, shape.guest)?;
-        let mut frontend = Frontend { shape, domain, events, queues: Vec::new(), turn: 0, next_id: 1 };
+        let (queues, slept) = (Vec::new(), Vec::new());
+        let mut frontend = Frontend { shape, domain, events, queues, slept, turn: 0, next_id: 1 };
         frontend.set_up()?;
         Ok(frontend)
     }
@@ -183,10 +186,27 @@ impl Frontend {
         if mapped > 0 {
             return Err(io::Error::other(format!("{mapped} pages are mapped after the backend has closed")));
         }
-        for queue in std::mem::take(&mut self.queues) {
+        for queue in self.queues.drain(..) {
             self.events.unbind(queue.port)?;
             queue.dissolve(&mut self.domain)?;
         }
+        for queue in self.slept.drain(..) {
+            queue.dissolve(&mut self.domain)?;
+        }
+        self.set_up()
+    }
+
+    /// What a driver does whose guest has slept and wakes on the same host: it does not ask the backend, and starts with
+    /// new rings. Requests in flight are forgotten; a real driver sends them again.
+    ///
+    /// # Errors
+    ///
+    /// Those of the event channels.
+    pub fn resume(&mut self) -> io::Result<()> {
+        for queue in &self.queues {
+            self.events.unbind(queue.port)?;
+        }
+        self.slept.append(&mut self.queues);
         self.set_up()
     }
 

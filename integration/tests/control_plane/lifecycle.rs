@@ -230,6 +230,43 @@ fn a_frontend_resumed_in_place_with_a_new_ring_is_connected_anew_and_told() {
     assert_eq!(rig.value(&DISK.back("state")).as_deref(), Some("4"));
 }
 
+/// A guest that wakes where it slept hands out grant references and ports from the start again.
+#[test]
+fn a_frontend_resumed_in_place_with_the_same_keys_is_connected_anew_too() {
+    let mut rig = Rig::new();
+    rig.connected(DISK);
+    for restarted in [false, true] {
+        if restarted {
+            rig.stop_xenio();
+            rig.start_xenio();
+        }
+        rig.settle();
+        let before = (rig.tapdisk.connects(), rig.tapdisk.disconnects());
+        rig.guest(DISK, "state", "3");
+        rig.tapdisk.wait_log("connect again", |log| {
+            log.iter().filter(|request| matches!(request, Request::Connect { .. })).count() == before.0 + 1
+        });
+        rig.settle();
+        assert_eq!(rig.tapdisk.disconnects(), before.1 + 1);
+        rig.guest(DISK, "state", "4");
+    }
+    rig.settle();
+    assert_eq!((rig.tapdisk.connects(), rig.tapdisk.disconnects()), (3, 2));
+}
+
+#[test]
+fn a_frontend_whose_new_ring_is_first_seen_in_operation_is_connected_anew() {
+    let rig = Rig::new();
+    rig.connected(DISK);
+    rig.settle();
+    rig.guest(DISK, "ring-ref", "77");
+    rig.guest(DISK, "state", "4");
+    rig.tapdisk.wait_log("connect again", |log| {
+        log.iter().filter(|request| matches!(request, Request::Connect { .. })).count() == 2
+    });
+    assert_eq!(rig.tapdisk.rings()[0].queues[0].ring_refs, [77]);
+}
+
 #[test]
 fn a_hung_tapdisk_holds_up_only_its_own_disks() {
     let rig = Rig::new();

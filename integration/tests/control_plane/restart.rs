@@ -74,6 +74,26 @@ fn xenio_killed_between_tapdisk_and_state_connects_anew() {
 }
 
 #[test]
+fn xenio_killed_before_a_resumed_frontend_was_told_tells_it() {
+    let mut rig = Rig::new();
+    rig.connected(DISK);
+    rig.settle();
+    rig.stop_xenio();
+    let mut spy = rig.spy(DISK);
+    // As the former xenio left it: the new ring is connected, Connected is not yet written once more.
+    rig.guest(DISK, "state", "3");
+    rig.start_xenio();
+    let mut told = Vec::new();
+    // Its watch is what the frontend waits for.
+    while !told.contains(&DISK.back("state")) {
+        rig.settle();
+        told.extend(spy.changes());
+    }
+    // The ring that was found may have been an older one.
+    assert_eq!((rig.tapdisk.connects(), rig.tapdisk.disconnects()), (2, 1));
+}
+
+#[test]
 fn h53_a_store_that_restarts_with_its_tree_leaves_disks_alone_and_is_found_again() {
     let rig = Rig::new();
     rig.connected(DISK);

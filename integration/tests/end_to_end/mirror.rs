@@ -11,7 +11,7 @@ use super::support::*;
 
 const SIZE: usize = 8 * MIB;
 
-fn stats(rig: &Rig, device: &Device, options: &[&str]) -> String {
+pub fn stats(rig: &Rig, device: &Device, options: &[&str]) -> String {
     let (pid, minor) = (device.pid.to_string(), device.minor.to_string());
     let outcome = rig.tap_ctl(&[&["stats", "-p", &pid, "-m", &minor], options].concat());
     assert_eq!(outcome.code, 0, "{}", outcome.err);
@@ -19,7 +19,7 @@ fn stats(rig: &Rig, device: &Device, options: &[&str]) -> String {
 }
 
 /// Waits until the statistics say so.
-fn until(rig: &Rig, device: &Device, options: &[&str], part: &str) {
+pub fn until(rig: &Rig, device: &Device, options: &[&str], part: &str) {
     let end = std::time::Instant::now() + integration::rig::PATIENCE;
     loop {
         let seen = stats(rig, device, options);

@@ -83,7 +83,7 @@ raw() {
 # GUEST_CMDLINE, GUEST_MEMORY (MiB), GUEST_INITRD, GUEST_VCPUS and GUEST_CPUS (the CPUs that they may
 # use) and GUEST_CONFIG (more lines) change the guests that are written after them.
 
-# guest NAME TYPE DISK... <<JOB: writes NAME.cfg for a guest (pv or pvh) that runs the job, a shell script, and powers off.
+# guest NAME TYPE DISK... <<JOB: writes NAME.cfg for a guest (pv, pvh or hvm) that runs the job, a shell script, and powers off.
 guest() {
     local name=$1 type=$2 disk disks='' root
     shift 2
@@ -105,16 +105,25 @@ debian_guest() {
     write_config "$1" "$2" "[ '$3' ]"
 }
 
-# with_fio [FILE...]: guests written from now on have fio, its libraries and the files in their memory.
+# with_files FILE...: guests written from now on have these files and folders of dom0 in their memory, with the libraries
+# of those that are programs.
+with_files() {
+    local file root=$WORK/more.root
+    mkdir "$root"
+    for file in "$@"; do
+        { /lib64/ld-linux-x86-64.so.2 --list "$file" 2>/dev/null || true; } | { grep -o '/[^ ]*' || true; }
+    done | sort -u | xargs -r cp -L --parents -t "$root"
+    cp -rL --parents -t "$root" "$@"
+    (cd "$root" && find . | busybox cpio -o -H newc 2>/dev/null) |
+        cat "${GUEST_INITRD:-$SRV/guest.initrd}" - >"$WORK/more.initrd"
+    rm -r "$root"
+    export GUEST_INITRD=$WORK/more.initrd
+}
+
+# with_fio [FILE...]: guests written from now on have fio, and the files.
 with_fio() {
-    mkdir "$WORK/fio.root"
-    /lib64/ld-linux-x86-64.so.2 --list /usr/bin/fio | grep -o '/[^ ]*' | sort -u |
-        xargs cp -L --parents -t "$WORK/fio.root" /usr/bin/fio
-    [ $# = 0 ] || cp --parents "$@" "$WORK/fio.root"
-    (cd "$WORK/fio.root" && find . | busybox cpio -o -H newc 2>/dev/null) |
-        cat "$SRV/guest.initrd" - >"$WORK/fio.initrd"
-    rm -r "$WORK/fio.root"
-    export GUEST_INITRD=$WORK/fio.initrd GUEST_MEMORY=600
+    with_files /usr/bin/fio "$@"
+    export GUEST_MEMORY=600
 }
 
 # The kernel unpacks archives that follow one another as one.
@@ -123,17 +132,33 @@ pack_guest() {
         cat "${GUEST_INITRD:-$SRV/guest.initrd}" - >"$WORK/$1.initrd"
 }
 
+# A guest with emulated hardware says on its serial port what others say on Xen's console.
+emulated() {
+    cat <<END
+serial = "file:$CONSOLES/guest-$1.log"
+vnc = 0
+vga = "none"
+END
+}
+
 write_config() {
+    local console=hvc0 kernel=vmlinux more=${GUEST_CONFIG-}
+    if [ "$2" = hvm ]; then
+        console=ttyS0
+        # The device model loads a kernel in its original form only.
+        kernel=vmlinuz
+        more+=$'\n'$(emulated "$1")
+    fi
     cat >"$WORK/$1.cfg" <<END
 name = "$1"
 type = "$2"
 memory = ${GUEST_MEMORY:-160}
 vcpus = ${GUEST_VCPUS:-1}
-${GUEST_CONFIG-}
+$more
 cpus = "${GUEST_CPUS:-all}"
-kernel = "$SRV/vmlinux"
+kernel = "$SRV/$kernel"
 ramdisk = "$WORK/$1.initrd"
-cmdline = "console=hvc0 quiet mitigations=off ${GUEST_CMDLINE-}"
+cmdline = "console=$console quiet mitigations=off ${GUEST_CMDLINE-}"
 disk = $3
 on_poweroff = "destroy"
 on_crash = "destroy"
@@ -166,7 +191,7 @@ type_to() {
 }
 
 # frontend NAME VDEV KEY: what the guest's driver wrote, or nothing. The disks' numbers in XenStore.
-declare -A VDEV=([xvda]=51712 [xvdb]=51728)
+declare -A VDEV=([hda]=768 [xvda]=51712 [xvdb]=51728 [xvdc]=51744)
 frontend() {
     xenstore-read "/local/domain/$(domid "$1")/device/vbd/${VDEV[$2]}/$3" 2>/dev/null || true
 }
@@ -186,7 +211,8 @@ expect() {
 
 GUEST_TROUBLE='GUEST FAILED|Kernel panic'
 
-# wait_console NAME REGEX SECONDS
+# wait_console NAME REGEX SECONDS: looks every LOOK_EVERY seconds. Each look keeps dom0's CPU busy for some 50 ms, which a
+# device model would need.
 wait_console() {
     local ends
     ends=$((SECONDS + $3))
@@ -194,7 +220,7 @@ wait_console() {
         # A guest may say both between two looks.
         ! says "$1" "$GUEST_TROUBLE" || says "$1" "$2" || fail "guest $1: $(said "$1" "$GUEST_TROUBLE")"
         [ $SECONDS -lt $ends ] || fail "guest $1 did not say '$2' within $3 s"
-        read -r -t 0.1 <> <(:) || true
+        read -r -t "${LOOK_EVERY:-0.1}" <> <(:) || true
     done
     step "guest $1 said: $(said "$1" "$2")"
 }

@@ -12,8 +12,17 @@ show_evidence() {
     find /run/blktap-control -ls 2>/dev/null
     dmesg | tail -n 60
     for file in "$HOTPLUG_LOG" "$WORK"/*.cfg "$WORK"/*.log /var/log/xen/{xenio,tapdisk}.log "$CONSOLES"/guest-*.log \
-        /var/log/xen/xl-*.log; do
+        /var/log/xen/{xl,qemu-dm}-*.log; do
         [ ! -s "$file" ] || { echo "=== $file"; tail -n 60 "$file"; }
+    done
+}
+
+# Before the backend is ended: without one xl would wait for each.
+detach_from_dom0() {
+    local device
+    umount "$WORK"/mnt* 2>/dev/null
+    for device in $(xenstore-list /local/domain/0/device/vbd 2>/dev/null); do
+        timeout 30 xl block-detach 0 "$device" force
     done
 }
 
@@ -30,9 +39,12 @@ destroy_all() {
 }
 
 [ "$1" = 0 ] || show_evidence
-destroy_all >/tmp/destroy.log 2>&1
+{
+    detach_from_dom0
+    destroy_all
+} >/tmp/destroy.log 2>&1
 rm -rf /run/blktap-control /dev/shm/td3-* /run/xenio* "$WORK" /var/log/xen/{xenio,tapdisk}.log
-rm -f "$CONSOLES"/guest-*.log /var/log/xen/xl-*.log
+rm -f "$CONSOLES"/guest-*.log /var/log/xen/{xl,qemu-dm}-*.log*
 : >"$HOTPLUG_LOG"
 losetup -D
 for device in /sys/kernel/config/nullb/*/; do

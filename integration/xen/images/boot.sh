@@ -3,6 +3,8 @@
 
 DOM0_BOOT_MODULES=(virtio_pci virtio_blk ext4 9pnet_virtio 9p)
 GUEST_MODULES=(xen-blkfront ext4)
+# HVM guests also see the disks that the device model emulates.
+HVM_MODULES=(ata_piix sd_mod "${GUEST_MODULES[@]}")
 
 # extract_vmlinux BZIMAGE FILE: the ELF kernel inside a bzImage, so that neither Xen nor libxl has to decompress it with
 # an emulated CPU. Offsets are those of the x86 boot protocol: setup_sects at 0x1f1, payload_offset at 0x248 and
@@ -41,4 +43,7 @@ build_boot() {
     extract_vmlinux "$WORLD"/boot/vmlinuz-* "$1/vmlinux"
     initramfs "$WORLD" "$HERE/images/dom0-init" "$1/dom0.initrd" "${DOM0_BOOT_MODULES[@]}"
     initramfs "$WORLD" "$HERE/images/guest-init" "$1/guest.initrd" "${GUEST_MODULES[@]}"
+    initramfs "$WORLD" "$HERE/images/guest-init" "$1/hvm.initrd" "${HVM_MODULES[@]}"
+    # GRUB takes a kernel in its original form only.
+    cp "$WORLD"/boot/vmlinuz-* "$1/vmlinuz"
 }

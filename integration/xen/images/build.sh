@@ -9,6 +9,8 @@
 . "$HERE/images/boot.sh"
 # shellcheck source=integration/xen/images/fixtures.sh
 . "$HERE/images/fixtures.sh"
+# shellcheck source=integration/xen/images/grub.sh
+. "$HERE/images/grub.sh"
 # shellcheck source=integration/xen/images/dom0.sh
 . "$HERE/images/dom0.sh"
 
@@ -24,6 +26,8 @@ build_images() {
     artefact fixtures build_fixtures "$WORLD" "$GUESTWORLD" "$in/fixtures.sh" "$in/lib.sh" \
         "$in/make-files" "$in/debian-inittab" "$in/debian-job"
     FIXTURES=$artefact
-    artefact dom0 build_dom0 "$WORLD" "$BOOT" "$FIXTURES" "$in/dom0.sh" "$in/lib.sh"
+    artefact grub build_grub "$in/grub.sh" "$in/world.sh"
+    GRUB=$artefact
+    artefact dom0 build_dom0 "$WORLD" "$BOOT" "$FIXTURES" "$GRUB" "$in/dom0.sh" "$in/lib.sh"
     DOM0=$artefact
 }

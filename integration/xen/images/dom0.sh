@@ -14,7 +14,7 @@ build_dom0() {
     (cd "$root" && rm -rf "${drop[@]}")
     copy_modules "$root" "$version"
     mkdir -p "$root"/{testbed,out,srv/testbed,usr/libexec/xenio,etc/xen,boot}
-    cp "$BOOT/vmlinux" "$BOOT/guest.initrd" "$FIXTURES"/*.* "$root/srv/testbed/"
+    cp "$BOOT"/{vmlinux,vmlinuz,guest.initrd,hvm.initrd} "$GRUB"/grub.* "$FIXTURES"/*.* "$root/srv/testbed/"
     echo 'testbed' >"$root/etc/hostname"
     make_ext4 "$root" "$1/disk.img" 3G -O '^has_journal'
     rm -r "$root"

@@ -13,6 +13,9 @@ use crate::proto::{ImageSpec, LimitChange, Limits, Minor, OpenParams, Reopen, Se
 /// Letters of the options that only `open` and `create` have.
 const OPENING: &str = "RDrsEe2tC";
 
+/// What is wrong with `-s` alone.
+const NO_STANDBY: &str = "-s without -2: there is no image to stand by";
+
 /// All options any command has, as given.
 #[derive(Default)]
 pub(super) struct Options {
@@ -61,6 +64,7 @@ impl Options {
                 Arg::Short('2') if command == "unpause" => {
                     options.secondary = Some(secondary(&text(&mut parser)?)?);
                 }
+                Arg::Short('s') if command == "unpause" => options.standby = true,
                 Arg::Short('c') if command == "unpause" => options.log = Some(text(&mut parser)?),
                 Arg::Long("limit") if opens => {
                     options.limit =
@@ -124,7 +128,7 @@ impl Options {
             "resize" => Command::Resize(self.target()?, self.size),
             "destroy" => Command::Destroy(self.target()?, limit),
             "pause" => Command::Pause(self.target()?, limit),
-            "unpause" => Command::Unpause(self.target()?, self.into_reopen()),
+            "unpause" => Command::Unpause(self.target()?, self.into_reopen()?),
             "snapshot" => {
                 let target = self.target()?;
                 Command::Snapshot(target, absolute_image(self.image.ok_or("-a TYPE:PATH is missing")?))
@@ -168,17 +172,21 @@ impl Options {
             ..OpenParams::new(absolute_image(self.image.ok_or("-a TYPE:PATH is missing")?))
         };
         if params.standby && params.secondary.is_none() {
-            return Err("-s without -2: there is no image to stand by");
+            return Err(NO_STANDBY);
         }
         Ok(Opening { params: Box::new(params), encrypted: self.encrypted })
     }
 
-    fn into_reopen(self) -> Reopen {
+    fn into_reopen(self) -> Result<Reopen, &'static str> {
         let secondary = self.secondary.map(|secondary| match secondary {
             Secondary::Nothing => Secondary::Nothing,
             Secondary::Image(image) => Secondary::Image(absolute_image(image)),
         });
-        Reopen { image: self.image.map(absolute_image), secondary, log: self.log.map(absolute) }
+        if self.standby && !matches!(secondary, Some(Secondary::Image(_))) {
+            return Err(NO_STANDBY);
+        }
+        let (image, log) = (self.image.map(absolute_image), self.log.map(absolute));
+        Ok(Reopen { image, secondary, standby: self.standby, log })
     }
 }
 

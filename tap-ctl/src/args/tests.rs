@@ -97,6 +97,7 @@ fn a_running_disk_is_paused_changed_limited_and_asked() {
     let change = Reopen {
         image: Some("vhd:/b".parse().unwrap()),
         secondary: Some(Secondary::Nothing),
+        standby: false,
         log: Some("/log".into()),
     };
     assert_eq!(line("unpause -p 12 -m 3 -a vhd:/b -2 null -c /log"), Ok(Command::Unpause(TARGET, change)));

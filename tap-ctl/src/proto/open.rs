@@ -18,7 +18,8 @@ pub struct OpenParams {
     /// `-2`: the image that gets every write too; see `standby`.
     #[serde(default)]
     pub secondary: Option<ImageSpec>,
-    /// `-s`: the secondary image is used from the moment on when the first has no space left, and not before.
+    /// `-s`: the secondary image, a child of the first or of its parent, takes the writes from the moment on when the first has no
+    /// space left, and not before.
     #[serde(default)]
     pub standby: bool,
     /// `-C`: the file in which is noted which blocks were written.
@@ -72,7 +73,9 @@ impl OpenParams {
         match change.secondary {
             None => {}
             Some(Secondary::Nothing) => (self.secondary, self.standby) = (None, false),
-            Some(Secondary::Image(image)) => self.secondary = Some(image),
+            Some(Secondary::Image(image)) => {
+                (self.secondary, self.standby) = (Some(image), change.standby);
+            }
         }
         if change.log.is_some() {
             self.log = change.log;
@@ -90,6 +93,9 @@ pub struct Reopen {
     /// `-2`: another secondary image, or none.
     #[serde(default)]
     pub secondary: Option<Secondary>,
+    /// `-s`: the other secondary image stands by.
+    #[serde(default)]
+    pub standby: bool,
     /// `-c`: another log of written blocks.
     #[serde(default)]
     pub log: Option<String>,
@@ -163,6 +169,7 @@ mod tests {
         let change = Reopen {
             image: Some(image("aio:/b")),
             secondary: Some(Secondary::Nothing),
+            standby: false,
             log: Some("/k".into()),
         };
         let after = before.clone().reopened(change);
@@ -171,8 +178,13 @@ mod tests {
             secondary: None,
             standby: false,
             log: Some("/k".into()),
-            ..before
+            ..before.clone()
         };
         assert_eq!(after, expected);
+        for standby in [false, true] {
+            let secondary = Some(Secondary::Image(image("vhd:/n")));
+            let after = before.clone().reopened(Reopen { secondary, standby, ..Reopen::default() });
+            assert_eq!((after.secondary, after.standby), (Some(image("vhd:/n")), standby));
+        }
     }
 }

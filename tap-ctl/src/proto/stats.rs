@@ -45,6 +45,9 @@ pub struct DiskStats {
     /// The secondary image.
     #[serde(default)]
     pub mirror: Option<MirrorStats>,
+    /// The secondary image that waits, or has waited, for the first to be full.
+    #[serde(default)]
+    pub standby: Option<StandbyStats>,
     /// A read cache.
     #[serde(default)]
     pub cache: Option<CacheStats>,
@@ -103,6 +106,17 @@ pub struct MirrorStats {
     pub total: u64,
     /// Why it gets no more writes, if so.
     pub failed: Option<String>,
+}
+
+/// The state of a standby image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandbyStats {
+    /// Which.
+    pub image: ImageSpec,
+    /// It has taken over: all writes go there.
+    pub serving: bool,
+    /// Bytes that guests have written to it since the disk was opened.
+    pub written: u64,
 }
 
 /// The state of a read cache.

@@ -4,6 +4,7 @@
 //! parent"; only the leaf is ever written.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
@@ -24,6 +25,8 @@ pub struct Chain {
     pub leaf: Layer,
     /// The others, the nearest first.
     pub parents: Vec<Layer>,
+    /// A chain that serves another purpose too, beneath these.
+    below: Option<Rc<Chain>>,
     /// What each image has served, the leaf first. That a transfer failed later makes no difference here.
     hits: Vec<Hits>,
     /// The thread's means.
@@ -49,13 +52,21 @@ impl Chain {
             file.register(&io.reactor);
         }
         let hits = (0..=parents.len()).map(|_| Hits::default()).collect();
-        Chain { leaf, parents, hits, io }
+        Chain { leaf, parents, below: None, hits, io }
+    }
+
+    /// A single image on top of a chain that can go on to be used without it.
+    pub fn over(leaf: Layer, below: Rc<Chain>) -> Chain {
+        let io = below.io.clone();
+        Chain { below: Some(below), ..Chain::new(leaf, Vec::new(), io) }
     }
 
     /// The image of this depth serves so many sectors.
     fn count(&self, depth: usize, direction: Direction, sectors: u32) {
-        if let Some(hits) = self.hits.get(depth) {
-            hits.add(direction, sectors);
+        match (self.hits.get(depth), &self.below) {
+            (Some(hits), _) => hits.add(direction, sectors),
+            (None, Some(below)) => below.count(depth - self.hits.len(), direction, sectors),
+            (None, None) => {}
         }
     }
 
@@ -66,12 +77,20 @@ impl Chain {
             let image = ImageSpec { kind: layer.kind(), path };
             ImageStats { image, hits: hits.get(), fail: ReadWrite::default() }
         };
-        self.layers().zip(&self.hits).map(one).collect()
+        let below = self.below.iter().flat_map(|below| below.stats());
+        self.own_layers().zip(&self.hits).map(one).chain(below).collect()
     }
 
     /// The images, the leaf first, with their capacities as far as the chain must mind them: what is asked of the leaf lies on
     /// the disk.
     pub(super) fn layers(&self) -> impl Iterator<Item = (&Layer, u64)> {
+        let below = self.below.iter().flat_map(|below| below.own_layers());
+        // Its leaf may be shorter than the image on top of it.
+        self.own_layers().chain(below.map(|(layer, _)| (layer, layer.sectors())))
+    }
+
+    /// The same, without those of the chain below.
+    fn own_layers(&self) -> impl Iterator<Item = (&Layer, u64)> {
         let parents = self.parents.iter().map(|layer| (layer, layer.sectors()));
         std::iter::once((&self.leaf, u64::MAX)).chain(parents)
     }
@@ -99,7 +118,7 @@ impl Chain {
                 Extent::Parent { count: part } => count = part,
             }
         }
-        Ok((self.parents.len(), Place::Nowhere, count))
+        Ok((self.layers().count() - 1, Place::Nowhere, count))
     }
 
     /// Starts to move all of `buf` if that takes a single transfer and nothing must be read or locked first, as is the case

@@ -5,6 +5,7 @@
 //! costs, above all the flushes that some formats need, is paid once for many requests.
 
 mod copy;
+mod survey;
 mod unpacked;
 
 use std::cell::{Cell, RefCell};

@@ -156,6 +156,16 @@ impl Layer {
         }
     }
 
+    /// Whether nothing shows in this image but its parent. Blocks; for images that have one.
+    pub fn shows_parent_only(&self) -> Result<bool, Errno> {
+        match self {
+            Layer::Vhd(vhd) => vhd.shows_parent_only(),
+            Layer::Qcow(qcow) => qcow.shows_parent_only(),
+            Layer::Qcow2(qcow) => qcow.shows_parent_only(),
+            Layer::Raw(_) | Layer::Vmdk(_) | Layer::Nbd(_) | Layer::Null(_) => Ok(false),
+        }
+    }
+
     /// Reads the first of the sectors for which [`Layer::map`] says [`Extent::Own`] into the beginning of `range` of `buf`.
     /// Returns how many bytes; 0: ask [`Layer::map`] again.
     pub async fn read(

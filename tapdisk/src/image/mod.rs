@@ -32,7 +32,7 @@ use std::sync::Arc;
 
 use blkif::Sector;
 use nix::errno::Errno;
-use tap_ctl::proto::DiskStats;
+use tap_ctl::proto::{DiskStats, ImageSpec};
 
 use self::chain::Chain;
 pub use self::error::OpenError;
@@ -80,7 +80,7 @@ pub enum Extent {
 /// An open disk, or one of several handles of it. All requests on a handle come from one thread.
 #[derive(Debug)]
 pub struct Disk {
-    chain: Chain,
+    chain: Rc<Chain>,
     /// What stands on top of the images, if anything does.
     filters: Option<Box<Filters>>,
     io: Io,
@@ -91,7 +91,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    fn new(chain: Chain, filters: Option<Box<Filters>>, readonly: bool, common: Arc<Common>) -> Disk {
+    fn new(chain: Rc<Chain>, filters: Option<Box<Filters>>, readonly: bool, common: Arc<Common>) -> Disk {
         let io = chain.io.clone();
         let flushes = Group::new(io.scheduler.clone());
         let (readonly, resizing) = (Cell::new(readonly), Cell::new(false));
@@ -236,6 +236,11 @@ impl Disk {
                 filters.work(&disk.chain, work).await;
             }
         })
+    }
+
+    /// The image that must be opened instead when the disk is opened again: a secondary one that has become the disk.
+    pub fn heir(&self) -> Option<ImageSpec> {
+        self.filters.as_ref()?.heir().cloned()
     }
 
     /// What it tells of its images.

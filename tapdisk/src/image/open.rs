@@ -7,6 +7,7 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
@@ -68,7 +69,8 @@ pub(super) struct Opener<'a> {
 /// written blocks says from then on that it is being written.
 pub fn open(params: &OpenParams, io: &Io) -> Result<Disk, OpenError> {
     let Images { chain, sectors } = open_images(params, nbd::Limits::default(), io)?;
-    let filters = Filters::open(params, sectors, io)?;
+    let chain = Rc::new(chain);
+    let filters = Filters::open(params, &chain, sectors, io)?;
     Ok(Disk::new(chain, filters, params.readonly, Common::new(sectors)))
 }
 
@@ -111,7 +113,36 @@ pub(super) fn open_images(params: &OpenParams, servers: nbd::Limits, io: &Io) ->
     Ok(Images::new(leaf.opened.layer, parents, leaf.sectors, io))
 }
 
-/// The same over an open file, which is the leaf.
+/// Opens the image `spec` to stand on top of `first`, the disk that `params` asks for: what it names as its parent is compared
+/// with that, and not opened.
+pub(super) fn open_on_top(
+    spec: &ImageSpec,
+    params: &OpenParams,
+    first: &Chain,
+    io: &Io,
+) -> Result<Layer, OpenError> {
+    let refuse = |text: String| OpenError::new(spec.path.as_ref(), Errno::EINVAL, text);
+    let Named { opened: Opened { layer, backing }, path, .. } =
+        Opener::new(params, io).open_named(spec, !params.readonly)?;
+    let (Some(path), Some(backing)) = (path, backing) else {
+        return Err(refuse("is no image that stands on another, as a standby image must".into()));
+    };
+    let named = resolve(&path, &backing)?;
+    let is =
+        |layer: &Layer| layer.file().is_some() && canonical(layer.name()).is_ok_and(|path| path == named);
+    if is(&first.leaf) {
+        if let (Backing::Vhd(parent), Layer::Vhd(vhd)) = (&backing, &first.leaf) {
+            check_identity(parent, vhd.with_core(Vhd::uuid)).map_err(|error| self::refuse(&named, &error))?;
+        }
+    } else if params.parent.is_none() && !first.parents.first().is_some_and(is) {
+        let (named, first) = (named.display(), first.leaf.name().display());
+        let text = format!("its parent is {named}, which is neither {first} nor the parent of that");
+        return Err(refuse(text));
+    }
+    Ok(layer)
+}
+
+/// As [`open_images`] over an open file, which is the leaf.
 #[cfg(test)]
 pub(super) fn open_over(file: ImageFile, params: &OpenParams, io: &Io) -> Result<Images, OpenError> {
     let mut opener = Opener::new(params, io);
@@ -277,8 +308,15 @@ fn keep(file: &ImageFile) -> Result<(), OpenError> {
     kept.map_err(|error| OpenError::io(file.path(), "cannot stat", &error))
 }
 
-/// The canonical path of the parent that `child` names.
+/// The canonical path of the parent that `child` names, if it may be opened.
 fn find(child: &Path, backing: &Backing, policy: &Policy) -> Result<PathBuf, OpenError> {
+    let found = resolve(child, backing)?;
+    policy.permit(&found, !backing.proves_itself()).map_err(|error| refuse(child, &error))?;
+    Ok(found)
+}
+
+/// The canonical path of the parent that `child` names.
+fn resolve(child: &Path, backing: &Backing) -> Result<PathBuf, OpenError> {
     let folder = child.parent().unwrap_or(Path::new("/"));
     let tried = match backing {
         Backing::Vhd(parent) => candidates(folder, parent).map_err(|error| refuse(child, &error))?,
@@ -288,13 +326,11 @@ fn find(child: &Path, backing: &Backing, policy: &Policy) -> Result<PathBuf, Ope
             return Err(OpenError::new(child, Errno::EPERM, text));
         }
     };
-    let found = tried.iter().find_map(|path| path.canonicalize().ok()).ok_or_else(|| {
+    tried.iter().find_map(|path| path.canonicalize().ok()).ok_or_else(|| {
         let names: Vec<String> = tried.iter().map(|path| path.display().to_string()).collect();
         let text = format!("its parent image is missing: tried {}", names.join(", "));
         OpenError::new(child, Errno::ENOENT, text)
-    })?;
-    policy.permit(&found, !backing.proves_itself()).map_err(|error| refuse(child, &error))?;
-    Ok(found)
+    })
 }
 
 fn refuse(path: &Path, error: &vhd::Error) -> OpenError {

@@ -63,9 +63,9 @@ impl Disk {
     }
 
     async fn change_size_below(&self, filters: &Filters, size: Option<u64>) -> Result<(), Errno> {
-        if filters.is_mirroring() && size.is_none_or(|size| size != self.sectors() * SECTOR_SIZE) {
+        if filters.has_second() && size.is_none_or(|size| size != self.sectors() * SECTOR_SIZE) {
             return Err(self.refuse_size(
-                "it has a secondary image: end the mirroring first (tap-ctl pause, unpause -2 null)",
+                "it has a secondary image, which would be too small: do without it first (tap-ctl pause, unpause -2 null)",
             ));
         }
         self.change_size(size).await?;

@@ -3,6 +3,7 @@
 //! Only for images whose sectors are where the guest's are: without metadata in memory, and on a store that takes single
 //! sectors, there is nothing that the threads would have to agree on but what [`Common`] holds.
 
+use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -66,7 +67,7 @@ impl DiskShare {
             Leaf::Raw(share) => Layer::Raw(Raw { file: share.into() }),
             Leaf::Null => Layer::Null(Null),
         };
-        Disk::new(Chain::new(leaf, Vec::new(), io), None, self.readonly, self.common)
+        Disk::new(Rc::new(Chain::new(leaf, Vec::new(), io)), None, self.readonly, self.common)
     }
 }
 

@@ -54,13 +54,17 @@ impl Drop for Made {
 /// Makes the image `child` of `sectors` sectors over the closed image that `parent` says how to open. Blocks.
 ///
 /// # Errors
-/// EEXIST if there is a file of that name; EOPNOTSUPP if the formats do not go together; EROFS for a disk that is only read;
+/// EEXIST if there is a file of that name; EOPNOTSUPP if the formats do not go together, or with a standby image; EROFS for a disk that is only read;
 /// and those of the files.
 pub fn create(parent: &OpenParams, sectors: u64, child: &ImageSpec) -> Result<Made, OpenError> {
     let path = PathBuf::from(&child.path);
     let refuse = |errno, text: &str| Err(OpenError::new(&path, errno, text));
     if parent.readonly {
         return refuse(Errno::EROFS, "a disk that is only read needs no snapshot");
+    }
+    if parent.standby {
+        let text = "a disk with a standby image cannot have one: do without that first (tap-ctl pause, unpause -2 null)";
+        return refuse(Errno::EOPNOTSUPP, text);
     }
     if fs::symlink_metadata(&path).is_ok() {
         return refuse(Errno::EEXIST, "exists already, and a snapshot makes a new image");

@@ -215,6 +215,26 @@ fn create_with(
     }
 }
 
+/// Creates a qcow2 image.
+pub(in crate::image) fn make_qcow2(
+    path: &Path,
+    cluster_bits: u32,
+    backing: Option<(&Path, Option<&str>)>,
+    sectors: u64,
+) {
+    let backing = backing.map(|(path, format)| ::qcow::v2::Backing {
+        name: std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str()).to_vec(),
+        format: format.map(str::to_owned),
+    });
+    let new =
+        ::qcow::v2::NewImage { cluster_bits, backing, ..::qcow::v2::NewImage::new(sectors) }.build().unwrap();
+    let file = std::fs::File::create(path).unwrap();
+    file.set_len(new.len).unwrap();
+    for write in &new.writes {
+        std::os::unix::fs::FileExt::write_all_at(&file, &write.bytes, write.offset).unwrap();
+    }
+}
+
 /// A VHD with room to grow.
 fn make_growing(path: &Path, mebibytes: u64, most: u64) {
     create(path, DiskType::Dynamic, mebibytes << 20, most << 20, None);

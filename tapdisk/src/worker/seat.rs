@@ -184,7 +184,11 @@ impl Seat {
     /// Lets go of the disk, which closes its files if nobody else has it.
     pub fn empty(&self) {
         let _ = self.info();
-        self.disk.take();
+        let heir = self.disk.take().and_then(|disk| disk.heir());
+        if let (Some(image), Some(params)) = (heir, &mut *self.params.borrow_mut()) {
+            // The first image is older: to mirror it again would undo what the guests have written since.
+            (params.image, params.secondary) = (image, None);
+        }
     }
 
     /// Puts a disk in.

@@ -268,3 +268,41 @@ fn a_failure_is_forgotten_when_the_frontend_closes_or_the_device_is_new() {
         );
     }
 }
+
+#[test]
+fn an_answer_that_is_not_waited_for_any_more_is_asked_for_again() {
+    let mut tickets = Tickets::new();
+    let mut device = device(Phase::Connected);
+    let (list, disconnect) = (tickets.next(), tickets.next());
+    device.sent(list, Pending::List);
+    device.sent(disconnect, Pending::Disconnect);
+    assert_eq!(device.answered(list, entry(true, &[])), None);
+    assert_eq!(device.answered(disconnect, Reply::Done), None);
+    assert_eq!(tap_and_ring(&device), (Tap::New, Ring::Down));
+}
+
+#[test]
+fn a_frontend_has_returned_when_it_was_in_operation_and_waits_again() {
+    let waiting = Frontend::Is(XenbusState::Initialised);
+    let mut tickets = Tickets::new();
+    let mut device = device(Phase::InitWait);
+    let see = |device: &mut Device, frontend| {
+        device.observe(&backend(Phase::Connected), frontend);
+        device.returned(frontend)
+    };
+    for _ in 0..2 {
+        let ticket = tickets.next();
+        device.sent(ticket, Pending::Connect(params(9)));
+        device.answered(ticket, Reply::Done);
+        assert!(!see(&mut device, waiting), "not told yet");
+        device.announced();
+        assert!(!see(&mut device, waiting), "it may be about to answer");
+        assert!(!see(&mut device, CONNECTED));
+        assert!(see(&mut device, waiting));
+        let ticket = tickets.next();
+        device.sent(ticket, Pending::Disconnect);
+        assert!(!see(&mut device, waiting), "being disconnected");
+        device.answered(ticket, Reply::Done);
+        assert!(!see(&mut device, waiting), "disconnected");
+    }
+}

@@ -313,6 +313,9 @@ fn a_restarted_xenio_asks_and_then_leaves_a_served_device_alone() {
     // The disk may have grown meanwhile.
     assert_eq!(decide(&served), Some(Action::Resize));
     assert_eq!(decide(&View { published: true, ..served }), None);
+    // A frontend that waits has published a ring that nobody may have connected yet.
+    let waiting = View { frontend: Frontend::Is(XenbusState::Initialised), ..found };
+    assert_eq!(decide(&waiting), Some(Action::Disconnect));
     let lost = View { tap: Tap::Ready, ring: Ring::Down, ..found };
     assert_eq!(decide(&lost), Some(Action::Connect));
 }

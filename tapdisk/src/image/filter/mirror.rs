@@ -40,7 +40,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// A second image.
 #[derive(Debug)]
 pub struct Mirror {
-    name: String,
+    spec: ImageSpec,
     secondary: Chain,
     io: Io,
     /// Bytes of the disk.
@@ -122,7 +122,7 @@ impl Mirror {
         log::info!("{spec}: is a secondary image from now on; what it lacks is copied");
         let set = || WaitSet::new(io.scheduler.clone());
         Ok(Mirror {
-            name: spec.to_string(),
+            spec: spec.clone(),
             secondary: chain,
             io: io.clone(),
             total: sectors * SECTOR_SIZE,
@@ -141,6 +141,11 @@ impl Mirror {
     /// The secondary image, if it serves instead of the first.
     pub fn successor(&self) -> Option<&Chain> {
         self.alone.get().then_some(&self.secondary)
+    }
+
+    /// The secondary image, if it is the disk from now on, whoever opens it.
+    pub fn heir(&self) -> Option<&ImageSpec> {
+        self.alone.get().then_some(&self.spec)
     }
 
     /// Whether [`Mirror::work`] is to be begun; from now on [`Mirror::stop`] waits for it.
@@ -241,14 +246,14 @@ impl Mirror {
         if !self.alone.replace(true) {
             log::error!(
                 "{}: the first image has no space left; the secondary serves alone from now on",
-                self.name
+                self.spec
             );
             self.more.wake_all();
         }
     }
 
     fn fail(&self, why: String) {
-        let why = format!("{}: {why}", self.name);
+        let why = format!("{}: {why}", self.spec);
         if self.failed.set(why.clone()).is_ok() {
             log::error!("{why}; the secondary image gets no more writes, the disk goes on without it");
             self.more.wake_all();
@@ -290,7 +295,7 @@ impl Mirror {
                 }
             });
             if all(copies).await.is_ok() && self.is_complete() {
-                log::info!("{}: the secondary image is complete", self.name);
+                log::info!("{}: the secondary image is complete", self.spec);
             }
         }
         self.working.set(false);
@@ -345,7 +350,7 @@ impl Mirror {
             self.fail(format!("closing failed: {errno}"));
         }
         if !self.alone.get() && !self.is_complete() {
-            log::warn!("{}: the secondary image is closed before it was complete", self.name);
+            log::warn!("{}: the secondary image is closed before it was complete", self.spec);
         }
     }
 

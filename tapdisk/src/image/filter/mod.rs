@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`dirty_log`] | notes which blocks are written |
 //! | [`mirror`] | writes to a second image too |
+//! | [`standby`] | writes to a second image once the first is full |
 //! | [`local_cache`] | writes to the leaf what was read from a parent |
 //!
 //! A write passes through them in this order, so that a block is noted before anything of it is written anywhere. A disk
@@ -13,17 +14,20 @@
 mod dirty_log;
 mod local_cache;
 mod mirror;
+mod standby;
 
 use std::path::Path;
+use std::rc::Rc;
 
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
 use nix::errno::Errno;
-use tap_ctl::proto::{DiskStats, OpenParams};
+use tap_ctl::proto::{DiskStats, ImageSpec, OpenParams};
 
 use self::dirty_log::DirtyLog;
 use self::local_cache::LocalCache;
 use self::mirror::Mirror;
+use self::standby::Standby;
 use super::OpenError;
 use super::chain::Chain;
 use super::locks::BlockLock;
@@ -44,31 +48,51 @@ pub struct Filters {
     io: Io,
     log: Option<DirtyLog>,
     mirror: Option<Mirror>,
+    standby: Option<Standby>,
     local: Option<LocalCache>,
 }
 
 impl Filters {
     /// What `params` asks for on top of a disk of so many sectors; `None`: nothing.
-    pub fn open(params: &OpenParams, sectors: u64, io: &Io) -> Result<Option<Box<Filters>>, OpenError> {
-        let mirror =
-            params.secondary.as_ref().map(|spec| Mirror::open(spec, params, sectors, io)).transpose()?;
+    pub fn open(
+        params: &OpenParams,
+        chain: &Rc<Chain>,
+        sectors: u64,
+        io: &Io,
+    ) -> Result<Option<Box<Filters>>, OpenError> {
+        let (mirror, standby) = match &params.secondary {
+            None => (None, None),
+            Some(spec) if params.standby => (None, Some(Standby::open(spec, params, chain, sectors, io)?)),
+            Some(spec) => (Some(Mirror::open(spec, params, sectors, io)?), None),
+        };
         // Last, because it changes something. What is never written needs no log.
         let log = params.log.as_ref().filter(|_| !params.readonly);
         let log = log.map(|path| DirtyLog::open(Path::new(path), sectors * SECTOR_SIZE, io)).transpose()?;
         // It writes to the leaf.
         let local = (params.local_cache && !params.readonly).then(|| LocalCache::new(io));
-        let needed = mirror.is_some() || log.is_some() || local.is_some();
-        Ok(needed.then(|| Box::new(Filters { io: io.clone(), log, mirror, local })))
+        let needed = mirror.is_some() || standby.is_some() || log.is_some() || local.is_some();
+        Ok(needed.then(|| Box::new(Filters { io: io.clone(), log, mirror, standby, local })))
     }
 
     /// The images that serve now, where `chain` did at first.
     pub fn serving<'a>(&'a self, chain: &'a Chain) -> &'a Chain {
-        self.mirror.as_ref().and_then(Mirror::successor).unwrap_or(chain)
+        let standby = || self.standby.as_ref().and_then(Standby::successor);
+        self.mirror.as_ref().and_then(Mirror::successor).or_else(standby).unwrap_or(chain)
+    }
+
+    /// The image that has become the disk for good, where the one that was opened has not everything any more.
+    pub fn heir(&self) -> Option<&ImageSpec> {
+        self.mirror.as_ref().and_then(Mirror::heir)
     }
 
     /// Whether each write goes to two images.
-    pub fn is_mirroring(&self) -> bool {
+    fn is_mirroring(&self) -> bool {
         self.mirror.as_ref().is_some_and(Mirror::is_active)
+    }
+
+    /// Whether there is a second image, whose size is its own.
+    pub fn has_second(&self) -> bool {
+        self.is_mirroring() || self.standby.is_some()
     }
 
     /// As [`Disk::start`](super::Disk::start).
@@ -82,7 +106,7 @@ impl Filters {
         self.mirror.iter().for_each(Mirror::count_request);
         if direction == Direction::Write {
             let noted = self.log.as_ref().is_none_or(|log| log.has(sector, buf.len() as u64 / SECTOR_SIZE));
-            if self.is_mirroring() || self.local.is_some() || !noted {
+            if self.has_second() || self.local.is_some() || !noted {
                 return None;
             }
         }
@@ -109,9 +133,12 @@ impl Filters {
         let count = buf.len() as u64 / SECTOR_SIZE;
         self.note(sector, count).await;
         let _lock = self.keep_local_off(sector, count).await;
-        match &self.mirror {
-            Some(mirror) => mirror.write(chain, sector, buf).await,
-            None => chain.write(sector, buf, 0..buf.len()).await,
+        match (&self.mirror, &self.standby) {
+            (Some(mirror), _) => mirror.write(chain, sector, buf).await,
+            (None, Some(standby)) => {
+                standby.change(chain, count, async |to| to.write(sector, buf, 0..buf.len()).await).await
+            }
+            (None, None) => chain.write(sector, buf, 0..buf.len()).await,
         }
     }
 
@@ -125,9 +152,12 @@ impl Filters {
     ) -> Result<(), Errno> {
         self.note(sector, count).await;
         let _lock = self.keep_local_off(sector, count).await;
-        match &self.mirror {
-            Some(mirror) => mirror.discard(chain, sector, count, secure).await,
-            None => chain.discard(sector, count, secure).await,
+        match (&self.mirror, &self.standby) {
+            (Some(mirror), _) => mirror.discard(chain, sector, count, secure).await,
+            (None, Some(standby)) => {
+                standby.change(chain, 0, async |from| from.discard(sector, count, secure).await).await
+            }
+            (None, None) => chain.discard(sector, count, secure).await,
         }
     }
 
@@ -149,9 +179,10 @@ impl Filters {
         if let Some(log) = &self.log {
             log.flush(&self.io).await;
         }
-        match &self.mirror {
-            Some(mirror) => mirror.flush(chain).await,
-            None => chain.leaf.flush(&self.io).await,
+        match (&self.mirror, &self.standby) {
+            (Some(mirror), _) => mirror.flush(chain).await,
+            (None, Some(standby)) => standby.flush(chain, &self.io).await,
+            (None, None) => chain.leaf.flush(&self.io).await,
         }
     }
 
@@ -201,6 +232,9 @@ impl Filters {
         if let Some(mirror) = &self.mirror {
             mirror.close().await;
         }
+        if let Some(standby) = &self.standby {
+            standby.close(&self.io).await;
+        }
         if let Some(log) = &self.log {
             log.close(&self.io).await;
         }
@@ -210,6 +244,7 @@ impl Filters {
     pub fn stats(&self, sectors: u64) -> DiskStats {
         let mirror = self.mirror.as_ref().map(|mirror| mirror.stats(sectors));
         let local_cache = self.local.as_ref().map(LocalCache::stats);
-        DiskStats { mirror, local_cache, ..DiskStats::default() }
+        let standby = self.standby.as_ref().map(Standby::stats);
+        DiskStats { mirror, standby, local_cache, ..DiskStats::default() }
     }
 }

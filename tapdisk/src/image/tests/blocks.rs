@@ -13,7 +13,7 @@ const BLOCK: u32 = 4096;
 fn open_4kn(kind: ImageType, path: &Path, io: &Io) -> Disk {
     let file = ImageFile::open(path, Mode::Exclusive, true).unwrap().with_block_size(BLOCK);
     let images = open_over(file, &params(kind, path, false), io).unwrap();
-    Disk::new(images.chain, None, false, Common::new(images.sectors))
+    Disk::new(images.chain.into(), None, false, Common::new(images.sectors))
 }
 
 /// A data buffer that begins a sector behind a page, as a guest's may.

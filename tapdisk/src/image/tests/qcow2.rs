@@ -1,27 +1,13 @@
 //! qcow2 images.
 
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 
-use ::qcow::v2::{self, Backing, NewImage};
+use ::qcow::v2;
 use format::blocking::with_source;
 
 use super::*;
 
 const SECTORS: u64 = 4096;
-
-fn make_qcow2(path: &Path, cluster_bits: u32, backing: Option<(&Path, Option<&str>)>) {
-    let backing = backing.map(|(path, format)| Backing {
-        name: path.as_os_str().as_bytes().to_vec(),
-        format: format.map(str::to_owned),
-    });
-    let new = NewImage { cluster_bits, backing, ..NewImage::new(SECTORS) }.build().unwrap();
-    let file = std::fs::File::create(path).unwrap();
-    file.set_len(new.len).unwrap();
-    for write in &new.writes {
-        file.write_all_at(&write.bytes, write.offset).unwrap();
-    }
-}
 
 fn of_type(path: &Path) -> OpenParams {
     params(ImageType::Qcow2, path, false)
@@ -43,7 +29,7 @@ fn compare(engine: EngineChoice, cluster_bits: u32, over: bool, rounds: Vec<Vec<
         model = (0..SECTORS as usize * 512).map(|i| (i / 700 % 251) as u8).collect();
         std::fs::write(&base, &model).unwrap();
     }
-    make_qcow2(&leaf, cluster_bits, over.then_some((Path::new("base.raw"), Some("raw"))));
+    make_qcow2(&leaf, cluster_bits, over.then_some((Path::new("base.raw"), Some("raw"))), SECTORS);
     run_on(engine, move |io| async move {
         let count = rounds.len();
         for (number, round) in rounds.into_iter().enumerate() {
@@ -108,7 +94,7 @@ fn a_backing_file_is_opened_in_the_format_that_the_header_tells_and_in_no_other(
     let elsewhere = tempfile::NamedTempFile::new().unwrap();
     elsewhere.as_file().set_len(1 << 20).unwrap();
     let (middle, leaf) = (dir.path().join("middle"), dir.path().join("leaf"));
-    make_qcow2(&middle, 16, None);
+    make_qcow2(&middle, 16, None, SECTORS);
     std::fs::write(dir.path().join("raw"), vec![7; 1 << 20]).unwrap();
     run(move |io| async move {
         for (name, format, errno) in [
@@ -121,7 +107,7 @@ fn a_backing_file_is_opened_in_the_format_that_the_header_tells_and_in_no_other(
             (Path::new("raw"), Some("ssh"), Errno::ENOTSUP),
             (Path::new("leaf"), Some("qcow2"), Errno::ELOOP),
         ] {
-            make_qcow2(&leaf, 16, Some((name, format)));
+            make_qcow2(&leaf, 16, Some((name, format)), SECTORS);
             let before = std::fs::read(&leaf).unwrap();
             let error = open(&of_type(&leaf), &io).unwrap_err();
             assert_eq!(error.errno(), errno, "{error}");
@@ -129,7 +115,7 @@ fn a_backing_file_is_opened_in_the_format_that_the_header_tells_and_in_no_other(
         }
         for (name, format, byte) in [("middle", Some("qcow2"), 0), ("raw", Some("raw"), 7), ("raw", None, 7)]
         {
-            make_qcow2(&leaf, 16, Some((Path::new(name), format)));
+            make_qcow2(&leaf, 16, Some((Path::new(name), format)), SECTORS);
             let disk = open(&of_type(&leaf), &io).unwrap();
             assert!(read(&disk, &io, 5, 9).await.iter().all(|there| *there == byte), "{name}");
             disk.close().await.unwrap();
@@ -142,7 +128,7 @@ fn a_backing_file_is_opened_in_the_format_that_the_header_tells_and_in_no_other(
 fn a_disk_grows_while_it_is_in_use() {
     let dir = tempfile::tempdir().unwrap();
     let leaf = dir.path().join("leaf");
-    make_qcow2(&leaf, 9, None);
+    make_qcow2(&leaf, 9, None, SECTORS);
     run(move |io| async move {
         let disk = open(&of_type(&leaf), &io).unwrap();
         write(&disk, &io, 9, &[1; 512]).await.unwrap();
@@ -163,7 +149,7 @@ fn a_disk_grows_while_it_is_in_use() {
 fn a_dirty_image_is_put_right_before_it_is_written_and_read_as_it_is() {
     let dir = tempfile::tempdir().unwrap();
     let leaf = dir.path().join("leaf");
-    make_qcow2(&leaf, 16, None);
+    make_qcow2(&leaf, 16, None, SECTORS);
     let file = std::fs::File::options().write(true).open(&leaf).unwrap();
     // The dirty bit, and a reference count of 0 for the first cluster.
     file.write_all_at(&[1], 79).unwrap();

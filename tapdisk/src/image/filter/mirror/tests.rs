@@ -190,8 +190,11 @@ fn a_full_first_image_is_left_when_the_second_is_complete_and_not_before() {
         assert_eq!((judged, mirror(&disk).is_active()), (Err(Errno::ENOSPC), true));
         let guest = async {
             completed(&disk, &io).await;
+            assert_eq!(disk.heir(), None);
             let judged = mirror(&disk).judge("writing", 0..512, Err(Errno::ENOSPC), Ok(()));
             assert_eq!((judged, mirror(&disk).is_active()), (Ok(()), false));
+            let heir = disk.heir().expect("it is the disk from now on");
+            assert_eq!((heir.kind, Path::new(&heir.path)), (ImageType::Aio, &*second));
             write(&disk, &io, 8, &[3; 512]).await.unwrap();
             assert_eq!(read(&disk, &io, 7, 2).await, [[1; 512], [3; 512]].concat());
             disk.close().await.unwrap();

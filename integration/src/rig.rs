@@ -64,6 +64,8 @@ pub struct Rig {
     pub spawn_options: Vec<String>,
     /// More options of `tap-ctl open`.
     pub open_options: Vec<String>,
+    /// What `tap-ctl` finds on its standard input, such as a key.
+    pub input: Option<PathBuf>,
     /// What the kernel refuses to tapdisks, see [`refuse::VARIABLE`].
     pub refuse: String,
 }
@@ -106,6 +108,7 @@ impl Rig {
             xenio: None,
             spawn_options: Vec::new(),
             open_options: Vec::new(),
+            input: None,
             refuse: String::new(),
         };
         rig.start_xenio();
@@ -144,6 +147,17 @@ impl Rig {
         }
     }
 
+    /// The process id of the xenio that runs.
+    ///
+    /// # Panics
+    ///
+    /// If none does.
+    #[must_use]
+    pub fn xenio_pid(&self) -> i32 {
+        let xenio = self.xenio.as_ref().expect("xenio runs");
+        xenio.id().try_into().expect("a process id")
+    }
+
     /// What xenio has said so far.
     #[must_use]
     pub fn xenio_log(&self) -> String {
@@ -156,6 +170,9 @@ impl Rig {
         let mut command = self.command(&self.programs.tap_ctl);
         if !self.refuse.is_empty() {
             command.env(refuse::VARIABLE, &self.refuse);
+        }
+        if let Some(path) = &self.input {
+            command.stdin(std::fs::File::open(path).expect("the input of tap-ctl"));
         }
         let output = command.args(args).output().expect("tap-ctl-sim starts");
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end().to_owned();

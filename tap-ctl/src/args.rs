@@ -3,6 +3,7 @@
 //! Options are those of XenServer's tap-ctl, as its hotplug scripts and storage managers call it. What a tapdisk cannot do
 //! it refuses by name: to ignore an option would give the caller another disk than the one asked for.
 
+mod help;
 mod options;
 mod values;
 
@@ -12,6 +13,7 @@ use std::time::Duration;
 use self::options::Options;
 use crate::list::Filter;
 use crate::proto::{ImageSpec, LimitChange, Minor, OpenParams, Reopen};
+use crate::{metrics, top};
 
 /// What to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +54,12 @@ pub enum Command {
     Stats(Target, bool),
     /// `list`
     List(Filter),
+    /// `top`
+    Top(top::Options),
+    /// `metrics`, once or for whoever asks there
+    Metrics(Option<metrics::serve::Address>),
+    /// With `--json`: the same, and what it prints as JSON
+    Json(Box<Command>),
 }
 
 /// What to open.
@@ -92,13 +100,13 @@ macro_rules! opening {
 }
 
 /// Commands with their options, in the order of the help text.
-const COMMANDS: [(&str, &str); 16] = [
-    ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE]"),
-    ("allocate", ""),
+const COMMANDS: [(&str, &str); 18] = [
+    ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE] [--json]"),
+    ("allocate", "[--json]"),
     ("free", "-m MINOR"),
-    ("create", concat!(opening!(), " [--engine uring|pool|auto] [-d NAME ignored]")),
+    ("create", concat!(opening!(), " [--engine uring|pool|auto] [-d NAME ignored] [--json]")),
     ("destroy", "-p PID -m MINOR [-t SECONDS]"),
-    ("spawn", "[--engine uring|pool|auto]"),
+    ("spawn", "[--engine uring|pool|auto] [--json]"),
     ("attach", "-p PID -m MINOR"),
     ("detach", "-p PID -m MINOR"),
     ("open", concat!("-p PID -m MINOR ", opening!())),
@@ -113,15 +121,26 @@ const COMMANDS: [(&str, &str); 16] = [
     ("resize", "-p PID -m MINOR [-s MIB, without it the size that the storage has now]"),
     (
         "limit",
-        "-p PID -m MINOR [--iops N] [--bps N] [--burst-iops N] [--burst-bps N] (0: no limit; prints what holds then)",
+        "-p PID -m MINOR [--iops N] [--bps N] [--burst-iops N] [--burst-bps N] (0: no limit; prints what holds then) [--json]",
     ),
-    ("stats", "-p PID -m MINOR [--full]"),
+    ("stats", "-p PID -m MINOR [--full, or --json, for everything there is]"),
+    (
+        "top",
+        "[-p PID] [-m MINOR] [-d SECONDS between two tables] [-n TIMES] [-s device|iops|bytes|latency|queue|hits] \
+         [-b for scripts: one table after the other]",
+    ),
+    ("metrics", "[-l SOCKET or LOOPBACK-ADDRESS:PORT to serve Prometheus; without it, prints them once]"),
 ];
 
 /// The usage line of one command.
 pub fn usage_of(command: &str) -> String {
     let options = COMMANDS.iter().find(|(name, _)| *name == command).map_or("", |(_, options)| options);
     format!("usage: tap-ctl {command} {options}").trim_end().to_owned()
+}
+
+/// The usage line of one command, and what it is for.
+pub fn help_of(command: &str) -> String {
+    format!("{}\n{}\n", usage_of(command), help::about(command))
 }
 
 /// The usage of the program.

@@ -1,6 +1,7 @@
 //! `tap-ctl` as a library call, so that tests and simulations can use another runtime folder and another tapdisk.
 
 mod key;
+mod show;
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
@@ -9,15 +10,20 @@ use std::process::Child;
 use std::time::Duration;
 
 use self::key::with_key;
+use self::show::Form;
 use crate::args::{self, Command, Opening, Target};
 use crate::client::{self, Client, QUICK};
 use crate::dir::ControlDir;
 use crate::error::Error;
-use crate::list::{self, Filter};
+use crate::list::{self, Entry, Filter};
+use crate::metrics;
+use crate::metrics::serve::{Listener, serve};
 use crate::minors;
-use crate::proto::{LimitChange, Minor, OpenParams, Reopen, Reply, Request};
+use crate::proto::{LimitChange, Limits, Minor, OpenParams, Reopen, Reply, Request};
 use crate::spawn::spawn;
 use crate::stats;
+use crate::survey::survey;
+use crate::top;
 
 /// The folder of the tapdisk program; set `XENIO_LIBEXECDIR` at build time to move it.
 const LIBEXECDIR: &str = match option_env!("XENIO_LIBEXECDIR") {
@@ -82,7 +88,10 @@ pub fn run(args: &[OsString], config: &Config, streams: Streams<'_>) -> u8 {
     };
     let mut output = String::new();
     let mut notes = Vec::new();
-    let result = perform(&command, config, stdin, &mut output, &mut notes);
+    let result = match go_on(&command, config, stdout) {
+        Some(ended) => ended,
+        None => perform(&command, config, stdin, &mut output, &mut notes),
+    };
     for note in &notes {
         let _ = writeln!(stderr, "tap-ctl: {}", one_line(&note.to_string()));
     }
@@ -108,20 +117,24 @@ fn perform(
     notes: &mut Vec<Error>,
 ) -> Result<(), Failure> {
     let dir = &config.dir;
+    let (command, form) = match command {
+        Command::Json(inner) => (&**inner, Form::Json),
+        plain if config.terminal => (plain, Form::People),
+        plain => (plain, Form::Script),
+    };
     match command {
         Command::Help => output.push_str(&args::usage()),
-        Command::HelpOn(command) => *output = format!("{}\n", args::usage_of(command)),
+        Command::HelpOn(command) => *output = args::help_of(command),
         Command::Allocate => {
             let minor = minors::allocate(dir).map_err(because("allocate"))?;
-            *output = format!("{}\n", dir.marker(minor).display());
+            *output = form.minor(dir, minor);
         }
         Command::Free(minor) => {
             minors::free(dir, *minor).map_err(because(format!("free minor {minor}")))?;
         }
         Command::Spawn(engine) => {
             let child = spawn(dir, &config.tapdisk, *engine).map_err(because("spawn"))?;
-            let words = if config.terminal { "tapdisk spawned with pid " } else { "" };
-            *output = format!("{words}{}\n", child.id());
+            *output = form.tapdisk(child.id());
         }
         Command::Attach(target) => {
             let request = Request::Attach { minor: target.minor };
@@ -139,7 +152,9 @@ fn perform(
             let request = Request::Close { minor: target.minor };
             order(dir, *target, &request, *limit).map_err(because(with_target("close", *target)))?;
         }
-        Command::Create(opening, engine) => *output = create(config, opening, *engine, stdin)?,
+        Command::Create(opening, engine) => {
+            *output = form.minor(dir, create(config, opening, *engine, stdin)?);
+        }
         Command::Pause(target, limit) => {
             let request = Request::Pause { minor: target.minor };
             order(dir, *target, &request, *limit).map_err(because(with_target("pause", *target)))?;
@@ -152,7 +167,8 @@ fn perform(
             order(dir, *target, &request, None).map_err(because(with_target("snapshot", *target)))?;
         }
         Command::Limit(target, change) => {
-            *output = limit(dir, *target, *change).map_err(because(with_target("limit", *target)))?;
+            let limits = limit(dir, *target, *change).map_err(because(with_target("limit", *target)))?;
+            *output = form.limits(limits);
         }
         Command::Stats(target, full) => {
             *output = statistics(dir, *target, *full).map_err(because(with_target("stats", *target)))?;
@@ -161,7 +177,10 @@ fn perform(
             resize(dir, *target, *size).map_err(because(with_target("resize", *target)))?;
         }
         Command::Destroy(target, limit) => destroy(dir, *target, *limit)?,
-        Command::List(filter) => *output = listing(config, filter, notes)?,
+        Command::List(filter) => *output = form.entries(&listing(dir, filter, notes)?),
+        Command::Metrics(None) => *output = metrics_once(dir, notes)?,
+        // Carried out by who calls us, as they have no end.
+        Command::Top(_) | Command::Metrics(Some(_)) | Command::Json(_) => {}
     }
     Ok(())
 }
@@ -196,10 +215,10 @@ fn unpause(dir: &ControlDir, target: Target, change: &Reopen) -> Result<(), Erro
     }
 }
 
-fn limit(dir: &ControlDir, target: Target, change: LimitChange) -> Result<String, Error> {
+fn limit(dir: &ControlDir, target: Target, change: LimitChange) -> Result<Limits, Error> {
     let request = Request::Limit { minor: target.minor, change };
     match client::call(dir, target.pid, &request, Some(QUICK))? {
-        Reply::Limits(limits) => Ok(format!("{limits}\n")),
+        Reply::Limits(limits) => Ok(limits),
         _ => Err(Error::Unexpected { pid: target.pid }),
     }
 }
@@ -228,12 +247,12 @@ fn create(
     opening: &Opening,
     engine: Option<&str>,
     stdin: &mut dyn Read,
-) -> Result<String, Failure> {
+) -> Result<Minor, Failure> {
     let what = || format!("create {}", opening.params.image);
     let params = with_key(opening, stdin).map_err(because(what()))?;
     let minor = minors::allocate(&config.dir).map_err(because(what()))?;
     match serve_new(config, minor, &params, engine) {
-        Ok(()) => Ok(format!("{}\n", config.dir.marker(minor).display())),
+        Ok(()) => Ok(minor),
         Err(error) => {
             // The first failure is the one to tell.
             if let Err(error) = minors::free(&config.dir, minor) {
@@ -285,11 +304,31 @@ fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<
     minors::free(dir, target.minor).map_err(because(with_target("destroy", target)))
 }
 
-fn listing(config: &Config, filter: &Filter, notes: &mut Vec<Error>) -> Result<String, Failure> {
-    let (entries, problems) = list::gather(&config.dir, filter).map_err(because("list"))?;
+fn listing(dir: &ControlDir, filter: &Filter, notes: &mut Vec<Error>) -> Result<Vec<Entry>, Failure> {
+    let (entries, problems) = list::gather(dir, filter).map_err(because("list"))?;
     notes.extend(problems);
-    let line = if config.terminal { list::people_line } else { list::script_line };
-    Ok(entries.iter().map(|entry| line(entry) + "\n").collect())
+    Ok(entries)
+}
+
+fn metrics_once(dir: &ControlDir, notes: &mut Vec<Error>) -> Result<String, Failure> {
+    let mut survey = survey(dir, &Filter::default()).map_err(because("metrics"))?;
+    let text = metrics::text(&survey);
+    notes.append(&mut survey.problems);
+    Ok(text)
+}
+
+/// The commands that go on until they are ended; `None`: it is another one.
+fn go_on(command: &Command, config: &Config, stdout: &mut dyn Write) -> Option<Result<(), Failure>> {
+    let Config { dir, terminal, .. } = config;
+    match command {
+        Command::Top(options) => Some(top::run(dir, options, *terminal, stdout).map_err(because("top"))),
+        Command::Metrics(Some(address)) => {
+            let served = Listener::bind(address).and_then(|listener| serve(&listener, dir));
+            let failed = |source| Error::File { action: "serve metrics on", path: address.into(), source };
+            Some(served.map_err(failed).map_err(because("metrics")))
+        }
+        _ => None,
+    }
 }
 
 /// Control characters, which a path or a peer may contain, made visible.

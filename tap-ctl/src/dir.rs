@@ -5,6 +5,8 @@
 //! | `ctl<pid>` | control socket of a tapdisk |
 //! | `nbd<pid>.<minor>` | names a VBD in `physical-device-path` |
 //! | `tapdisk/tapdisk-<minor>` | marker: the minor is allocated; locked (flock) while a tapdisk serves it |
+//!
+//! What frontends have done is not there but in `/dev/shm/td3-<pid>`, where xentop looks for it.
 
 use std::fs::DirBuilder;
 use std::io;
@@ -13,22 +15,27 @@ use std::path::{Path, PathBuf};
 
 use crate::proto::Minor;
 
-/// Where sockets and markers are.
+/// How the name of a folder of statistics begins.
+const STATISTICS: &str = "td3-";
+
+/// Where sockets, markers and statistics are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlDir {
     root: PathBuf,
+    statistics: PathBuf,
 }
 
 impl Default for ControlDir {
     fn default() -> ControlDir {
-        ControlDir::at("/run/blktap-control")
+        ControlDir { root: "/run/blktap-control".into(), statistics: "/dev/shm".into() }
     }
 }
 
 impl ControlDir {
-    /// A runtime folder elsewhere.
+    /// A runtime folder elsewhere, with the statistics in its folder `shm`.
     pub fn at(root: impl Into<PathBuf>) -> ControlDir {
-        ControlDir { root: root.into() }
+        let root = root.into();
+        ControlDir { statistics: root.join("shm"), root }
     }
 
     /// The folder itself.
@@ -39,6 +46,22 @@ impl ControlDir {
     /// The control socket of the tapdisk `pid`.
     pub fn control_socket(&self, pid: i32) -> PathBuf {
         self.root.join(format!("ctl{pid}"))
+    }
+
+    /// The folder of all tapdisks' folders of statistics.
+    pub fn all_statistics(&self) -> &Path {
+        &self.statistics
+    }
+
+    /// The folder of the statistics of the tapdisk `pid`.
+    pub fn statistics(&self, pid: u32) -> PathBuf {
+        self.statistics.join(format!("{STATISTICS}{pid}"))
+    }
+
+    /// Reads the name of a folder made by [`ControlDir::statistics`] back. `None` for any other name.
+    pub fn parse_statistics(name: &str) -> Option<u32> {
+        let pid = name.strip_prefix(STATISTICS)?;
+        pid.bytes().all(|byte| byte.is_ascii_digit()).then(|| pid.parse().ok())?
     }
 
     /// The path that names a VBD to libxl and xenio (`physical-device-path`).

@@ -10,6 +10,9 @@
 //! | [`spawn`] | starting a tapdisk |
 //! | [`list`] | what is there |
 //! | [`stats`] | statistics as text |
+//! | [`survey`] | the statistics of all disks |
+//! | [`metrics`] | the same for Prometheus |
+//! | [`top`] | the same as a table that renews itself |
 //! | [`args`], [`cli`] | the command line: read, carried out |
 //! | [`logging`] | where xenio and tapdisk log to |
 
@@ -23,12 +26,15 @@ mod error;
 pub mod frame;
 pub mod list;
 pub mod logging;
+pub mod metrics;
 pub mod minors;
 pub mod proto;
 pub mod spawn;
 pub mod stats;
+pub mod survey;
 #[cfg(test)]
 mod testing;
+pub mod top;
 
 pub use dir::ControlDir;
 pub use error::Error;

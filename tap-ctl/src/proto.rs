@@ -10,6 +10,7 @@
 
 mod disk;
 mod image;
+pub mod latency;
 mod limits;
 mod minor;
 mod open;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use disk::{Discard, DiskInfo, VbdEntry};
 pub use image::{ImageSpec, ImageSpecError, ImageType, null_size};
+pub use latency::{Histogram, Latencies};
 pub use limits::{LimitChange, LimitError, Limits};
 pub use minor::{Minor, MinorError};
 pub use open::{Key, OpenParams, Reopen, Secondary};

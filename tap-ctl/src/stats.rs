@@ -6,7 +6,7 @@
 
 use serde_json::{Value, json};
 
-use crate::proto::{ImageStats, ImageType, ReadWrite, RingStats, Stats};
+use crate::proto::{Histogram, ImageStats, ImageType, ReadWrite, RingStats, Stats, latency};
 
 /// Requests in flight of one image at most; what XenServer's tapdisk says for its drivers.
 const MAX_REQUESTS: u64 = 352;
@@ -38,7 +38,31 @@ pub fn xenserver(stats: &Stats) -> String {
 
 /// One line of JSON with everything there is.
 pub fn full(stats: &Stats) -> String {
-    serde_json::to_value(stats).unwrap_or_default().to_string()
+    full_value(stats).to_string()
+}
+
+/// The same, to be part of something larger.
+pub fn full_value(stats: &Stats) -> Value {
+    let mut value = serde_json::to_value(stats).unwrap_or_default();
+    let times = stats.latency.named().map(|(name, histogram)| (name.to_owned(), times(histogram)));
+    value["latency"] = Value::Object(times.into_iter().collect());
+    value
+}
+
+/// In microseconds; `buckets` are pairs of a bucket's end and how many requests took less, but no less than the bucket before.
+fn times(histogram: &Histogram) -> Value {
+    let buckets = histogram.counts.iter().enumerate().filter(|(_, count)| **count > 0);
+    json!({
+        "count": histogram.count(),
+        "mean_us": histogram.mean(),
+        "p50_us": histogram.quantile(500),
+        "p90_us": histogram.quantile(900),
+        "p99_us": histogram.quantile(990),
+        "p999_us": histogram.quantile(999),
+        "max_us": histogram.max_us,
+        "sum_us": histogram.sum_us,
+        "buckets": buckets.map(|(index, count)| (latency::beyond(index), count)).collect::<Vec<_>>(),
+    })
 }
 
 fn image(stats: &ImageStats, depth: usize, outstanding: u64) -> String {
@@ -93,34 +117,8 @@ fn text(text: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::{CacheStats, DiskStats, Limits, MirrorStats, RingEntry, StandbyStats};
-
-    fn stats() -> Stats {
-        let image = |text: &str, read, write| ImageStats {
-            image: text.parse().unwrap(),
-            hits: ReadWrite { read, write },
-            fail: ReadWrite::default(),
-        };
-        Stats {
-            image: "vhd:/a \"b".parse().unwrap(),
-            paused: false,
-            sectors: ReadWrite { read: 24, write: 8 },
-            requests: ReadWrite { read: 3, write: 1 },
-            outstanding: 2,
-            held: 0,
-            oldest_ms: Some(5),
-            throttled: 0,
-            limit: Limits::default(),
-            rings: Vec::new(),
-            disk: DiskStats {
-                images: vec![image("vhd:/a \"b", 8, 8), image("aio:/p", 16, 0)],
-                mirror: None,
-                standby: None,
-                local_cache: None,
-                cache: None,
-            },
-        }
-    }
+    use crate::proto::{CacheStats, MirrorStats, RingEntry, StandbyStats};
+    use crate::testing::some_stats;
 
     #[test]
     fn the_storage_manager_finds_the_names_it_knows() {
@@ -132,13 +130,13 @@ mod tests {
             r#""status": { "reqs": { "max": 352, "pending": 0 } } } } ], "FIXME_enospc_redirect_count": 0, "#,
             r#""nbd_mirror_failed": 0, "reqs_outstanding": 2, "read_caching": "false" }"#,
         );
-        assert_eq!(xenserver(&stats()), expected);
+        assert_eq!(xenserver(&some_stats()), expected);
         serde_json::from_str::<Value>(expected).unwrap();
     }
 
     #[test]
     fn frontends_mirrors_and_caches_have_their_places() {
-        let mut stats = stats();
+        let mut stats = some_stats();
         let ring = RingStats {
             entry: RingEntry { domid: 7, vdev: 51712 },
             queues: 2,
@@ -161,5 +159,12 @@ mod tests {
         assert_eq!(value["FIXME_enospc_redirect_count"], json!(8));
         let value: Value = serde_json::from_str(&full(&stats)).unwrap();
         assert_eq!(value["disk"]["mirror"]["failed"], json!("gone"));
+        let read = &value["latency"]["read"];
+        assert_eq!(
+            (&read["count"], &read["mean_us"], &read["max_us"]),
+            (&json!(3), &json!(1100), &json!(3000))
+        );
+        assert_eq!(read["buckets"], json!([[112, 1], [224, 1], [3072, 1]]));
+        assert_eq!(value["latency"]["flush"]["p99_us"], Value::Null);
     }
 }

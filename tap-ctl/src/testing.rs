@@ -1,4 +1,5 @@
-//! A stand-in for a tapdisk: a thread that speaks the control protocol from a script. Only for this crate's tests.
+//! A stand-in for a tapdisk: a thread that speaks the control protocol from a script; and statistics to tell. Only for this
+//! crate's tests.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -7,7 +8,8 @@ use std::thread;
 
 use crate::dir::ControlDir;
 use crate::frame;
-use crate::proto::{Reply, Request};
+use crate::proto::latency::{BUCKETS, bucket};
+use crate::proto::{DiskStats, Histogram, ImageStats, Latencies, Limits, ReadWrite, Reply, Request, Stats};
 
 /// What the stand-in does with requests.
 pub(crate) enum Script {
@@ -82,5 +84,38 @@ fn converse(stream: UnixStream, script: &mut Script, record: &Mutex<Vec<Request>
         if writer.write_all(&frame::encode(&reply).unwrap()).is_err() {
             return None;
         }
+    }
+}
+
+/// The statistics of a disk with an image over another, of which three reads took 100, 200 and 3000 µs.
+pub(crate) fn some_stats() -> Stats {
+    let image = |text: &str, read, write| ImageStats {
+        image: text.parse().unwrap(),
+        hits: ReadWrite { read, write },
+        fail: ReadWrite::default(),
+    };
+    let mut read = Histogram { counts: vec![0; BUCKETS], sum_us: 3300, max_us: 3000 };
+    for time in [100, 200, 3000] {
+        read.counts[bucket(time)] += 1;
+    }
+    Stats {
+        image: "vhd:/a \"b".parse().unwrap(),
+        paused: false,
+        sectors: ReadWrite { read: 24, write: 8 },
+        requests: ReadWrite { read: 3, write: 1 },
+        latency: Latencies { read, ..Latencies::default() },
+        outstanding: 2,
+        held: 0,
+        oldest_ms: Some(5),
+        throttled: 0,
+        limit: Limits::default(),
+        rings: Vec::new(),
+        disk: DiskStats {
+            images: vec![image("vhd:/a \"b", 8, 8), image("aio:/p", 16, 0)],
+            mirror: None,
+            standby: None,
+            local_cache: None,
+            cache: None,
+        },
     }
 }

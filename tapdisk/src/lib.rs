@@ -19,9 +19,10 @@
 //! | [`executor`], [`sync`] | tasks and waiting |
 //! | [`alone`] | the same without rings, for tools |
 //! | [`xen`] | real devices or simulated ones |
+//! | [`xentop`] | what frontends have done, where xentop looks |
 //!
-//! Unsafe code is in `buf`, `copier`, `image::store`, `reactor::{uring, pool}` and `worker::mapped` only; each begins with
-//! its invariants.
+//! Unsafe code is in `buf`, `copier`, `image::store`, `reactor::{uring, pool}` `words` and `worker::mapped` only; each begins
+//! with its invariants.
 
 pub mod alone;
 pub mod buf;
@@ -37,5 +38,7 @@ pub mod server;
 mod socket;
 pub mod sync;
 pub mod vbd;
+mod words;
 pub mod worker;
 pub mod xen;
+pub mod xentop;

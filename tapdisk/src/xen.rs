@@ -1,9 +1,11 @@
 //! Which hypervisor: the real devices, or a simulation in the tests.
 
 use std::io;
+use std::path::PathBuf;
 
 use evtchn::EventChannel;
 use gntdev::Grants;
+use tap_ctl::ControlDir;
 
 /// Opens the two devices; each worker thread has its own.
 pub trait Xen: Clone + Send + 'static {
@@ -16,6 +18,8 @@ pub trait Xen: Clone + Send + 'static {
     fn open_grants(&self) -> io::Result<Self::Grants>;
     /// Opens the event channel device.
     fn open_events(&self) -> io::Result<Self::Events>;
+    /// The folder where xentop looks for this process's statistics.
+    fn statistics(&self) -> PathBuf;
 }
 
 /// `/dev/xen/gntdev` and `/dev/xen/evtchn`.
@@ -32,5 +36,9 @@ impl Xen for DeviceXen {
 
     fn open_events(&self) -> io::Result<Self::Events> {
         evtchn::device::EvtchnDev::open()
+    }
+
+    fn statistics(&self) -> PathBuf {
+        ControlDir::default().statistics(std::process::id())
     }
 }

@@ -14,6 +14,7 @@ use crate::connect::{self, Terms};
 use crate::device::{Device, Pending};
 use crate::features::{self, Disk, Offer};
 use crate::input::{self, Backend};
+use crate::leftovers;
 use crate::machine::{Action, Frontend, Own, Phase, View, decide};
 use crate::paths::{self, DeviceId, Paths};
 use crate::problem::Problem;
@@ -36,6 +37,8 @@ pub struct Control {
     devices: BTreeMap<DeviceId, Device>,
     tickets: HashMap<Ticket, DeviceId>,
     generation: u64,
+    /// A request could not be sent for want of descriptors or memory.
+    scarce: bool,
 }
 
 /// A device as it was just seen.
@@ -54,6 +57,8 @@ pub enum Rest {
     Yes,
     /// It wants another turn.
     No,
+    /// It wants another turn when the host may have more to give.
+    Later,
 }
 
 impl Control {
@@ -69,6 +74,7 @@ impl Control {
             devices: BTreeMap::new(),
             tickets: HashMap::new(),
             generation: 0,
+            scarce: false,
         }
     }
 
@@ -88,7 +94,25 @@ impl Control {
             // the daemon's memory, and its guest goes on using it.
             device.unconfirmed = true;
         }
-        store.watch(self.paths.root(), "backend")
+        store.watch(self.paths.root(), "backend")?;
+        self.sweep_errors(store)
+    }
+
+    /// Removes the error messages of devices that went while nobody was there to see it.
+    fn sweep_errors(&self, store: &mut Client) -> Result<(), Error> {
+        let root = self.paths.errors();
+        for domid in children(store, &root)?.iter().filter_map(|name| paths::domid(name)) {
+            for vdev in
+                children(store, &format!("{root}/{domid}"))?.iter().filter_map(|name| paths::vdev(name))
+            {
+                let id = DeviceId { domid, vdev };
+                let state = format!("{}/{}", self.paths.device(id), keys::STATE);
+                if input::optional(store, TxId::NONE, state)?.is_none() {
+                    remove_error(store, &self.paths.error(id))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The devices there may be: those known and those with a directory; of one domain, or of all.
@@ -177,6 +201,7 @@ impl Control {
     /// A tapdisk is gone: so are all its rings and disks.
     fn bury(&mut self, pid: i32, reason: &LinkError) -> Vec<DeviceId> {
         self.heard.retain(|(teller, _), _| *teller != pid);
+        leftovers::remove(&self.dir, pid.cast_unsigned());
         let problem = Problem::new(Errno::ENXIO, reason.to_string());
         let served = |device: &&mut Device| device.vbd().is_some_and(|vbd| vbd.pid == pid);
         let mut touched = Vec::new();
@@ -202,6 +227,9 @@ impl Control {
                 return Ok(Rest::Yes);
             };
             self.act(store, id, &look, action)?;
+            if std::mem::take(&mut self.scarce) {
+                return Ok(Rest::Later);
+            }
         }
         Ok(Rest::No)
     }
@@ -210,6 +238,11 @@ impl Control {
     fn look(&mut self, store: &mut Client, id: DeviceId) -> Result<Option<Look>, Error> {
         let backend = input::backend(store, &self.paths.device(id), id, &self.dir)?;
         let offer = self.offer;
+        if backend.own == Own::Absent && !self.knows(id) {
+            // It went before this xenio had looked at it; the sweep at the beginning may have found it there still.
+            remove_error(store, &self.paths.error(id))?;
+            return Ok(None);
+        }
         let Some(device) = self.device(id, &backend) else {
             return Ok(None);
         };
@@ -420,6 +453,12 @@ impl Control {
                 device.sent(ticket, pending);
                 self.tickets.insert(ticket, id);
             }
+            Err(reason) if reason.is_scarcity() => {
+                if device.chatter.take(Instant::now()).is_ok() {
+                    log::warn!("device {id}: {reason}; trying again");
+                }
+                self.scarce = true;
+            }
             Err(reason) => {
                 log::info!("device {id}: {reason}");
                 device.died(vbd.pid, Problem::new(Errno::ENXIO, reason.to_string()));
@@ -450,9 +489,7 @@ impl Control {
                 store.unwatch(input::frontend_key(path, keys::STATE), token(id, device.generation)),
             )?;
         }
-        if device.reported {
-            remove_error(store, &self.paths.error(id))?;
-        }
+        remove_error(store, &self.paths.error(id))?;
         self.devices.remove(&id);
         self.tickets.retain(|_, owner| *owner != id);
         let devices = &self.devices;
@@ -503,8 +540,11 @@ fn ignore_missing(result: Result<(), Error>) -> Result<(), Error> {
     }
 }
 
-/// Removes an error message, and the domain's directory above it if it was the last one in there.
+/// Removes an error message if there is one, and the domain's directory above it if it was the last one in there.
 fn remove_error(store: &mut Client, dir: &str) -> Result<(), Error> {
+    if input::optional(store, TxId::NONE, format!("{dir}/error"))?.is_none() {
+        return Ok(());
+    }
     ignore_missing(store.rm(TxId::NONE, dir))?;
     let Some((parent, _)) = dir.rsplit_once('/') else { return Ok(()) };
     if children(store, parent)?.is_empty() {

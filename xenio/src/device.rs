@@ -60,8 +60,6 @@ pub struct Device {
     pub chatter: Bucket,
     /// The state that was last written for it.
     pub written: Option<Phase>,
-    /// An `error` node of ours may exist.
-    pub reported: bool,
     seen: bool,
     vbd: Option<Vbd>,
     disk: Disk,
@@ -88,7 +86,6 @@ impl Device {
             unconfirmed: false,
             chatter: Bucket::new(Duration::from_secs(1), 10, now),
             written: None,
-            reported: false,
             seen: false,
             vbd: None,
             disk: Disk::Unnamed,
@@ -269,7 +266,6 @@ impl Device {
     pub fn failed(&mut self) {
         self.failed = true;
         self.problem = None;
-        self.reported = true;
     }
 
     /// The tapdisk tells how the disk is now. Returns whether it has grown.
@@ -278,8 +274,10 @@ impl Device {
     /// older news that another connection has overtaken.
     pub fn told(&mut self, news: &News) -> bool {
         if matches!(self.disk, Disk::Lost(_)) && news.failed.is_none() {
-            // Opened, or closed after its failure and opened anew: worth asking when the guest comes back.
+            // Opened, or closed after its failure and opened anew: worth asking when the guest comes back, and if it is back
+            // already, worth its second attempt.
             self.disk = Disk::New;
+            self.failed = false;
         }
         let Disk::Ready(known) = &mut self.disk else { return false };
         let grown = news.info.sectors > known.sectors;

@@ -12,6 +12,7 @@
 //! | [`publish`] | act: guarded writes to the backend's directory |
 //! | [`features`] | what is published |
 //! | [`tapdisk`] | act: control connections that never block |
+//! | [`leftovers`] | statistics of tapdisks that have crashed |
 //! | [`limit`] | how much work a guest may cause |
 //! | [`notify`] | telling systemd how we are |
 //! | [`paths`], [`problem`] | names and reasons |
@@ -28,6 +29,7 @@ pub mod daemon;
 pub mod device;
 pub mod features;
 pub mod input;
+pub mod leftovers;
 pub mod limit;
 pub mod machine;
 pub mod notify;

@@ -86,9 +86,14 @@ impl Paths {
         format!("{}/{id}", self.root)
     }
 
+    /// The directory of all devices' error messages.
+    pub fn errors(&self) -> String {
+        format!("error/{}", self.root)
+    }
+
     /// The directory of a device's error message, as Linux names it (`error/<node name>`).
     pub fn error(&self, id: DeviceId) -> String {
-        format!("error/{}/{id}", self.root)
+        format!("{}/{id}", self.errors())
     }
 
     /// What an event with this path is about.

@@ -90,4 +90,8 @@ impl Xen for SimHost {
     fn open_events(&self) -> io::Result<SimEvents> {
         SimEvents::open(&self.xen(), BACKEND)
     }
+
+    fn statistics(&self) -> PathBuf {
+        self.control().statistics(std::process::id())
+    }
 }

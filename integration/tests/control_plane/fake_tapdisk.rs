@@ -34,6 +34,16 @@ struct State {
     follows: usize,
     /// Of a release that knows nothing of following.
     old: bool,
+    strike: Option<Strike>,
+}
+
+/// What happens instead of an answer.
+struct Strike {
+    /// After so many more requests.
+    left: usize,
+    /// The request is carried out all the same.
+    carried_out: bool,
+    act: Box<dyn FnOnce() + Send>,
 }
 
 impl State {
@@ -131,6 +141,25 @@ impl FakeTapdisk {
                 let _ = stream.shutdown(Shutdown::Both);
             }
         });
+    }
+
+    /// Does `act` instead of answering the `nth` request from now on (1: the next one), which is carried out or is not.
+    pub fn strike(&self, nth: usize, carried_out: bool, act: impl FnOnce() + Send + 'static) {
+        let act = Box::new(act);
+        self.with(|state| state.strike = Some(Strike { left: nth - 1, carried_out, act }));
+    }
+
+    /// Whether the strike that was asked for is still to come.
+    pub fn is_unstruck(&self) -> bool {
+        self.with(|state| state.strike.is_some())
+    }
+
+    /// Waits for these rings to be served, but no longer than `timeout`; tells whether they are.
+    pub fn serves(&self, rings: &[RingParams], timeout: Duration) -> bool {
+        let differ = |state: &mut State| !state.rings.iter().map(|(_, ring)| ring).eq(rings);
+        let state = self.shared.0.lock().unwrap();
+        let (_state, waited) = self.shared.1.wait_timeout_while(state, timeout, differ).unwrap();
+        !waited.timed_out()
     }
 
     /// Refuses to be followed from now on, as an earlier release does.
@@ -234,9 +263,19 @@ fn converse(stream: &UnixStream, shared: &(Mutex<State>, Condvar)) {
         if state.dead {
             return;
         }
-        let reply = answer(&mut state, request);
+        let struck = state.strike.take_if(|strike| strike.left == 0);
+        if let Some(strike) = &mut state.strike {
+            strike.left -= 1;
+        }
+        let was_struck = struck.is_some();
+        let reply =
+            struck.as_ref().is_none_or(|strike| strike.carried_out).then(|| answer(&mut state, request));
         drop(state);
         shared.1.notify_all();
+        if let Some(strike) = struck {
+            (strike.act)();
+        }
+        let Some(reply) = reply.filter(|_| !was_struck) else { continue };
         let mut writer = stream;
         if writer.write_all(&frame::encode(&reply).unwrap()).is_err() {
             return;

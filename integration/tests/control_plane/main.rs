@@ -7,6 +7,7 @@
 mod fake_tapdisk;
 mod features;
 mod hostile;
+mod kill_points;
 mod lifecycle;
 mod news;
 mod publishing;

@@ -3,6 +3,7 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -51,7 +52,7 @@ impl Disk {
 }
 
 pub struct Rig {
-    pub store: SimStore,
+    pub store: Arc<SimStore>,
     pub tapdisk: FakeTapdisk,
     pub dir: ControlDir,
     /// What the next xenio offers.
@@ -77,7 +78,7 @@ impl Rig {
 
     pub fn without_xenio() -> Rig {
         let folder = tempfile::tempdir().unwrap();
-        let store = SimStore::start(folder.path());
+        let store = Arc::new(SimStore::start(folder.path()));
         let dir = ControlDir::at(folder.path().join("ctl"));
         let tapdisk = FakeTapdisk::start(&dir, PID);
         tapdisk.open(0, disk());

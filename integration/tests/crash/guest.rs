@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::process::Command;
 
 use blkif::{DomId, Sector};
-use format::testing::{Allowed, History, Job, Random, Size, Subject, crash_states, jobs};
+use format::testing::{Allowed, History, Job, Memory, Op, Parent, Random, Size, Subject, crash_states, jobs};
 use integration::programs;
 use integration::rig::{PATIENCE, Rig};
 use integration::sim::frontend::{Frontend, Io, Shape};
@@ -13,8 +13,8 @@ use vhd::DiskType;
 use crate::recorder::Recorder;
 use crate::{qcow_support, qcow2_support, skipped, vhd_support, vmdk_support};
 
-const SECTORS: u64 = 2048;
-const XVDA: u32 = 51712;
+pub const SECTORS: u64 = 2048;
+pub const XVDA: u32 = 51712;
 
 /// `BLKIF_OP_DISCARD` of Xen's `io/blkif.h`.
 const DISCARD: u8 = 5;
@@ -22,10 +22,19 @@ const DISCARD: u8 = 5;
 /// Batches of requests of a guest.
 const BATCHES: usize = 24;
 
-/// Records a guest's use of a new image. `kind` is what tapdisk calls the format.
-fn record<S: Subject>(subject: &S, kind: &str, random: &mut Random) -> History {
+/// A host whose tapdisks can be traced.
+pub fn rig() -> Rig {
     let mut rig = Rig::start(programs!());
     rig.spawn_options = vec!["--engine".into(), "pool".into()];
+    rig
+}
+
+/// Records a guest's use of a new image. `kind` is what tapdisk calls the format.
+fn record<S: Subject>(subject: &S, kind: &str, random: &mut Random) -> History {
+    record_on(&rig(), subject, kind, random)
+}
+
+fn record_on<S: Subject>(rig: &Rig, subject: &S, kind: &str, random: &mut Random) -> History {
     let start = subject.create(SECTORS, 1, None);
     let path = rig.path(kind);
     std::fs::write(&path, &start.bytes).unwrap();
@@ -35,34 +44,66 @@ fn record<S: Subject>(subject: &S, kind: &str, random: &mut Random) -> History {
     let mut frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(1))).unwrap();
     rig.connect(&device, &frontend);
 
-    let size = Size { sectors: SECTORS, longest: 80, ..Size::small() };
-    let mut allowed = Allowed::exactly(&contents(&mut frontend));
-    let mut moments = vec![(0, allowed.clone())];
-    let mut value = 0;
-    for _ in 0..BATCHES {
-        if random.once_in(3) {
-            frontend.flush().unwrap();
-            allowed = Allowed::exactly(&contents(&mut frontend));
-        } else {
-            let jobs = jobs(&size, SECTORS, &mut value, random);
-            // From now on the new contents may appear.
-            allowed.allow(&jobs);
-            moments.push((recorder.moment(), allowed.clone()));
-            carry_out(&mut frontend, &jobs);
-        }
-        moments.push((recorder.moment(), allowed.clone()));
-    }
+    let allowed = Allowed::exactly(&contents(&mut frontend));
+    let mut guest = Use { allowed: allowed.clone(), moments: vec![(0, allowed)], value: 0 };
+    guest.go_on(&mut frontend, &recorder, BATCHES, random);
     rig.ask_to_close(&device);
     rig.close_frontend(&device);
     rig.finish_removal(&device);
     let (start, log) = recorder.stop();
-    let index = |moment| log.partition_point(|(at, _)| *at <= moment);
-    let allowed = moments.into_iter().map(|(moment, allowed)| (index(moment), allowed)).collect();
-    History { start, parents: Vec::new(), log: log.into_iter().map(|(_, op)| op).collect(), allowed }
+    guest.history(start, Vec::new(), log)
+}
+
+/// What a guest has done so far.
+pub struct Use {
+    /// What the disk may hold now if the machine stops.
+    pub allowed: Allowed,
+    /// What it could hold from some moments of the recording on.
+    pub moments: Vec<(u64, Allowed)>,
+    /// The last value that was written.
+    pub value: u8,
+}
+
+impl Use {
+    /// The guest sends so many batches of requests.
+    pub fn go_on(
+        &mut self,
+        frontend: &mut Frontend,
+        recorder: &Recorder,
+        batches: usize,
+        random: &mut Random,
+    ) {
+        for _ in 0..batches {
+            if random.once_in(3) {
+                frontend.flush().unwrap();
+                self.allowed = Allowed::exactly(&contents(frontend));
+            } else {
+                let jobs = self.next_jobs(recorder, random);
+                carry_out(frontend, &jobs);
+            }
+            self.moments.push((recorder.moment(), self.allowed.clone()));
+        }
+    }
+
+    /// What the guest is going to do: from now on the new contents may appear.
+    pub fn next_jobs(&mut self, recorder: &Recorder, random: &mut Random) -> Vec<Job> {
+        let size = Size { sectors: SECTORS, longest: 80, ..Size::small() };
+        let jobs = jobs(&size, SECTORS, &mut self.value, random);
+        self.allowed.allow(&jobs);
+        self.moments.push((recorder.moment(), self.allowed.clone()));
+        jobs
+    }
+
+    /// The whole of it, by what was recorded of the image.
+    pub fn history(self, start: Memory, parents: Vec<Parent>, log: Vec<(u64, Op)>) -> History {
+        let index = |moment| log.partition_point(|(at, _)| *at <= moment);
+        let allowed = self.moments.into_iter().map(|(moment, allowed)| (index(moment), allowed)).collect();
+        History { start, parents, log: log.into_iter().map(|(_, op)| op).collect(), allowed }
+    }
 }
 
 /// All at once, as far as a request takes them.
-fn carry_out(frontend: &mut Frontend, jobs: &[Job]) {
+pub fn carry_out(frontend: &mut Frontend, jobs: &[Job]) {
     let most = frontend.shape().max_transfer();
     let mut sent = 0;
     for job in jobs {
@@ -100,7 +141,7 @@ fn settle(frontend: &mut Frontend, count: usize) {
     assert!(answers.iter().all(|answer| fine(answer.op, answer.is_okay())), "{answers:?}");
 }
 
-fn contents(frontend: &mut Frontend) -> Vec<u8> {
+pub fn contents(frontend: &mut Frontend) -> Vec<u8> {
     let most = frontend.shape().max_transfer();
     let starts = (0..SECTORS).step_by(most / 512);
     let read = |at| {
@@ -118,6 +159,21 @@ fn a_guest_on_a_vhd() {
     let mut random = Random::new(1);
     let shape = vhd_support::Shape { kind: DiskType::Dynamic, block_size: 1 << 16, ..Default::default() };
     let history = record(&shape, "vhd", &mut random);
+    history.replay(&shape, 3, &mut random);
+}
+
+#[test]
+fn a_guest_on_an_encrypted_vhd() {
+    if skipped() {
+        return;
+    }
+    let mut random = Random::new(6);
+    let shape = vhd_support::Shape { block_size: 1 << 16, encrypted: true, ..Default::default() };
+    let mut rig = rig();
+    let key = rig.path("key");
+    std::fs::write(&key, [7; 32]).unwrap();
+    (rig.input, rig.open_options) = (Some(key), vec!["-E".into()]);
+    let history = record_on(&rig, &shape, "vhd", &mut random);
     history.replay(&shape, 3, &mut random);
 }
 

@@ -4,6 +4,7 @@
 
 mod guest;
 mod recorder;
+mod snapshot;
 mod tools;
 
 #[path = "../../../qcow/tests/v2/support.rs"]

@@ -1,6 +1,8 @@
 //! Records what a program does to one file, by its system calls (strace), so that it can be replayed up to any moment.
 //!
-//! The programs use plain system calls for that: a tapdisk is started with `--engine pool`. QEMU's storage daemon could
+//! The programs use plain system calls for that: a tapdisk is started with `--engine pool`, because what io_uring does is no
+//! system call. The engines carry out the same steps in the same order: `tapdisk::image` waits for each before the next, and
+//! neither engine knows what it writes. QEMU's storage daemon could
 //! record writes that come through FUSE, but up to version 10.0 it mixes up the data of writes that are in flight together.
 //!
 //! A write counts from its end on, a flush from its beginning: what a flush makes durable has ended before it began.

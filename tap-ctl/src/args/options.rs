@@ -5,16 +5,25 @@ use std::time::Duration;
 
 use lexopt::{Arg, Parser, ValueExt};
 
-use super::values::{absolute, absolute_image, engine, image, mebibytes, minor, pid, seconds, timeout};
+use super::values::{
+    absolute, absolute_image, engine, image, mebibytes, minor, pid, seconds, sort, timeout, times,
+};
 use super::{Command, Opening, Target};
 use crate::list::Filter;
+use crate::metrics::serve::Address;
 use crate::proto::{ImageSpec, LimitChange, Limits, Minor, OpenParams, Reopen, Secondary};
+use crate::top::{self, Sort};
 
 /// Letters of the options that only `open` and `create` have.
 const OPENING: &str = "RDrsEe2tC";
 
 /// What is wrong with `-s` alone.
 const NO_STANDBY: &str = "-s without -2: there is no image to stand by";
+
+/// Commands that print something which is not JSON already, and `stats`, where it means all of it.
+const PRINTS: [&str; 6] = ["list", "allocate", "create", "spawn", "limit", "stats"];
+/// The time between two tables of `top`.
+const DELAY: Duration = Duration::from_secs(2);
 
 /// All options any command has, as given.
 #[derive(Default)]
@@ -38,6 +47,11 @@ pub(super) struct Options {
     size: Option<u64>,
     engine: Option<&'static str>,
     full: bool,
+    json: bool,
+    batch: bool,
+    times: Option<u32>,
+    sort: Sort,
+    listen: Option<Address>,
 }
 
 impl Options {
@@ -46,7 +60,7 @@ impl Options {
         let mut options = Options::default();
         let mut parser = Parser::from_args(args);
         let opens = matches!(command, "open" | "create");
-        let targets = !matches!(command, "allocate" | "free" | "spawn" | "create");
+        let targets = !matches!(command, "allocate" | "free" | "spawn" | "create" | "metrics");
         let spawns = matches!(command, "spawn" | "create");
         while let Some(arg) = parser.next().map_err(|error| error.to_string())? {
             match arg {
@@ -66,6 +80,7 @@ impl Options {
                 }
                 Arg::Short('s') if command == "unpause" => options.standby = true,
                 Arg::Short('c') if command == "unpause" => options.log = Some(text(&mut parser)?),
+                Arg::Long("json") if PRINTS.contains(&command) => options.json = true,
                 Arg::Long("limit") if opens => {
                     options.limit =
                         text(&mut parser)?.parse().map_err(|e: crate::proto::LimitError| e.to_string())?;
@@ -86,6 +101,12 @@ impl Options {
                 }
                 Arg::Short('s') if command == "resize" => {
                     options.size = Some(mebibytes(&text(&mut parser)?)?);
+                }
+                Arg::Short(letter) if command == "top" && "bdns".contains(letter) => {
+                    options.top(letter, &mut parser)?;
+                }
+                Arg::Short('l') if command == "metrics" => {
+                    options.listen = Some(text(&mut parser)?.parse()?);
                 }
                 Arg::Long("engine") if spawns => options.engine = Some(engine(&text(&mut parser)?)?),
                 Arg::Long("full") if command == "stats" => options.full = true,
@@ -111,7 +132,25 @@ impl Options {
         Ok(())
     }
 
+    /// Takes one of the options that only `top` has.
+    fn top(&mut self, letter: char, parser: &mut Parser) -> Result<(), String> {
+        match letter {
+            'b' => self.batch = true,
+            'd' => self.seconds = Some(seconds(&text(parser)?)?),
+            'n' => self.times = Some(times(&text(parser)?)?),
+            _ => self.sort = sort(&text(parser)?)?,
+        }
+        Ok(())
+    }
+
     pub(super) fn into_command(self, command: &str) -> Result<Command, String> {
+        // The statistics are JSON anyway.
+        let json = self.json && command != "stats";
+        let command = self.plain(command)?;
+        Ok(if json { Command::Json(Box::new(command)) } else { command })
+    }
+
+    fn plain(self, command: &str) -> Result<Command, String> {
         let limit = self.seconds.map(Duration::from_secs);
         Ok(match command {
             "allocate" => Command::Allocate,
@@ -134,7 +173,15 @@ impl Options {
                 Command::Snapshot(target, absolute_image(self.image.ok_or("-a TYPE:PATH is missing")?))
             }
             "limit" => Command::Limit(self.target()?, self.limit),
-            "stats" => Command::Stats(self.target()?, self.full),
+            "stats" => Command::Stats(self.target()?, self.full || self.json),
+            "metrics" => Command::Metrics(self.listen),
+            "top" => Command::Top(top::Options {
+                filter: Filter { pid: self.pid, minor: self.minor, ..Filter::default() },
+                batch: self.batch,
+                times: self.times,
+                delay: limit.unwrap_or(DELAY),
+                sort: self.sort,
+            }),
             _ => Command::List(Filter {
                 pid: self.pid,
                 minor: self.minor,

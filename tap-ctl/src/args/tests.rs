@@ -162,3 +162,33 @@ fn a_new_size_is_in_mebibytes() {
     }
     assert!(line("resize -p 12 -m 3 -s 99999999999999999").is_err());
 }
+
+#[test]
+fn what_prints_can_print_json() {
+    for command in ["list", "allocate", "spawn", "create -a aio:/x", "limit -p 12 -m 3"] {
+        let plain = Box::new(line(command).unwrap());
+        assert_eq!(line(&format!("{command} --json")), Ok(Command::Json(plain)), "{command}");
+    }
+    assert_eq!(line("stats -p 12 -m 3 --json"), Ok(Command::Stats(TARGET, true)));
+    for text in ["free -m 3 --json", "attach -p 12 -m 3 --json", "metrics --json", "top --json"] {
+        assert!(line(text).is_err(), "{text}");
+    }
+}
+
+#[test]
+fn top_and_metrics_have_their_options() {
+    let options = top::Options {
+        filter: Filter { minor: Some(Minor(3)), ..Filter::default() },
+        batch: true,
+        times: Some(2),
+        delay: Duration::from_secs(5),
+        sort: top::Sort::Iops,
+    };
+    assert_eq!(line("top -b -n 2 -d 5 -s iops -m 3"), Ok(Command::Top(options)));
+    assert_eq!(line("metrics"), Ok(Command::Metrics(None)));
+    let address = metrics::serve::Address::Unix("/run/x".into());
+    assert_eq!(line("metrics -l /run/x"), Ok(Command::Metrics(Some(address))));
+    for text in ["top -n 0", "top -s size", "top -d 0", "metrics -l 0.0.0.0:80", "metrics -p 1", "list -b"] {
+        assert!(line(text).is_err(), "{text}");
+    }
+}

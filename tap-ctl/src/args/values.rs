@@ -1,6 +1,7 @@
 //! The values of options.
 
 use crate::proto::{ImageSpec, ImageType, Minor};
+use crate::top::Sort;
 
 /// The words that tapdisk takes for an I/O engine.
 const ENGINES: [&str; 3] = ["auto", "uring", "pool"];
@@ -67,4 +68,18 @@ pub(super) fn timeout(text: &str) -> Result<u32, String> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     let number = text.parse().ok().filter(|_| digits);
     number.ok_or_else(|| format!("{text:?} is no number of seconds"))
+}
+
+/// Of tables.
+pub(super) fn times(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok().filter(|&times: &u32| times > 0 && !text.starts_with('+'));
+    number.ok_or_else(|| format!("{text:?} is no number above 0"))
+}
+
+/// Of a table.
+pub(super) fn sort(text: &str) -> Result<Sort, String> {
+    Sort::named(text).ok_or_else(|| {
+        let names = Sort::ALL.map(|(_, _, name)| name);
+        format!("{text:?} is nothing to sort by: write one of {}", names.join(", "))
+    })
 }

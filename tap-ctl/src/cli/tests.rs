@@ -185,3 +185,50 @@ fn output_that_cannot_be_written_is_a_failure() {
     let streams = Streams { stdin: &mut io::empty(), stdout: &mut Full, stderr: &mut Vec::new() };
     assert_eq!(run(&[OsString::from("allocate")], &config, streams), 28);
 }
+
+#[test]
+fn json_has_the_same_content_with_null_for_what_is_not_known() {
+    let vbds = vec![VbdEntry {
+        minor: Minor(1),
+        state: 42,
+        image: Some("vhd:/a b".parse().unwrap()),
+        rings: vec![],
+    }];
+    let answer = move |request: &Request| match request {
+        Request::List => Reply::List { vbds: vbds.clone() },
+        Request::Limit { .. } => Reply::Limits(Limits { iops: 7, ..Limits::default() }),
+        _ => Reply::Done,
+    };
+    let fake = FakeTapdisk::start(Script::Answer(Box::new(answer)));
+    let marker = fake.dir.marker(Minor(0));
+    for (line, expected) in [
+        ("allocate --json", format!(r#"{{"marker":"{}","minor":0}}"#, marker.display())),
+        (
+            "list --json",
+            r#"[{"minor":1,"path":"/a b","pid":4711,"state":42,"type":"vhd"},"#.to_owned()
+                + r#"{"minor":0,"path":null,"pid":null,"state":null,"type":null}]"#,
+        ),
+        ("limit -p 4711 -m 1 --json", r#"{"bps":0,"burst_bps":0,"burst_iops":0,"iops":7}"#.to_owned()),
+    ] {
+        // A terminal makes no difference.
+        assert_eq!(tap_ctl(&fake.dir, true, line), (0, expected + "\n", String::new()), "{line}");
+    }
+}
+
+#[test]
+fn metrics_and_tables_are_printed_and_what_does_not_answer_is_told_beside_them() {
+    let vbds =
+        vec![VbdEntry { minor: Minor(1), state: 0, image: Some("vhd:/a".parse().unwrap()), rings: vec![] }];
+    let answer = move |request: &Request| match request {
+        Request::List => Reply::List { vbds: vbds.clone() },
+        _ => Reply::Done,
+    };
+    let fake = FakeTapdisk::start(Script::Answer(Box::new(answer)));
+    let (code, stdout, stderr) = tap_ctl(&fake.dir, false, "metrics");
+    assert!(stdout.contains("\nxenio_scrape_problems 1\n"), "{stdout}");
+    assert_eq!((code, stderr.lines().count()), (0, 1), "{stderr}");
+    let (code, stdout, _) = tap_ctl(&fake.dir, false, "top -b -n 1 -d 1");
+    assert_eq!(code, 0);
+    assert!(stdout.starts_with("0 disks, 0 IOPS, 0 MB/s read, 0 MB/s written, 1 not answering"), "{stdout}");
+    assert_eq!(stdout.lines().count(), 2, "{stdout}");
+}

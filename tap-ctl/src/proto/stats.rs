@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ImageSpec, Limits, RingEntry};
+use super::{ImageSpec, Latencies, Limits, RingEntry};
 
 /// The statistics of an open disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -17,6 +17,9 @@ pub struct Stats {
     /// Requests served for frontends, whatever came of them.
     #[serde(default)]
     pub requests: ReadWrite,
+    /// How long they took.
+    #[serde(default)]
+    pub latency: Latencies,
     /// Requests in flight.
     pub outstanding: u64,
     /// Requests that are never answered, because the disk was stopped.

@@ -23,12 +23,15 @@ use super::persistent::Persistent;
 use super::ring::Ring;
 use super::seat::{Seat, info};
 use super::serve::{self, Failures, Way};
+use super::served;
+use super::stats::Counted;
 use super::thread::{Devices, Served, State, failure, notify};
 use super::throttle::Gate;
 use super::{Answer, Command, Commands, Inbox, Notice, Phase, Shared, Source, Worker};
 use crate::copier::Copier;
 use crate::io::errno_of;
 use crate::xen::Xen;
+use crate::xentop::Page;
 
 /// What went wrong: for programs, and for people.
 pub(super) type Failure = (Errno, String);
@@ -180,7 +183,9 @@ impl<X: Xen> State<X> {
         let way = Way {
             dom,
             seat: self.seat.clone(),
-            served: self.served.clone(),
+            served: served::Served::default(),
+            page: self.page(params, queue),
+            clock: self.clock.clone(),
             pool: self.io.pool.clone(),
             copier,
             persistent: params.persistent.then(|| Persistent::new(dom, self.io.reactor.clone())),
@@ -189,6 +194,24 @@ impl<X: Xen> State<X> {
             failures: Failures::default(),
         };
         Ok(Served { ring: Rc::new(ring), way: Rc::new(way) })
+    }
+
+    /// Where xentop looks for this frontend. To make the file falls to the frontend's first ring, which is the last to end.
+    fn page(&self, params: &RingParams, queue: &QueueParams) -> Option<Page> {
+        let (folder, entry) = (self.xen.statistics(), params.entry());
+        let first = params.queues.first() == Some(queue) && self.seat.image().is_some();
+        let made = match first && !self.entries().contains(&entry) {
+            true => Page::create(&folder, entry),
+            false => Page::join(&folder, entry),
+        };
+        let warn = |error: &io::Error| {
+            let (dom, vdev) = (params.dom(), params.device());
+            log::warn!(
+                "device {vdev} of domain {dom}: no statistics for xentop in {}: {error}",
+                folder.display()
+            );
+        };
+        made.inspect_err(warn).ok()
     }
 
     /// Takes back what [`State::attach`] did.
@@ -303,6 +326,7 @@ impl<X: Xen> State<X> {
             .collect();
         self.unpark(entry);
         let (rings, siblings, parked) = (self.rings.clone(), self.siblings.clone(), self.parked.clone());
+        let past = self.past.clone();
         let (inbox, seat) = (self.inbox.clone(), self.seat.clone());
         let events = self.devices.as_ref().map(|devices| devices.events.clone());
         async move {
@@ -316,6 +340,7 @@ impl<X: Xen> State<X> {
             rings
                 .borrow_mut()
                 .retain(|served| !ours.iter().any(|ended| Rc::ptr_eq(&ended.ring, &served.ring)));
+            ours.iter().for_each(|ended| past.borrow_mut().outlive(Counted::of(&ended.way.served)));
             while siblings.borrow().iter().any(|sibling| sibling.entry() == entry) {
                 inbox.siblings_changed.wait().await;
             }

@@ -17,6 +17,7 @@ mod poll;
 mod ring;
 mod seat;
 mod serve;
+mod served;
 mod stats;
 mod thread;
 mod throttle;

@@ -24,11 +24,12 @@ use super::Notice;
 use super::persistent::Persistent;
 use super::ring::Ring;
 use super::seat::Seat;
-use super::stats;
+use super::served::{Clock, Served};
 use crate::buf::{Buf, Pool};
 use crate::copier::Copier;
 use crate::image::Disk;
 use crate::io::Direction;
+use crate::xentop::Page;
 
 /// Bytes of a segment in an indirect page.
 const WIRE_SEGMENT: usize = 8;
@@ -93,6 +94,8 @@ where
 {
     let mut scratch = Scratch::default();
     while let Some(request) = ring.next(slot).await {
+        let begun = way.clock.now();
+        way.served.begin(&request);
         let outcome = match way.seat.disk() {
             Some(disk) => {
                 let mut outcome = way.serve(&disk, &ring, &request, &mut scratch).await;
@@ -117,14 +120,17 @@ where
         };
         // The guest's pages are let go before the answer.
         scratch.pages.clear();
-        way.served.count(&request, sectors(&request, &scratch), outcome != Outcome::Answer(Status::Okay));
-        match outcome {
-            Outcome::Answer(status) => ring.complete(slot, &request, status),
-            Outcome::Again => ring.complete(slot, &request, Status::Error),
+        let status = match outcome {
+            Outcome::Answer(status) => status,
+            Outcome::Again => Status::Error,
             Outcome::Hold => {
                 ring.hold(slot, &request).await;
+                continue;
             }
-        }
+        };
+        let time = way.clock.now().saturating_duration_since(begun);
+        way.served.end(&request, sectors(&request, &scratch), status != Status::Okay, time);
+        ring.complete(slot, &request, status);
     }
 }
 
@@ -150,8 +156,12 @@ where
     pub dom: DomId,
     /// The place of the disk.
     pub seat: Rc<Seat>,
-    /// What was served, by this thread.
-    pub served: Rc<stats::Served>,
+    /// What was served.
+    pub served: Served,
+    /// Where xentop sees it.
+    pub page: Option<Page>,
+    /// The turn's time.
+    pub clock: Rc<Clock>,
     /// Buffers.
     pub pool: Rc<Pool>,
     /// Grant copies.

@@ -1,16 +1,14 @@
 //! What a disk has done: counted by each thread for itself, gathered when somebody asks.
 
-use std::cell::Cell;
 use std::fmt;
 use std::time::Duration;
 
-use blkif::request::Transfer;
-use blkif::{Request, RequestKind};
 use nix::errno::Errno;
 use nix::time::{ClockId, clock_gettime};
 use tap_ctl::Reply;
-use tap_ctl::proto::{DiskStats, ReadWrite, RingStats, Stats};
+use tap_ctl::proto::{DiskStats, Latencies, ReadWrite, RingStats, Stats};
 
+use super::served::Served;
 use super::thread::{State, failure};
 use super::{Answer, Command, Commands, Phase};
 use crate::xen::Xen;
@@ -49,6 +47,7 @@ pub struct Counted {
     sectors: ReadWrite,
     requests: ReadWrite,
     failed: ReadWrite,
+    latency: Latencies,
     outstanding: u64,
     held: u64,
     throttled: u64,
@@ -58,61 +57,18 @@ pub struct Counted {
     disk: DiskStats,
 }
 
-/// A pair of counters.
-#[derive(Debug, Default)]
-struct Pair {
-    read: Cell<u64>,
-    write: Cell<u64>,
-}
-
-impl Pair {
-    fn add(&self, write: bool, more: u64) {
-        let count = if write { &self.write } else { &self.read };
-        count.set(count.get() + more);
-    }
-
-    fn get(&self) -> ReadWrite {
-        ReadWrite { read: self.read.get(), write: self.write.get() }
-    }
-}
-
-/// The requests that a thread has served.
-#[derive(Debug, Default)]
-pub struct Served {
-    sectors: Pair,
-    requests: Pair,
-    failed: Pair,
-}
-
-impl Served {
-    /// A request has been served, and moved so many sectors; `failed`: it was answered with an error.
-    pub fn count(&self, request: &Request, sectors: u64, failed: bool) {
-        let Some(write) = direction(request) else { return };
-        self.requests.add(write, 1);
-        if failed {
-            self.failed.add(write, 1);
-        } else {
-            self.sectors.add(write, sectors);
+impl Counted {
+    /// What was served on a ring.
+    pub fn of(served: &Served) -> Counted {
+        Counted {
+            sectors: served.sectors(),
+            requests: served.requests(),
+            failed: served.failed(),
+            latency: served.latencies(),
+            ..Counted::default()
         }
     }
 
-    fn counted(&self) -> Counted {
-        let (sectors, requests, failed) = (self.sectors.get(), self.requests.get(), self.failed.get());
-        Counted { sectors, requests, failed, ..Counted::default() }
-    }
-}
-
-/// Whether a request writes; `None`: it moves nothing.
-fn direction(request: &Request) -> Option<bool> {
-    match &request.kind {
-        RequestKind::Read { .. } => Some(false),
-        RequestKind::Write { .. } | RequestKind::Barrier { .. } => Some(true),
-        RequestKind::Indirect { transfer, .. } => Some(*transfer == Transfer::Write),
-        RequestKind::Flush | RequestKind::Discard { .. } => None,
-    }
-}
-
-impl Counted {
     /// Adds what another thread has counted.
     fn add(&mut self, other: Counted) {
         for (mine, its) in [
@@ -122,6 +78,7 @@ impl Counted {
         ] {
             *mine = sum(*mine, its);
         }
+        self.latency.add(&other.latency);
         self.outstanding += other.outstanding;
         self.held += other.held;
         self.throttled += other.throttled;
@@ -167,6 +124,7 @@ impl Counted {
             sectors: self.sectors,
             requests: self.requests,
             failed: self.failed,
+            latency: self.latency,
             throttled: self.throttled,
             ..Counted::default()
         }
@@ -221,6 +179,7 @@ impl Counted {
     fn tell(self, stats: &mut Stats) {
         stats.sectors = self.sectors;
         stats.requests = self.requests;
+        stats.latency = self.latency;
         stats.outstanding = self.outstanding;
         stats.held = self.held;
         stats.throttled = self.throttled;
@@ -247,6 +206,7 @@ impl<X: Xen> State<X> {
             paused: self.seat.phase() == Phase::Paused,
             sectors: ReadWrite::default(),
             requests: ReadWrite::default(),
+            latency: Latencies::default(),
             outstanding: 0,
             held: 0,
             oldest_ms: None,
@@ -261,10 +221,11 @@ impl<X: Xen> State<X> {
     /// What this thread has counted, and those that it has outlived.
     pub(super) fn counted(&self) -> Counted {
         let mut counted = self.past.borrow().clone();
-        let mut own = self.served.counted();
+        let mut own = Counted::default();
         own.disk = self.seat.disk().map(|disk| disk.stats()).unwrap_or_default();
         for served in self.rings.borrow().iter() {
             let ring = &served.ring;
+            own.add(Counted::of(&served.way.served));
             let in_flight = ring.flight();
             own.outstanding += in_flight.requests;
             own.held += in_flight.held;
@@ -305,6 +266,7 @@ mod tests {
             paused: false,
             sectors: ReadWrite::default(),
             requests: ReadWrite::default(),
+            latency: Latencies::default(),
             outstanding: 0,
             held: 0,
             oldest_ms: None,

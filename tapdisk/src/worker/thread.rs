@@ -24,7 +24,8 @@ use super::poll::{Advice, Poller};
 use super::ring::{Armed, Ring};
 use super::seat::Seat;
 use super::serve::Way;
-use super::stats::{self, Counted, Tick};
+use super::served::Clock;
+use super::stats::{Counted, Tick};
 use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, PATIENCE, RETRY, Source, Throttle};
 use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
@@ -39,6 +40,9 @@ use crate::xen::Xen;
 const DATA_BYTES: usize = 16 * MAX_DATA;
 
 pub(super) type RingOf<X> = Ring<<<X as Xen>::Grants as Grants>::Map>;
+
+/// A thread that does not sleep shows its rings' numbers once in so many turns.
+const SHOW_EVERY: u32 = 256;
 
 /// A ring being served.
 pub(super) struct Served<X: Xen> {
@@ -73,8 +77,10 @@ pub(super) struct State<X: Xen> {
     /// Further rings of our frontends, of one queue each, that are served again after a pause.
     pub parked: Rc<RefCell<Vec<RingParams>>>,
     pub throttle: Arc<Throttle>,
-    /// The requests that were served here.
-    pub served: Rc<stats::Served>,
+    /// The turn's time.
+    pub clock: Rc<Clock>,
+    /// Turns since the rings' numbers were shown.
+    unshown: Cell<u32>,
     /// What threads had counted that have ended.
     pub past: Rc<RefCell<Counted>>,
     /// When the timer for limits is due, if it is set.
@@ -170,7 +176,8 @@ fn set_up<X: Xen>(
         siblings: Rc::default(),
         parked: Rc::default(),
         throttle,
-        served: Rc::default(),
+        clock: Rc::default(),
+        unshown: Cell::new(0),
         past: Rc::default(),
         limit_timer: Cell::new(None),
         retrying: Cell::new(false),
@@ -189,17 +196,23 @@ impl<X: Xen> State<X> {
         let mut moved = self.advance(true);
         if self.io.reactor.has_queued() || self.io.reactor.has_news() {
             let readable = self.io.reactor.turn(false)?;
+            self.clock.pass();
             self.heed(readable)?;
             // What came with it is answered in this turn; new requests wait for the next.
             moved |= self.advance(false);
         }
         self.push_answers();
+        self.unshown.set(self.unshown.get() + 1);
+        if self.unshown.get() >= SHOW_EVERY {
+            self.show();
+        }
         if moved || self.ended.borrow().is_some() {
             return Ok(());
         }
         let advice = if self.rings.borrow().is_empty() { Advice::Sleep } else { self.poller.advise() };
         if let Advice::Poll(limit) = advice {
             let found = self.has_work_within(limit);
+            self.clock.pass();
             self.poller.polled(found);
             if found {
                 return Ok(());
@@ -209,6 +222,7 @@ impl<X: Xen> State<X> {
             return Ok(());
         }
         let readable = self.io.reactor.turn(true)?;
+        self.clock.pass();
         self.heed(readable)
     }
 
@@ -268,6 +282,16 @@ impl<X: Xen> State<X> {
         }
     }
 
+    /// Shows xentop what was served.
+    fn show(&self) {
+        self.unshown.set(0);
+        for Served { ring, way } in self.rings.borrow().iter() {
+            if let Some(page) = &way.page {
+                page.tell(way.served.counters(ring.gate().waits()));
+            }
+        }
+    }
+
     /// Looks for work for so long.
     fn has_work_within(&self, limit: Duration) -> bool {
         let rings = self.rings.borrow();
@@ -285,6 +309,7 @@ impl<X: Xen> State<X> {
 
     /// Asks all frontends to notify. False: there is work after all.
     fn arm(&self) -> io::Result<bool> {
+        self.show();
         let Some(devices) = &self.devices else { return Ok(true) };
         let events = devices.events.borrow();
         for Served { ring, .. } in self.rings.borrow().iter() {

@@ -14,9 +14,9 @@ use xenstore::payload::{join_strings, split_strings};
 use xenstore::value::parse_u16;
 use xenstore::wire::{HEADER_LEN, MessageType, PAYLOAD_MAX, errno_name};
 
-use super::Quotas;
 use super::ops::{self, Actor};
 use super::tree::{Change, Nodes, Overlay, Transaction, Tree};
+use super::{Cut, Quotas, What, When};
 
 /// Names a connection for as long as the daemon lives.
 pub(super) type ConnectionId = u64;
@@ -34,6 +34,8 @@ pub(super) struct Connection {
     pub(super) sent: usize,
     /// Requests that arrived while the daemon holds them back.
     held: VecDeque<Frame>,
+    /// It ends once its messages are sent.
+    pub(super) doomed: bool,
 }
 
 #[derive(Debug)]
@@ -52,6 +54,10 @@ pub(super) struct Faults {
     pub(super) hold: bool,
     /// Fail a client's WRITE after so many more that succeed, with this error.
     pub(super) fail_write: Option<(usize, Errno)>,
+    /// Cut the connection on which a request arrives, after so many more.
+    pub(super) cut: Option<(usize, Cut)>,
+    /// What the last cut was; taken by whoever closes the doors for it.
+    pub(super) done: Option<Cut>,
 }
 
 /// What a request leads to besides its reply.
@@ -109,6 +115,7 @@ impl Daemon {
             outgoing: VecDeque::new(),
             sent: 0,
             held: VecDeque::new(),
+            doomed: false,
         };
         self.connections.insert(self.last_connection, connection);
         self.last_connection
@@ -120,9 +127,25 @@ impl Daemon {
             if let Some(connection) = self.connections.get_mut(&id) {
                 connection.held.push_back(request);
             }
+        } else if let Some(cut) = self.faults.check_cut(&request) {
+            self.cut(id, &request, cut);
         } else {
             self.execute(id, &request);
         }
+    }
+
+    /// Ends the connection around the execution of a request.
+    fn cut(&mut self, id: ConnectionId, request: &Frame, cut: Cut) {
+        if cut.when != When::Before {
+            self.execute(id, request);
+        }
+        let Some(connection) = self.connections.get_mut(&id) else { return };
+        connection.doomed = true;
+        match (cut.when, connection.outgoing.back_mut()) {
+            (When::InReply, Some(reply)) => reply.truncate(reply.len() / 2),
+            _ => connection.outgoing.clear(),
+        }
+        self.faults.done = Some(cut);
     }
 
     /// How many requests are held back.
@@ -330,6 +353,32 @@ impl Daemon {
 }
 
 impl Faults {
+    /// Whether this request is the one to cut at.
+    fn check_cut(&mut self, request: &Frame) -> Option<Cut> {
+        let (left, cut) = self.cut.as_mut()?;
+        let changes = [
+            MessageType::Write,
+            MessageType::SetPerms,
+            MessageType::Rm,
+            MessageType::Watch,
+            MessageType::Unwatch,
+            MessageType::TransactionEnd,
+        ];
+        if cut.what == What::Changes && !changes.iter().any(|kind| kind.to_wire() == request.header.kind) {
+            return None;
+        }
+        if *left > 0 {
+            *left -= 1;
+            return None;
+        }
+        let cut = *cut;
+        match cut.every {
+            Some(distance) => *left = distance,
+            None => self.cut = None,
+        }
+        Some(cut)
+    }
+
     fn check_write(&mut self) -> Result<(), Errno> {
         match self.fail_write.take() {
             Some((0, errno)) => Err(errno),

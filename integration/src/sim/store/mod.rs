@@ -57,6 +57,50 @@ pub enum TreeAfter {
     Fresh,
 }
 
+/// A connection that ends around a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cut {
+    /// Which requests count.
+    pub what: What,
+    /// When it ends.
+    pub when: When,
+    /// Whether nobody is let in afterwards until [`SimStore::resume`].
+    pub stop: bool,
+    /// Whether the next connection is cut as well, after so many more requests.
+    pub every: Option<usize>,
+}
+
+/// Requests that are counted for a [`Cut`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// All.
+    Requests,
+    /// Those that change something: the tree, watches, or whether a transaction is open.
+    Changes,
+}
+
+/// When a connection is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// The request is never executed.
+    Before,
+    /// It is executed; half of the reply comes through.
+    InReply,
+    /// It is executed; nothing of the reply comes through.
+    After,
+}
+
+/// How waiting has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waited {
+    /// The condition holds.
+    Reached,
+    /// The daemon was stopped by a [`Cut`].
+    Cut,
+    /// Neither, for too long.
+    TimedOut,
+}
+
 /// A running simulated daemon. Dropping it ends it and all its connections.
 #[derive(Debug)]
 pub struct SimStore {
@@ -200,6 +244,57 @@ impl SimStore {
     ) -> bool {
         self.shared
             .wait(timeout, |state| condition(state.daemon.tree.peek(path).map(|node| node.value.as_slice())))
+    }
+
+    /// The same, ending also when the daemon was stopped by a cut.
+    pub fn wait_for_or_cut(
+        &self,
+        path: &str,
+        timeout: Duration,
+        mut condition: impl FnMut(Option<&[u8]>) -> bool,
+    ) -> Waited {
+        let mut outcome = Waited::TimedOut;
+        let ended = self.shared.wait(timeout, |state| {
+            let value = state.daemon.tree.peek(path).map(|node| node.value.as_slice());
+            outcome = if state.is_cut { Waited::Cut } else { Waited::Reached };
+            state.is_cut || condition(value)
+        });
+        if ended { outcome } else { Waited::TimedOut }
+    }
+
+    /// Cuts a connection at the `nth` request that counts from now on (1: the next one).
+    pub fn cut_at(&self, nth: usize, cut: Cut) {
+        self.shared.with(|state| state.daemon.faults.cut = Some((nth.saturating_sub(1), cut)));
+    }
+
+    /// Whether a cut that was asked for is still to come.
+    #[must_use]
+    pub fn is_uncut(&self) -> bool {
+        self.shared.look(|state| state.daemon.faults.cut.is_some())
+    }
+
+    /// Stops the daemon as a cut does.
+    pub fn cut(&self) {
+        self.shared.with(State::stop_after_cut);
+    }
+
+    /// Whether the daemon was stopped by a cut.
+    #[must_use]
+    pub fn is_cut(&self) -> bool {
+        self.shared.look(|state| state.is_cut)
+    }
+
+    /// All nodes below a path with their values and permissions, in the order of their paths.
+    #[must_use]
+    pub fn dump(&self, path: &str) -> Vec<String> {
+        let below = format!("{path}/");
+        self.shared.look(|state| {
+            let nodes =
+                state.daemon.tree.iter().filter(|(name, _)| *name == path || name.starts_with(&below));
+            nodes
+                .map(|(name, node)| format!("{name} = {} {:?}", node.value.escape_ascii(), node.perms))
+                .collect()
+        })
     }
 
     /// Makes a domain known, as the toolstack does for a new one: `@introduceDomain`.

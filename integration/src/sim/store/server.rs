@@ -35,6 +35,8 @@ pub(super) struct State {
     doors: Vec<Door>,
     sockets: BTreeMap<ConnectionId, Socket>,
     quit: bool,
+    /// The daemon was stopped by a cut.
+    pub(super) is_cut: bool,
 }
 
 /// A place where clients of one domain connect.
@@ -64,7 +66,13 @@ enum Source {
 impl Shared {
     pub(super) fn new() -> io::Result<Shared> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let state = State { daemon: Daemon::new(), doors: Vec::new(), sockets: BTreeMap::new(), quit: false };
+        let state = State {
+            daemon: Daemon::new(),
+            doors: Vec::new(),
+            sockets: BTreeMap::new(),
+            quit: false,
+            is_cut: false,
+        };
         Ok(Shared { state: Mutex::new(state), changed: Condvar::new(), wake })
     }
 
@@ -175,6 +183,7 @@ impl State {
 
     /// Opens the doors that [`State::close_doors`] closed.
     pub(super) fn reopen_doors(&mut self) -> io::Result<()> {
+        self.is_cut = false;
         for door in self.doors.iter_mut().filter(|door| door.listener.is_none()) {
             door.listener = Some(listen(&door.path)?);
         }
@@ -265,7 +274,17 @@ impl State {
         for id in broken {
             self.daemon.connections.remove(&id);
         }
+        self.daemon.connections.retain(|_, connection| !connection.doomed);
         self.drop_orphans();
+        if self.daemon.faults.done.take().is_some_and(|cut| cut.stop) {
+            self.stop_after_cut();
+        }
+    }
+
+    /// Ends all connections and lets nobody in, as after [`State::close_doors`], for waiting tests to see.
+    pub(super) fn stop_after_cut(&mut self) {
+        self.close_doors();
+        self.is_cut = true;
     }
 }
 

@@ -66,6 +66,11 @@ impl Tree {
         self.nodes.get(path)
     }
 
+    /// All nodes, parents before their children.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &Node)> {
+        self.nodes.iter().map(|(path, node)| (path.as_str(), node))
+    }
+
     /// The paths of all nodes a domain owns, parents before their children.
     pub(super) fn paths_owned_by(&self, domid: u16) -> Vec<String> {
         let owned = self.nodes.iter().filter(|(_, node)| node.owner() == Some(domid));

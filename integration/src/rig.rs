@@ -379,7 +379,14 @@ impl Rig {
             .expect("the runtime folder")
             .chain(std::fs::read_dir(control.markers()).expect("the markers' folder"))
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| *path != control.markers())
+            // As /dev/shm, it stays; what is in it is the tapdisks'.
+            .filter(|path| *path != control.markers() && path != control.all_statistics())
+            .chain(
+                std::fs::read_dir(control.all_statistics())
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|entry| Some(entry.ok()?.path())),
+            )
             .collect();
         assert!(left.is_empty(), "left behind: {left:?}");
     }

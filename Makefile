@@ -8,7 +8,7 @@ PREFIX ?= /usr
 DESTDIR ?=
 TOOLS := xenio tap-ctl tap-img vhd-util cbt-util img2qcow qcow2raw qcow-create
 
-.PHONY: all demo test test-full check fmt clippy deny unit loom fuzz doc xen bench bench-formats bench-xen deps release install install-files deb deb-files clean
+.PHONY: all demo test test-full check fmt clippy deny unit loom fuzz soak doc xen bench bench-formats bench-xen deps release install install-files deb deb-files clean
 
 all: release
 
@@ -49,6 +49,10 @@ unit:
 # The ring's notification protocol under every interleaving; its own folder, because the flag rebuilds everything.
 loom:
 	RUSTFLAGS="--cfg loom" CARGO_TARGET_DIR=target/loom $(CARGO) test --locked --quiet -p blkif --test loom_notify --release
+
+## soak: a thousand connections of ten guests and ten thousand changes of state; prints what xenio and tapdisk hold afterwards
+soak:
+	XENIO_SOAK=1 $(CARGO) test --locked --quiet -p integration --test end_to_end -- leaks --nocapture
 
 ## fuzz: malformed images and replies for a minute each (FUZZ_SECONDS); what fails names a SEED to run again
 FUZZ_SECONDS ?= 60

@@ -42,16 +42,19 @@ _tap_ctl() {
     --engine) _xenio_words 'uring pool auto' "$word" ;;
     *)
         case $command in
-        list) _xenio_words '-p -m -t -f' "$word" ;;
+        list) _xenio_words '-p -m -t -f --json' "$word" ;;
+        allocate) _xenio_words '--json' "$word" ;;
         free) _xenio_words '-m' "$word" ;;
-        create) _xenio_words "$opening --engine" "$word" ;;
+        create) _xenio_words "$opening --engine --json" "$word" ;;
         open) _xenio_words "-p -m $opening" "$word" ;;
-        spawn) _xenio_words '--engine' "$word" ;;
+        spawn) _xenio_words '--engine --json' "$word" ;;
         unpause) _xenio_words '-p -m -a -2 -c' "$word" ;;
         snapshot) _xenio_words '-p -m -a' "$word" ;;
         resize) _xenio_words '-p -m -s' "$word" ;;
-        limit) _xenio_words '-p -m --iops --bps --burst-iops --burst-bps' "$word" ;;
-        stats) _xenio_words '-p -m --full' "$word" ;;
+        limit) _xenio_words '-p -m --iops --bps --burst-iops --burst-bps --json' "$word" ;;
+        stats) _xenio_words '-p -m --full --json' "$word" ;;
+        top) _xenio_words '-p -m -d -n -s -b' "$word" ;;
+        metrics) _xenio_words '-l' "$word" ;;
         *) _xenio_words '-p -m -t' "$word" ;;
         esac
         ;;

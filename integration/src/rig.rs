@@ -147,6 +147,17 @@ impl Rig {
         }
     }
 
+    /// The process id of the xenio that runs.
+    ///
+    /// # Panics
+    ///
+    /// If none does.
+    #[must_use]
+    pub fn xenio_pid(&self) -> i32 {
+        let xenio = self.xenio.as_ref().expect("xenio runs");
+        xenio.id().try_into().expect("a process id")
+    }
+
     /// What xenio has said so far.
     #[must_use]
     pub fn xenio_log(&self) -> String {

@@ -5,7 +5,7 @@
 # emulated CPU features do not depend on the host's version, and no package of the host has to change.
 set -euo pipefail
 
-packages=(mmdebstrap debian-archive-keyring e2fsprogs cpio xz-utils zstd kmod busybox-static perl-base)
+packages=(mmdebstrap debian-archive-keyring e2fsprogs cpio xz-utils zstd kmod busybox-static perl-base make debhelper)
 
 fail() {
     echo "deps.sh: $*" >&2

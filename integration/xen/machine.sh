@@ -30,19 +30,37 @@ prepare_machine() {
     for name in "${PARAMETERS[@]}"; do
         printf '%s=%q\n' "${name%%=*}" "${name#*=}"
     done >"$PAYLOAD/parameters"
+    install -m 755 "$TOP/dist/hotplug/block-xenio" "$PAYLOAD/bin/"
+    [ -z "$(of_kind service "$@")" ] || prepare_packages
     prepare_profile
     trap stop_qemu EXIT
 }
 
+# The Debian package with the programs under test, and one that is the same but newer.
+prepare_packages() {
+    local next=$PAYLOAD/next
+    quiet "$CACHE/deb.log" make -C "$TOP" deb-files "BUILT=$BIN" "DEB_DIR=$PAYLOAD/deb"
+    dpkg-deb --raw-extract "$PAYLOAD"/deb/xenio_*.deb "$next"
+    sed -i 's/^Version: .*/&+next/' "$next/DEBIAN/control"
+    dpkg-deb --build --root-owner-group "$next" "$PAYLOAD/deb/next.deb" >/dev/null
+    rm -r "$next"
+}
+
+# of_kind KIND SCENARIO...: those that want a machine of this kind.
+of_kind() {
+    local kind=$1 name machine
+    shift
+    for name in "$@"; do
+        machine=$(header "$name" machine)
+        [ "${machine:-plain}" != "$kind" ] || echo "$name"
+    done
+}
+
 # run_machine SCENARIO...: one boot for all that can share one; "# machine: KIND" asks for a boot of another kind.
 run_machine() {
-    local kind name machine names
-    for kind in plain counted profiled; do
-        names=()
-        for name in "$@"; do
-            machine=$(header "$name" machine)
-            [ "${machine:-plain}" != "$kind" ] || names+=("$name")
-        done
+    local kind names
+    for kind in plain service counted profiled; do
+        mapfile -t names < <(of_kind "$kind" "$@")
         [ ${#names[@]} = 0 ] || boot_and_follow "$kind" "${names[@]}"
     done
 }
@@ -52,11 +70,15 @@ run_machine() {
 # "spec-ctrl=no" alone makes Xen switch FPU registers lazily, and with that the emulated machine mixes up vector
 # registers between domains: wrong hashes, programs that crash (selftest-load shows it).
 start_qemu() {
-    local kind=$1 cpu dom0
+    local kind=$1 cpu dom0 disk=$DOM0 init=
     case $kind in
-    plain)
+    plain | service)
         cpu=(-accel "tcg,thread=multi,tb-size=1024" -cpu max,-smap,-la57,-rdtscp,-umip,-x2apic)
         dom0=dom0_max_vcpus=2
+        ;;&
+    service)
+        disk=$SERVICEDOM0
+        init=testbed.init=systemd
         ;;
     # One instruction is one nanosecond of the machine's time: figures that do not depend on the host. The CPU is one
     # that people have: on "max" the kernel copies byte by byte (FSRM), and every byte would count as an instruction.
@@ -78,8 +100,8 @@ start_qemu() {
         -kernel "$BOOT/xen" \
         -append "dom0_mem=1280M,max:1280M com1=115200,8n1 console=com1 loglvl=warning \
 guest_loglvl=warning ucode=no smt=0 spec-ctrl=no,eager-fpu $dom0" \
-        -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off,$BOOT/dom0.initrd" \
-        -drive "file=$DOM0/disk.img,if=virtio,format=raw,cache=unsafe,snapshot=on" \
+        -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off $init,$BOOT/dom0.initrd" \
+        -drive "file=$disk/disk.img,if=virtio,format=raw,cache=unsafe,snapshot=on" \
         -virtfs "local,path=$PAYLOAD,mount_tag=testbed,security_model=none,readonly=on" \
         -virtfs "local,path=$LOGS,mount_tag=out,security_model=none" \
         </dev/null 2>"$LOGS/qemu-$kind.log")
@@ -96,7 +118,7 @@ stop_qemu() {
 host_limit() {
     local limit
     limit=$(($(header "$2" limit) + 150))
-    if [ "$1" = plain ]; then echo "$limit"; else echo $((limit * 4)); fi
+    if [ "$1" = plain ] || [ "$1" = service ]; then echo "$limit"; else echo $((limit * 4)); fi
 }
 
 # boot_and_follow KIND SCENARIO...: every scenario named gets its line, also when the machine stops half way.
@@ -104,7 +126,7 @@ boot_and_follow() {
     local kind=$1 name limit end current='' todo=() line word rest
     shift
     todo=("$@")
-    end=$((SECONDS + BOOT_LIMIT))
+    end=$((SECONDS + 2 * BOOT_LIMIT))
     for name in "$@"; do
         echo "$name $(header "$name" limit)"
         end=$((end + $(host_limit "$kind" "$name")))
@@ -112,6 +134,8 @@ boot_and_follow() {
     say "booting Xen in QEMU ..."
     start_qemu "$kind"
     limit=$BOOT_LIMIT
+    # All of Debian's own services start as well.
+    [ "$kind" != service ] || limit=$((2 * BOOT_LIMIT))
     # Each event has to come in time, and all of them together.
     while [ $SECONDS -lt $end ] && IFS= read -r -t "$limit" -u "$EVENTS" line; do
         line=${line//$'\r'/}

@@ -85,7 +85,7 @@ main() {
     mapfile -t names < <(choose "$full" "${names[@]}")
     "$HERE/deps.sh"
     lock_cache
-    build_images
+    build_images "${names[@]}"
     prepare_machine "${names[@]}"
     run_machine "${names[@]}"
     [ ! -s "$LOGS/bench.rows" ] || perl "$HERE/bench/results.pl" "$LOGS/bench.rows" "$TOP/target/bench-xen.json"

@@ -3,6 +3,7 @@
 //! Options are those of XenServer's tap-ctl, as its hotplug scripts and storage managers call it. What a tapdisk cannot do
 //! it refuses by name: to ignore an option would give the caller another disk than the one asked for.
 
+mod help;
 mod options;
 mod values;
 
@@ -135,6 +136,11 @@ const COMMANDS: [(&str, &str); 18] = [
 pub fn usage_of(command: &str) -> String {
     let options = COMMANDS.iter().find(|(name, _)| *name == command).map_or("", |(_, options)| options);
     format!("usage: tap-ctl {command} {options}").trim_end().to_owned()
+}
+
+/// The usage line of one command, and what it is for.
+pub fn help_of(command: &str) -> String {
+    format!("{}\n{}\n", usage_of(command), help::about(command))
 }
 
 /// The usage of the program.

@@ -124,7 +124,7 @@ fn perform(
     };
     match command {
         Command::Help => output.push_str(&args::usage()),
-        Command::HelpOn(command) => *output = format!("{}\n", args::usage_of(command)),
+        Command::HelpOn(command) => *output = args::help_of(command),
         Command::Allocate => {
             let minor = minors::allocate(dir).map_err(because("allocate"))?;
             *output = form.minor(dir, minor);

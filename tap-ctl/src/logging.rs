@@ -1,6 +1,6 @@
 //! Where the words of xenio and tapdisk go.
 //!
-//! In the foreground to standard error with a time stamp; as a daemon to the system log, and where there is none (an
+//! In the foreground to standard error, with a time stamp, or with the priority where that is the journal; as a daemon to the system log, and where there is none (an
 //! early boot, a minimal dom0) to `/var/log/xen/<program>.log`.
 
 use std::fs::{File, OpenOptions};
@@ -30,13 +30,20 @@ pub enum Mode {
 pub fn init(program: &'static str, mode: Mode, debug: bool) -> Result<(), SetLoggerError> {
     let level = if debug { LevelFilter::Debug } else { LevelFilter::Info };
     match mode {
-        Mode::Foreground => env_logger::Builder::new()
-            .filter_level(level)
-            .format(move |out, record| {
-                let line = Line { program, record };
-                writeln!(out, "{} {} {}", timestamp(SystemTime::now()), record.level(), line.text())
-            })
-            .try_init(),
+        Mode::Foreground => {
+            let journal = std::env::var("JOURNAL_STREAM").is_ok_and(|stream| is_stderr(&stream));
+            env_logger::Builder::new()
+                .filter_level(level)
+                .format(move |out, record| {
+                    let line = Line { program, record };
+                    if journal {
+                        // The journal knows the time, and the level from this.
+                        return writeln!(out, "<{}>{}", line.severity(), line.text());
+                    }
+                    writeln!(out, "{} {} {}", timestamp(SystemTime::now()), record.level(), line.text())
+                })
+                .try_init()
+        }
         Mode::Daemon => {
             let file = Path::new("/var/log/xen").join(format!("{program}.log"));
             let daemon = DaemonLog { program, level, sink: Mutex::new(Sink::new("/dev/log".into(), file)) };
@@ -45,6 +52,13 @@ pub fn init(program: &'static str, mode: Mode, debug: bool) -> Result<(), SetLog
             Ok(())
         }
     }
+}
+
+/// Whether standard error is the stream to the journal that systemd has made: `DEVICE:INODE` in `JOURNAL_STREAM`, see
+/// systemd.exec(5). A program started by one under systemd may have the variable and another standard error.
+fn is_stderr(stream: &str) -> bool {
+    nix::sys::stat::fstat(std::io::stderr())
+        .is_ok_and(|found| stream == format!("{}:{}", found.st_dev, found.st_ino))
 }
 
 /// One message, as a line.
@@ -70,13 +84,17 @@ impl Line<'_> {
 
     /// Facility daemon (3) and the severity, as RFC 3164 section 4.1.1 packs them.
     fn priority(&self) -> u8 {
-        let severity = match self.record.level() {
+        3 * 8 + self.severity()
+    }
+
+    /// As in syslog(3) and sd-daemon(3).
+    fn severity(&self) -> u8 {
+        match self.record.level() {
             Level::Error => 3,
             Level::Warn => 4,
             Level::Info => 6,
             Level::Debug | Level::Trace => 7,
-        };
-        3 * 8 + severity
+        }
     }
 }
 
@@ -178,6 +196,14 @@ fn civil(mut days: u64) -> (u64, u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_journal_is_known_by_the_device_and_inode_of_standard_error() {
+        let found = nix::sys::stat::fstat(std::io::stderr()).unwrap();
+        assert!(is_stderr(&format!("{}:{}", found.st_dev, found.st_ino)));
+        assert!(!is_stderr(&format!("{}:{}", found.st_dev, found.st_ino + 1)));
+        assert!(!is_stderr(""));
+    }
 
     #[test]
     fn time_stamps_agree_with_the_calendar() {

@@ -1,7 +1,7 @@
 //! `tap-ctl top`: what the disks are doing, as a table that renews itself.
 //!
-//! Two surveys give rates ([`rates`]), rates a table of 80 columns ([`table`]); both are pure. [`screen`] shows tables and reads
-//! keys, [`run`] prints them one after the other for scripts.
+//! Two surveys give rates, rates a table of 80 columns (`table`); both are pure. `screen` shows tables and reads keys; `run` is the
+//! course of things, on a terminal and for scripts.
 
 mod run;
 mod screen;

@@ -12,6 +12,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use mio::net::UnixListener;
 use mio::unix::SourceFd;
@@ -36,6 +37,8 @@ const FIRST_CLIENT: usize = 3;
 
 /// Clients at the same time; more wait in the socket's backlog.
 const MAX_CLIENTS: usize = 64;
+/// When who could not be let in is tried again.
+const ACCEPT_AGAIN: Duration = Duration::from_secs(1);
 
 /// What worker threads tell the server.
 enum Event {
@@ -65,6 +68,8 @@ pub struct Server<X: Xen> {
     waker: Arc<Waker>,
     clients: HashMap<Token, Client>,
     next_token: usize,
+    /// Somebody may be waiting at the control socket whom we could not let in.
+    unaccepted: bool,
     /// Newest last.
     vbds: Vec<Vbd>,
     /// The process ends when it has no VBD and this is set: by the last detach, or a signal.
@@ -119,6 +124,7 @@ impl<X: Xen> Server<X> {
             waker,
             clients: HashMap::new(),
             next_token: FIRST_CLIENT,
+            unaccepted: false,
             vbds: Vec::new(),
             ending: false,
         })
@@ -133,13 +139,16 @@ impl<X: Xen> Server<X> {
     pub fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(64);
         while !(self.ending && self.vbds.is_empty() && self.clients.values().all(Client::is_content)) {
-            match self.poll.poll(&mut events, None) {
+            match self.poll.poll(&mut events, self.unaccepted.then_some(ACCEPT_AGAIN)) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result?,
             }
+            if self.unaccepted {
+                self.accept();
+            }
             for event in &events {
                 match event.token() {
-                    LISTENER => self.accept()?,
+                    LISTENER => self.accept(),
                     WAKER => self.take_worker_events(),
                     SIGNALS => self.take_signals()?,
                     token if self.welcome(token) => {}
@@ -150,22 +159,28 @@ impl<X: Xen> Server<X> {
         Ok(())
     }
 
-    fn accept(&mut self) -> io::Result<()> {
+    /// Lets in who waits at the control socket. A host short of descriptors or memory makes them wait longer, and nothing else:
+    /// the listener's readiness is edge-triggered, so it is tried again after a while.
+    fn accept(&mut self) {
+        self.unaccepted = false;
         while self.clients.len() < MAX_CLIENTS {
-            let mut stream = match self.listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => {
-                    log::warn!("accepting a control connection failed: {error}");
-                    return Ok(());
-                }
-            };
             let token = Token(self.next_token);
+            let accepted = self.listener.accept().and_then(|(mut stream, _)| {
+                let interest = Interest::READABLE | Interest::WRITABLE;
+                self.poll.registry().register(&mut stream, token, interest)?;
+                Ok(stream)
+            });
+            match accepted {
+                Ok(stream) => drop(self.clients.insert(token, Client::new(stream))),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    log::warn!("accepting a control connection failed: {error}; trying again");
+                    self.unaccepted = true;
+                    return;
+                }
+            }
             self.next_token += 1;
-            self.poll.registry().register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
-            self.clients.insert(token, Client::new(stream));
         }
-        Ok(())
     }
 
     /// Lets NBD clients in, if that is what an event means.
@@ -201,9 +216,7 @@ impl<X: Xen> Server<X> {
             let _ = self.poll.registry().deregister(&mut client.stream);
         }
         // There may be connections that found no place; the listener's readiness was edge-triggered.
-        if let Err(error) = self.accept() {
-            log::warn!("accepting control connections failed: {error}");
-        }
+        self.accept();
     }
 
     /// Reads what there is, carries out whole requests, writes what there is to write.

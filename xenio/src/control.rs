@@ -37,6 +37,8 @@ pub struct Control {
     devices: BTreeMap<DeviceId, Device>,
     tickets: HashMap<Ticket, DeviceId>,
     generation: u64,
+    /// A request could not be sent for want of descriptors or memory.
+    scarce: bool,
 }
 
 /// A device as it was just seen.
@@ -55,6 +57,8 @@ pub enum Rest {
     Yes,
     /// It wants another turn.
     No,
+    /// It wants another turn when the host may have more to give.
+    Later,
 }
 
 impl Control {
@@ -70,6 +74,7 @@ impl Control {
             devices: BTreeMap::new(),
             tickets: HashMap::new(),
             generation: 0,
+            scarce: false,
         }
     }
 
@@ -222,6 +227,9 @@ impl Control {
                 return Ok(Rest::Yes);
             };
             self.act(store, id, &look, action)?;
+            if std::mem::take(&mut self.scarce) {
+                return Ok(Rest::Later);
+            }
         }
         Ok(Rest::No)
     }
@@ -444,6 +452,12 @@ impl Control {
             Ok(ticket) => {
                 device.sent(ticket, pending);
                 self.tickets.insert(ticket, id);
+            }
+            Err(reason) if reason.is_scarcity() => {
+                if device.chatter.take(Instant::now()).is_ok() {
+                    log::warn!("device {id}: {reason}; trying again");
+                }
+                self.scarce = true;
             }
             Err(reason) => {
                 log::info!("device {id}: {reason}");

@@ -34,7 +34,7 @@ const STORE: Token = Token(1);
 const GUEST_INTERVAL: Duration = Duration::from_millis(50);
 /// How many may come at once.
 const GUEST_BURST: u32 = 50;
-/// A device that met an error of XenStore is looked at again after this time.
+/// A device that met an error of XenStore, or a host short of descriptors or memory, is looked at again after this time.
 const RETRY: Duration = Duration::from_secs(1);
 /// Time between attempts to reach XenStore: the first, and the longest after doubling.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -274,6 +274,7 @@ impl Daemon {
             match self.control.evaluate(store, id) {
                 Ok(Rest::Yes) => {}
                 Ok(Rest::No) => drop(self.stirred.insert(id)),
+                Ok(Rest::Later) => drop(self.later.insert(id, now + RETRY)),
                 Err(error) if ends_connection(&error) => return Err(error),
                 Err(error) => {
                     log::warn!("device {id}: {error}; looking again in {} s", RETRY.as_secs());

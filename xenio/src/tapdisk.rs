@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use mio::net::UnixStream;
 use mio::{Interest, Registry, Token};
+use nix::errno::Errno;
 use tap_ctl::frame::{Decoder, FrameError, encode};
 use tap_ctl::proto::DiskInfo;
 use tap_ctl::{ControlDir, Minor, Reply, Request};
@@ -97,6 +98,17 @@ pub enum LinkError {
     },
 }
 
+impl LinkError {
+    /// Whether this host had no descriptors or memory left, or too many wait to be let in by the tapdisk: it may be as well as
+    /// ever.
+    pub fn is_scarcity(&self) -> bool {
+        let LinkError::Unreachable { source, .. } = self else { return false };
+        let scarce =
+            [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS, Errno::ENOSPC, Errno::EAGAIN];
+        source.raw_os_error().is_some_and(|code| scarce.contains(&Errno::from_raw(code)))
+    }
+}
+
 /// All connections.
 #[derive(Debug)]
 pub struct Links {
@@ -153,11 +165,12 @@ impl Links {
 
     fn link(&mut self, pid: i32) -> io::Result<&mut Link> {
         if !self.links.contains_key(&pid) {
-            let ask = self.open(pid)?;
+            // Both or none: a tapdisk without the second would be served for ever without its news.
+            let (ask, follow) = (self.open(pid)?, self.open(pid)?);
             let (interval, burst) = FOLLOW_AGAIN;
             let follow_again = Bucket::new(interval, burst, Instant::now());
             self.links.insert(pid, Pair { ask, follow: None, follow_again });
-            self.follow(pid);
+            self.follow(pid, Ok(follow));
         }
         self.links.get_mut(&pid).map(|pair| &mut pair.ask).ok_or_else(|| ErrorKind::NotConnected.into())
     }
@@ -177,9 +190,9 @@ impl Links {
         })
     }
 
-    /// Asks the tapdisk `pid` for its news. Without them its disks are served all the same.
-    fn follow(&mut self, pid: i32) {
-        let asked = self.open(pid).map_err(|error| error.to_string()).and_then(|mut link| {
+    /// Asks the tapdisk `pid` for its news on a new connection. Without them its disks are served all the same.
+    fn follow(&mut self, pid: i32, opened: io::Result<Link>) {
+        let asked = opened.map_err(|error| error.to_string()).and_then(|mut link| {
             link.unsent = encode(&Request::Follow).map_err(|error| error.to_string())?;
             // An error here is seen again by the read.
             let _ = link.flush();
@@ -226,7 +239,8 @@ impl Links {
         let again = pair.follow_again.take(Instant::now()).is_ok();
         self.drop_follow(pid);
         if again {
-            self.follow(pid);
+            let opened = self.open(pid);
+            self.follow(pid, opened);
         } else {
             log::warn!("tapdisk {pid} has ended too many connections for news: not following it any more");
         }

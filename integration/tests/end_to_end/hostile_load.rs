@@ -16,7 +16,7 @@ use super::scene::{Scene, draft, indirect};
 use super::support::*;
 
 /// Memory in use by a process, in MiB.
-fn resident(pid: i32) -> u64 {
+pub fn resident(pid: i32) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
@@ -33,12 +33,12 @@ fn processor_time(pid: i32) -> Duration {
 }
 
 /// Open files of a process.
-fn files(pid: i32) -> usize {
+pub fn files(pid: i32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
 }
 
 /// Its threads, without those that the kernel keeps for io_uring as long as it likes.
-fn threads(pid: i32) -> usize {
+pub fn threads(pid: i32) -> usize {
     let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
     // One that ends while we look has no name any more.
     let name = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("comm")).ok();

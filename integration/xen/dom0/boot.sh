@@ -1,5 +1,6 @@
 #!/bin/bash
-# Process 1 of dom0: starts what a Xen host needs, runs the scenarios of /testbed/plan one after the other, powers off.
+# Process 1 of dom0, or a service of it: starts what a Xen host needs, runs the scenarios of /testbed/plan one after the
+# other, powers off.
 #
 # Everything that the host has to know goes over the second serial port, one event a line:
 #   ready | broken REASON | start NAME | say TEXT | pass NAME SECONDS | fail NAME SECONDS REASON | end
@@ -66,6 +67,7 @@ install_binaries() {
     for program in /testbed/bin/*; do
         case ${program##*/} in
         tapdisk) install -D "$program" /usr/libexec/xenio/tapdisk ;;
+        block-xenio) install "$program" /etc/xen/scripts/ ;;
         *) install "$program" /usr/sbin/ ;;
         esac
     done
@@ -95,12 +97,25 @@ run_scenario() {
     fi
 }
 
-mount_all
-one_cpu
-start_toolstack
+# With "testbed.init=systemd" systemd is process 1, and this script a service of it.
+service() {
+    grep -q -w testbed.init=systemd /proc/cmdline
+}
+
+if service && [ $$ = 1 ]; then
+    exec /usr/lib/systemd/systemd
+fi
+if service; then
+    one_cpu
+    modprobe loop
+else
+    mount_all
+    one_cpu
+    start_toolstack
+    install_binaries
+fi
 # As an administrator would: guests do not keep the tools and the backend waiting.
 xl sched-credit2 --domain=Domain-0 --weight=2048
-install_binaries
 event ready
 while read -r name limit; do
     run_scenario "$name" "$limit"

@@ -220,7 +220,7 @@ wait_console() {
         # A guest may say both between two looks.
         ! says "$1" "$GUEST_TROUBLE" || says "$1" "$2" || fail "guest $1: $(said "$1" "$GUEST_TROUBLE")"
         [ $SECONDS -lt $ends ] || fail "guest $1 did not say '$2' within $3 s"
-        read -r -t "${LOOK_EVERY:-0.1}" <> <(:) || true
+        read -r -t "${LOOK_EVERY:-0.3}" <> <(:) || true
     done
     step "guest $1 said: $(said "$1" "$2")"
 }

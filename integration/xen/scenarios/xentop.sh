@@ -17,7 +17,7 @@ minor=$(tap-ctl list | sed -n 's/.* minor=\([0-9]*\) .*/\1/p')
 
 # xentop -b -x: after a domain's line one for each of its disks, with requests and sectors.
 xentop -b -x -f -i 2 -d 1 | tee xentop.txt
-line=$(grep -a 'VBD VBD3 51712' xentop.txt | tail -n 1) || fail "xentop does not show the disk"
+line=$(grep -a 'VBD Tapdisk3 51712' xentop.txt | tail -n 1) || fail "xentop does not show the disk"
 # number NAME: what stands behind it.
 number() {
     sed "s/.* $1: *\([0-9]*\).*/\1/" <<<"$line"

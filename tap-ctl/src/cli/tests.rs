@@ -232,11 +232,3 @@ fn metrics_and_tables_are_printed_and_what_does_not_answer_is_told_beside_them()
     assert!(stdout.starts_with("0 disks, 0 IOPS, 0 MB/s read, 0 MB/s written, 1 not answering"), "{stdout}");
     assert_eq!(stdout.lines().count(), 2, "{stdout}");
 }
-
-#[test]
-fn help_is_told_as_it_was_agreed() {
-    let folder = tempfile::tempdir().unwrap();
-    let (code, stdout, stderr) = tap_ctl(&ControlDir::at(folder.path()), false, "");
-    assert_eq!((code, stderr.as_str()), (0, ""));
-    assert_eq!(stdout, include_str!("usage.txt"));
-}

@@ -1,0 +1,91 @@
+# about: the Debian package on a dom0 with systemd: installed, upgraded and watched under a guest, not removed under it
+# extra: make test-full
+# machine: service
+# limit: 420
+tick_job() {
+    cat <<'JOB'
+set -e
+mount -t ext4 /dev/xvda /mnt
+n=0
+while [ ! -b /dev/xvdb ]; do
+    n=$((n + 1))
+    dd if=/dev/urandom of=/tmp-data bs=256k count=1 2>/dev/null
+    dd if=/tmp-data of=/mnt/tick bs=256k conv=fsync 2>/dev/null
+    echo 3 >/proc/sys/vm/drop_caches
+    cmp /tmp-data /mnt/tick
+    echo "GUEST TICK $n"
+done
+mkdir /second
+mount -t ext4 -o ro /dev/xvdb /second
+(cd /second && sha256sum -c SHA256SUMS >/dev/null)
+umount /second
+umount /mnt
+JOB
+}
+more_ticks() {
+    [ "$(grep -a -c 'GUEST TICK' "$CONSOLES/guest-g1.log")" -gt $((seen + 2)) ]
+}
+goes_on() {
+    seen=$(grep -a -c 'GUEST TICK' "$CONSOLES/guest-g1.log")
+    within 60 "$1" more_ticks
+    step "$1: the guest goes on"
+}
+show() {
+    systemctl show --value --property "$1" xenio
+}
+another_main() {
+    [ "$(show ActiveState)" = active ] && [ "$(show MainPID)" != "$main" ]
+}
+
+step "install"
+apt-get install -y /testbed/deb/xenio_*.deb
+expect "the service's state" active show ActiveState
+expect "what the service says" "serving disks" show StatusText
+systemd-analyze verify xenio.service xenio-tapdisk.slice
+
+qemu-img convert -f raw -O vpc "$SRV/small.raw" first.vhd
+qemu-img convert -f raw -O vpc "$SRV/small.raw" "./second: a disk.vhd"
+tick_job | guest g1 pv "$(vhd xvda first.vhd)"
+create g1
+wait_console g1 'GUEST TICK' 60
+tapdisk=$(pgrep -x tapdisk)
+grep -q "/xenio.slice/xenio-tapdisk.slice/tapdisk-$tapdisk.scope$" "/proc/$tapdisk/cgroup" ||
+    fail "the tapdisk has no scope of its own: $(cat "/proc/$tapdisk/cgroup")"
+systemctl show --value --property Before "tapdisk-$tapdisk.scope" | grep -q xendomains.service ||
+    fail "at shutdown nothing keeps the disk until its guest has ended"
+
+step "upgrade"
+main=$(show MainPID)
+apt-get install -y /testbed/deb/next.deb | tee upgrade.log
+grep -q '1 disk(s) in use go on' upgrade.log
+another_main || fail "the service was not restarted"
+goes_on "with the next version"
+
+step "a xenio that hangs"
+main=$(show MainPID)
+mkdir -p /run/systemd/system/xenio.service.d
+printf '[Service]\nWatchdogSec=4s\n' >/run/systemd/system/xenio.service.d/soon.conf
+systemctl daemon-reload
+systemctl restart xenio
+main=$(show MainPID)
+kill -STOP "$main"
+within 40 "a new xenio in the place of one that hangs" another_main
+goes_on "with a new xenio"
+
+step "removal is refused"
+! apt-get remove -y xenio >remove.log 2>&1 || fail "xenio was removed under a guest"
+cat remove.log
+grep -q 'these disks are in use' remove.log
+grep -q 'first.vhd' remove.log
+expect "the service's state" active show ActiveState
+[ "$(pgrep -x tapdisk)" = "$tapdisk" ] || fail "the tapdisk has not stayed: $(pgrep -a -x tapdisk)"
+
+xl block-attach g1 "script=block-xenio,$(vhd xvdb 'second: a disk.vhd')"
+finish g1 60
+assert_nothing_left
+vhd-util check -n first.vhd
+
+step "remove"
+apt-get remove -y xenio
+! pgrep -x xenio || fail "xenio has stayed"
+[ ! -e /usr/sbin/xenio ]

@@ -38,16 +38,16 @@ pub enum Command {
     Close(Target, Option<Duration>),
     /// `create`, with the I/O engine the tapdisk is to use
     Create(Opening, Option<&'static str>),
-    /// `destroy`, waiting at most so long for the image to close
-    Destroy(Target, Option<Duration>),
+    /// `destroy`, waiting at most so long for the image to close, and then by force
+    Destroy(Target, Option<Duration>, bool),
     /// `resize`, to a size in bytes or to what the storage has become
     Resize(Target, Option<u64>),
     /// `pause`, waiting at most so long
     Pause(Target, Option<Duration>),
     /// `unpause`
     Unpause(Target, Reopen),
-    /// `snapshot`, to a new image
-    Snapshot(Target, ImageSpec),
+    /// `snapshot`, to a new image, waiting at most so long
+    Snapshot(Target, ImageSpec, Option<Duration>),
     /// `limit`
     Limit(Target, LimitChange),
     /// `stats`, in full or as XenServer's storage manager reads them
@@ -105,7 +105,7 @@ const COMMANDS: [(&str, &str); 18] = [
     ("allocate", "[--json]"),
     ("free", "-m MINOR"),
     ("create", concat!(opening!(), " [--engine uring|pool|auto] [-d NAME ignored] [--json]")),
-    ("destroy", "-p PID -m MINOR [-t SECONDS]"),
+    ("destroy", "-p PID -m MINOR [-t SECONDS] [-f by killing the tapdisk if it does not answer]"),
     ("spawn", "[--engine uring|pool|auto] [--json]"),
     ("attach", "-p PID -m MINOR"),
     ("detach", "-p PID -m MINOR"),
@@ -117,7 +117,7 @@ const COMMANDS: [(&str, &str); 18] = [
         "-p PID -m MINOR [-a TYPE:PATH] [-2 TYPE:PATH of the mirror, or with -s of the standby image, or null for none] \
          [-c LOG of written blocks]",
     ),
-    ("snapshot", "-p PID -m MINOR -a TYPE:PATH of the new image"),
+    ("snapshot", "-p PID -m MINOR -a TYPE:PATH of the new image [-t SECONDS]"),
     ("resize", "-p PID -m MINOR [-s MIB, without it the size that the storage has now]"),
     (
         "limit",

@@ -1,5 +1,6 @@
 //! `tap-ctl` as a library call, so that tests and simulations can use another runtime folder and another tapdisk.
 
+mod force;
 mod key;
 mod show;
 
@@ -156,15 +157,18 @@ fn perform(
             *output = form.minor(dir, create(config, opening, *engine, stdin)?);
         }
         Command::Pause(target, limit) => {
-            let request = Request::Pause { minor: target.minor };
-            order(dir, *target, &request, *limit).map_err(because(with_target("pause", *target)))?;
+            let request = Request::Pause { minor: target.minor, within: limit.map(|limit| limit.as_secs()) };
+            order(dir, *target, &request, limit.map(with_grace))
+                .map_err(because(with_target("pause", *target)))?;
         }
         Command::Unpause(target, change) => {
             unpause(dir, *target, change).map_err(because(with_target("unpause", *target)))?;
         }
-        Command::Snapshot(target, image) => {
-            let request = Request::Snapshot { minor: target.minor, image: image.clone() };
-            order(dir, *target, &request, None).map_err(because(with_target("snapshot", *target)))?;
+        Command::Snapshot(target, image, limit) => {
+            let within = limit.map(|limit| limit.as_secs());
+            let request = Request::Snapshot { minor: target.minor, image: image.clone(), within };
+            order(dir, *target, &request, limit.map(with_grace))
+                .map_err(because(with_target("snapshot", *target)))?;
         }
         Command::Limit(target, change) => {
             let limits = limit(dir, *target, *change).map_err(because(with_target("limit", *target)))?;
@@ -176,7 +180,8 @@ fn perform(
         Command::Resize(target, size) => {
             resize(dir, *target, *size).map_err(because(with_target("resize", *target)))?;
         }
-        Command::Destroy(target, limit) => destroy(dir, *target, *limit)?,
+        Command::Destroy(target, limit, false) => destroy(dir, *target, *limit)?,
+        Command::Destroy(target, limit, true) => force::destroy(dir, *target, *limit)?,
         Command::List(filter) => *output = form.entries(&listing(dir, filter, notes)?),
         Command::Metrics(None) => *output = metrics_once(dir, notes)?,
         // Carried out by who calls us, as they have no end.
@@ -192,6 +197,12 @@ fn because(what: impl Into<String>) -> impl FnOnce(Error) -> Failure {
 
 fn with_target(verb: &str, target: Target) -> String {
     format!("{verb} minor {} of tapdisk {}", target.minor, target.pid)
+}
+
+/// How long the tapdisk may take to say that the time is over, which it would rather decide itself: then both agree on what has
+/// become of the request.
+fn with_grace(limit: Duration) -> Duration {
+    limit.saturating_add(Duration::from_secs(2))
 }
 
 fn order(dir: &ControlDir, target: Target, request: &Request, limit: Option<Duration>) -> Result<(), Error> {
@@ -291,6 +302,12 @@ fn end(child: &mut Child) {
 
 /// close, detach, free. A tapdisk that has ended has closed and detached everything: then only the marker is left.
 fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Failure> {
+    let what = || because(with_target("destroy", target));
+    close_and_detach(dir, target, limit).map_err(what())?;
+    minors::free(dir, target.minor).map_err(what())
+}
+
+fn close_and_detach(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Error> {
     let steps = [Request::Close { minor: target.minor }, Request::Detach { minor: target.minor }];
     for request in steps {
         match order(dir, target, &request, limit) {
@@ -298,15 +315,16 @@ fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<
                 log::info!("tapdisk {} is gone already: {error}", target.pid);
                 break;
             }
-            other => other.map_err(because(with_target("destroy", target)))?,
+            other => other?,
         }
     }
-    minors::free(dir, target.minor).map_err(because(with_target("destroy", target)))
+    Ok(())
 }
 
 fn listing(dir: &ControlDir, filter: &Filter, notes: &mut Vec<Error>) -> Result<Vec<Entry>, Failure> {
-    let (entries, problems) = list::gather(dir, filter).map_err(because("list"))?;
+    let (mut entries, problems) = list::gather(dir, filter).map_err(because("list"))?;
     notes.extend(problems);
+    entries.iter_mut().for_each(|entry| entry.add_uri(dir));
     Ok(entries)
 }
 

@@ -6,7 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket, sockopt,
+};
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::dir::ControlDir;
@@ -77,6 +79,23 @@ impl Client {
         match self.call(request, limit)? {
             Reply::Done => Ok(()),
             _ => Err(Error::Unexpected { pid: self.pid }),
+        }
+    }
+
+    /// The process that listens on the control socket; `None` if the system does not tell.
+    pub(crate) fn peer_pid(&self) -> Option<i32> {
+        getsockopt(&self.stream, sockopt::PeerCredentials).ok().map(|credentials| credentials.pid())
+    }
+
+    /// Waits until the tapdisk has ended, or the time is over; returns whether it has.
+    pub(crate) fn ends_within(&mut self, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        loop {
+            match self.receive(Some((end, limit))) {
+                Ok(()) => {}
+                Err(Error::Timeout { .. }) => return false,
+                Err(_) => return true,
+            }
         }
     }
 

@@ -69,6 +69,20 @@ impl ControlDir {
         self.root.join(format!("nbd{pid}.{minor}"))
     }
 
+    /// Where a VBD with an open image is served by NBD, as a URI that qemu and libnbd take.
+    pub fn nbd_uri(&self, pid: i32, minor: Minor) -> String {
+        use std::os::unix::ffi::OsStrExt;
+        let mut uri = String::from("nbd+unix:///?socket=");
+        for &byte in self.vbd_path(pid, minor).as_os_str().as_bytes() {
+            if byte.is_ascii_alphanumeric() || b"/-._~".contains(&byte) {
+                uri.push(char::from(byte));
+            } else {
+                uri.push_str(&format!("%{byte:02X}"));
+            }
+        }
+        uri
+    }
+
     /// Reads a path made by [`ControlDir::vbd_path`] back. `None` for any other text.
     pub fn parse_vbd_path(&self, path: &Path) -> Option<(i32, Minor)> {
         let name = path.strip_prefix(&self.root).ok()?.to_str()?;
@@ -110,6 +124,15 @@ mod tests {
         let path = dir.vbd_path(4711, Minor(3));
         assert_eq!(path, Path::new("/run/blktap-control/nbd4711.3"));
         assert_eq!(dir.parse_vbd_path(&path), Some((4711, Minor(3))));
+    }
+
+    #[test]
+    fn a_uri_names_the_socket_whatever_the_folder_is_called() {
+        assert_eq!(
+            ControlDir::default().nbd_uri(4711, Minor(3)),
+            "nbd+unix:///?socket=/run/blktap-control/nbd4711.3"
+        );
+        assert_eq!(ControlDir::at("/a b&").nbd_uri(1, Minor(0)), "nbd+unix:///?socket=/a%20b%26/nbd1.0");
     }
 
     #[test]

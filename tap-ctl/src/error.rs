@@ -93,6 +93,37 @@ pub enum Error {
         /// The minor.
         minor: Minor,
     },
+    /// Killing it would take other disks along.
+    #[error("tapdisk {pid} does not close the disk, and serves minor {other} too: destroy that one first")]
+    ServesOthers {
+        /// The tapdisk's process id.
+        pid: i32,
+        /// Another minor with an open image.
+        other: Minor,
+    },
+    /// The tapdisk was killed, and the system keeps it until its storage answers.
+    #[error(
+        "tapdisk {pid} was killed, and stays until its storage has ended what it has in flight; the image and the guest's \
+         memory are in use so long. Repeat the command then"
+    )]
+    Undead {
+        /// The tapdisk's process id.
+        pid: i32,
+    },
+    /// There is a tapdisk's socket, but another process behind it.
+    #[error("process {pid} is not the one that listens on its control socket: not killed")]
+    Impostor {
+        /// The process id.
+        pid: i32,
+    },
+    /// The tapdisk could not be killed.
+    #[error("cannot kill tapdisk {pid}: {errno}")]
+    Kill {
+        /// The tapdisk's process id.
+        pid: i32,
+        /// What the system said.
+        errno: Errno,
+    },
     /// The tapdisk program cannot be started at all.
     #[error("cannot start {}: {source}", program.display())]
     Start {
@@ -117,7 +148,9 @@ impl Error {
     /// The positive errno of the failure, 1 to 255, for use as an exit code.
     pub fn errno(&self) -> u8 {
         let raw = match self {
-            Error::Unreachable { errno, .. } => *errno as i32,
+            Error::Unreachable { errno, .. } | Error::Kill { errno, .. } => *errno as i32,
+            Error::ServesOthers { .. } | Error::Undead { .. } => Errno::EBUSY as i32,
+            Error::Impostor { .. } => Errno::ESRCH as i32,
             Error::Timeout { .. } => Errno::ETIMEDOUT as i32,
             Error::Ended { .. } => Errno::EPIPE as i32,
             Error::Io { source, .. } | Error::File { source, .. } | Error::Start { source, .. } => {

@@ -20,6 +20,17 @@ pub struct Entry {
     pub state: Option<u32>,
     /// The open image.
     pub image: Option<ImageSpec>,
+    /// Where it is served by NBD, where that was looked for.
+    pub uri: Option<String>,
+}
+
+impl Entry {
+    /// Has the entry tell where its disk is served by NBD.
+    pub fn add_uri(&mut self, dir: &ControlDir) {
+        if let (Some(pid), Some(minor), Some(_)) = (self.pid, self.minor, &self.image) {
+            self.uri = Some(dir.nbd_uri(pid, minor));
+        }
+    }
 }
 
 /// What to show. An entry passes if it agrees with every criterion given.
@@ -104,6 +115,7 @@ fn ask(dir: &ControlDir, pid: i32) -> Result<Vec<Entry>, Error> {
         minor: Some(vbd.minor),
         state: Some(vbd.state),
         image: vbd.image,
+        uri: None,
     };
     Ok(vbds.into_iter().map(entry).collect())
 }

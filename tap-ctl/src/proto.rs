@@ -27,8 +27,8 @@ pub use minor::{Minor, MinorError};
 pub use open::{Key, OpenParams, Reopen, Secondary};
 pub use ring::{Polling, QueueParams, RingEntry, RingParams};
 pub use stats::{
-    CacheStats, DiskStats, ImageStats, LocalCacheStats, MirrorStats, ReadWrite, RingStats, StandbyStats,
-    Stats,
+    CacheStats, DiskStats, ImageStats, LATE, LocalCacheStats, MirrorStats, OldestRequest, ReadWrite,
+    RingStats, StandbyStats, Stats, StoreOperation,
 };
 
 /// What a client asks of a tapdisk.
@@ -80,9 +80,15 @@ pub enum Request {
     Pause {
         /// The minor.
         minor: Minor,
+        /// If what is in flight has not ended after so many seconds, the pause is given up (ETIMEDOUT, which is told when it
+        /// has ended), and the disk goes on.
+        #[serde(default)]
+        within: Option<u64>,
     },
     /// Open the image of a paused disk again, or another one, and go on. Answered as [`Request::Open`]. EINVAL if it is not
     /// paused. EMEDIUMTYPE if the disk would be smaller than before. After any failure it is still paused.
+    ///
+    /// A pause that is still under way is taken back, if nothing is to be other than before.
     Unpause {
         /// The minor.
         minor: Minor,
@@ -97,6 +103,9 @@ pub enum Request {
         minor: Minor,
         /// Where to make the new image. There must be no such file.
         image: ImageSpec,
+        /// As in [`Request::Pause`].
+        #[serde(default)]
+        within: Option<u64>,
     },
     /// Change what the disk may do in a second; nothing named: only tell. Answered with [`Reply::Limits`].
     Limit {

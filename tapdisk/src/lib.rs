@@ -15,7 +15,8 @@
 //! | [`nbd`] | the disk's NBD server |
 //! | [`image`] | chains of layers, and opening them |
 //! | [`io`], [`reactor`], [`buf`], [`copier`] | moving bytes |
-//! | [`executor`], [`sync`] | tasks and waiting |
+//! | [`flight`] | requests under way, as they are told to people |
+//! | [`executor`], [`sync`], [`tick`] | tasks, waiting, the time |
 //! | [`alone`] | the same without rings, for tools |
 //! | [`xen`] | real devices or simulated ones |
 //! | [`xentop`] | what frontends have done, where xentop looks |
@@ -28,6 +29,7 @@ pub mod buf;
 pub mod cli;
 pub mod copier;
 pub mod executor;
+pub mod flight;
 pub mod image;
 pub mod io;
 pub mod nbd;
@@ -35,6 +37,7 @@ pub mod reactor;
 pub mod server;
 mod socket;
 pub mod sync;
+pub mod tick;
 pub mod vbd;
 mod words;
 pub mod worker;

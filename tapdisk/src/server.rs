@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::net::UnixListener;
 use mio::unix::SourceFd;
@@ -308,12 +308,14 @@ impl<X: Xen> Server<X> {
             Request::Resize { minor, size } => {
                 self.command(token, minor, |answer| Command::Resize(size, answer))
             }
-            Request::Pause { minor } => self.command(token, minor, Command::Pause),
+            Request::Pause { minor, within } => {
+                self.command(token, minor, |answer| Command::Pause(until(within), answer))
+            }
             Request::Unpause { minor, change } => {
                 self.command(token, minor, |answer| Command::Unpause(change, answer))
             }
-            Request::Snapshot { minor, image } => {
-                self.command(token, minor, |answer| Command::Snapshot(image, answer))
+            Request::Snapshot { minor, image, within } => {
+                self.command(token, minor, |answer| Command::Snapshot(image, until(within), answer))
             }
             Request::Limit { minor, change } => {
                 self.command(token, minor, |answer| Command::Limit(change, answer))
@@ -546,6 +548,11 @@ impl<X: Xen> Drop for Server<X> {
             log::warn!("cannot remove {}: {error}", self.socket.display());
         }
     }
+}
+
+/// When the patience of who asks ends.
+fn until(within: Option<u64>) -> Option<Instant> {
+    within.and_then(|seconds| Instant::now().checked_add(Duration::from_secs(seconds)))
 }
 
 fn refuse(errno: Errno, message: String) -> Reply {

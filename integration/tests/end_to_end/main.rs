@@ -14,6 +14,7 @@ mod hostile;
 mod hostile_data;
 mod hostile_load;
 mod hostile_ring;
+mod hung;
 mod leaks;
 mod limits;
 mod mirror;

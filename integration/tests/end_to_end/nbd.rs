@@ -32,7 +32,7 @@ fn succeed(program: &str, args: &[&str]) -> Option<String> {
 }
 
 /// A disk that no guest uses; the path of its NBD socket, and its minor.
-fn serve(rig: &Rig, args: &[&str]) -> (PathBuf, String) {
+pub fn serve(rig: &Rig, args: &[&str]) -> (PathBuf, String) {
     let outcome = rig.tap_ctl(&[&["create"], args].concat());
     assert_eq!(outcome.code, 0, "{args:?}: {}", outcome.err);
     // The path that stands for the disk is that of the socket.
@@ -79,6 +79,52 @@ fn nbdinfo_sees_what_the_disk_is() {
     assert!(list.contains("tapdisk_client"), "{list}");
     let map = succeed("nbdinfo", &["--map", &uri(&socket)]).unwrap();
     assert!(map.contains("1048576") && map.contains("hole,zero"), "{map}");
+}
+
+/// A boot sector: reads the 4096 bytes at sector 8, inverts them, writes them to sector 16, and ends the machine with 0x10, or
+/// with 0x20 after an error. The BIOS loads it to 0x7c00 and leaves the drive's number in DL.
+const INVERTER: [u8; 69] = [
+    0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xd0, 0xbc, 0x00, 0x7c, // ds = ss = 0, sp = 0x7c00
+    0xbe, 0x35, 0x7c, 0xb4, 0x42, 0xcd, 0x13, 0x72,
+    0x1a, // int 0x13: extended read of the packet at the end, jc
+    0xbf, 0x00, 0x80, 0xb9, 0x00, 0x10, 0xf6, 0x15, 0x47, 0xe2,
+    0xfb, // not byte [di++], 4096 times from 0x8000 on
+    0xc6, 0x44, 0x08, 0x10, 0xb8, 0x00, 0x43, 0xcd, 0x13, 0x72, 0x04, // sector 16: extended write, jc
+    0xb0, 0x10, 0xeb, 0x02, 0xb0, 0x20, // al = 0x10 or 0x20
+    0xba, 0x01, 0x05, 0xee, 0xf4, 0xeb, 0xfd, // out 0x501, al; then halt
+    0x10, 0x00, 0x08, 0x00, 0x00, 0x80, 0x00, 0x00, 8, 0, 0, 0, 0, 0, 0,
+    0, // 8 sectors, 0:0x8000, sector 8
+];
+
+#[test]
+fn a_machine_of_qemu_boots_from_the_disk_and_writes_it() {
+    let rig = rig();
+    let mut content = vec![0; MIB];
+    content[..INVERTER.len()].copy_from_slice(&INVERTER);
+    content[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let data = pattern(5, 4096);
+    content[4096..8192].copy_from_slice(&data);
+    let (image, params) = raw(&rig, "boot.img", MIB);
+    std::fs::write(&image, &content).unwrap();
+    serve(&rig, &["-a", &params]);
+    let list: serde_json::Value = serde_json::from_str(&rig.tap_ctl(&["list", "--json"]).out).unwrap();
+    let uri = list[0]["uri"].as_str().expect("a URI");
+    let drive = format!("file={uri},format=raw,if=none,id=disk");
+    let machine = ["-M", "pc", "-accel", "tcg", "-m", "32", "-nodefaults", "-display", "none", "-no-reboot"];
+    let devices =
+        ["-device", "isa-debug-exit", "-device", "virtio-blk-pci,drive=disk,bootindex=1", "-drive", &drive];
+    // It does not halt for ever, whatever goes wrong.
+    let limited = [&["60", "qemu-system-x86_64"], &machine[..], &devices].concat();
+    let output = run("timeout", &limited).unwrap();
+    if output.status.code() == Some(127) {
+        eprintln!("qemu-system-x86_64 is not installed: nothing is tested");
+        return;
+    }
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    // The device ends QEMU with twice the number, and one more.
+    assert_eq!(output.status.code(), Some(0x21), "{words}");
+    let inverted: Vec<u8> = data.iter().map(|byte| !byte).collect();
+    assert!(std::fs::read(&image).unwrap()[8192..12288] == inverted);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::support::*;
 
 const SIZE: usize = 8 * MIB;
 
-fn stats(rig: &Rig, device: &Device, options: &[&str]) -> Value {
+pub fn stats(rig: &Rig, device: &Device, options: &[&str]) -> Value {
     let (pid, minor) = (device.pid.to_string(), device.minor.to_string());
     let outcome = rig.tap_ctl(&[&["stats", "-p", &pid, "-m", &minor], options].concat());
     assert_eq!(outcome.code, 0, "{}", outcome.err);

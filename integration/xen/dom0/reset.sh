@@ -46,6 +46,11 @@ destroy_all() {
 rm -rf /run/blktap-control /dev/shm/td3-* /run/xenio* "$WORK" /var/log/xen/{xenio,tapdisk}.log
 rm -f "$CONSOLES"/guest-*.log /var/log/xen/{xl,qemu-dm}-*.log*
 : >"$HOTPLUG_LOG"
+# What is suspended would keep everything that waits for it.
+export DM_DISABLE_UDEV=1
+for device in $(dmsetup ls --noheadings -o name 2>/dev/null | grep -v '^No devices'); do
+    dmsetup resume "$device" && dmsetup remove "$device"
+done
 losetup -D
 for device in /sys/kernel/config/nullb/*/; do
     [ ! -d "$device" ] || rmdir "$device"

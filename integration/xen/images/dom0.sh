@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 
 DOM0_MODULES=(xen-evtchn xen-gntdev xen-gntalloc xen-privcmd xenfs xen-blkback xen-blkfront loop null_blk brd
-    ext4)
+    ext4 dm-mod)
 
 build_dom0() {
     local root=$1/root version drop

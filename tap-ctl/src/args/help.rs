@@ -12,7 +12,10 @@ pub(super) fn about(command: &str) -> &'static str {
         "create" => {
             "Allocates a minor, starts a tapdisk, attaches and opens; undoes all of it where a step fails."
         }
-        "destroy" => "Closes a disk, detaches it and frees its minor. The tapdisk ends with its last disk.",
+        "destroy" => {
+            "Closes a disk, detaches it and frees its minor. The tapdisk ends with its last disk. With -f, one that does \
+             not close its disk in time (-t, 5 s) is killed."
+        }
         "spawn" => "Starts a tapdisk and prints its process id.",
         "attach" => "Puts a tapdisk in charge of a minor.",
         "detach" => "Takes a minor away from its tapdisk, which ends with its last one.",

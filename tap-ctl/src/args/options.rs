@@ -47,6 +47,7 @@ pub(super) struct Options {
     size: Option<u64>,
     engine: Option<&'static str>,
     full: bool,
+    force: bool,
     json: bool,
     batch: bool,
     times: Option<u32>,
@@ -96,7 +97,8 @@ impl Options {
                 Arg::Short('f') if command == "list" => options.file = Some(text(&mut parser)?),
                 // Closing never waits for a frontend: rings are always disconnected, forced or not.
                 Arg::Short('f') if command == "close" => {}
-                Arg::Short('t') if matches!(command, "close" | "destroy" | "pause") => {
+                Arg::Short('f') if command == "destroy" => options.force = true,
+                Arg::Short('t') if matches!(command, "close" | "destroy" | "pause" | "snapshot") => {
                     options.seconds = Some(seconds(&text(&mut parser)?)?);
                 }
                 Arg::Short('s') if command == "resize" => {
@@ -165,12 +167,12 @@ impl Options {
                 Command::Create(self.into_opening()?, engine)
             }
             "resize" => Command::Resize(self.target()?, self.size),
-            "destroy" => Command::Destroy(self.target()?, limit),
+            "destroy" => Command::Destroy(self.target()?, limit, self.force),
             "pause" => Command::Pause(self.target()?, limit),
             "unpause" => Command::Unpause(self.target()?, self.into_reopen()?),
             "snapshot" => {
                 let target = self.target()?;
-                Command::Snapshot(target, absolute_image(self.image.ok_or("-a TYPE:PATH is missing")?))
+                Command::Snapshot(target, absolute_image(self.image.ok_or("-a TYPE:PATH is missing")?), limit)
             }
             "limit" => Command::Limit(self.target()?, self.limit),
             "stats" => Command::Stats(self.target()?, self.full || self.json),

@@ -19,7 +19,9 @@ fn the_lines_of_the_hotplug_script_are_understood() {
     assert_eq!(line("open -p 12 -m 3 -a vhd:/a"), Ok(Command::Open(TARGET, plain)));
     assert_eq!(line("detach -p 12 -m 3"), Ok(Command::Detach(TARGET)));
     assert_eq!(line("free -m 3"), Ok(Command::Free(Minor(3))));
-    assert_eq!(line("destroy -p 12 -m 3"), Ok(Command::Destroy(TARGET, None)));
+    assert_eq!(line("destroy -p 12 -m 3"), Ok(Command::Destroy(TARGET, None, false)));
+    let five = Some(Duration::from_secs(5));
+    assert_eq!(line("destroy -p 12 -m 3 -f -t 5"), Ok(Command::Destroy(TARGET, five, true)));
 }
 
 #[test]
@@ -101,8 +103,10 @@ fn a_running_disk_is_paused_changed_limited_and_asked() {
         log: Some("/log".into()),
     };
     assert_eq!(line("unpause -p 12 -m 3 -a vhd:/b -2 null -c /log"), Ok(Command::Unpause(TARGET, change)));
-    let child = "vhd:/c".parse().unwrap();
-    assert_eq!(line("snapshot -p 12 -m 3 -a vhd:/c"), Ok(Command::Snapshot(TARGET, child)));
+    let child: crate::proto::ImageSpec = "vhd:/c".parse().unwrap();
+    let five = Some(Duration::from_secs(5));
+    assert_eq!(line("snapshot -p 12 -m 3 -a vhd:/c"), Ok(Command::Snapshot(TARGET, child.clone(), None)));
+    assert_eq!(line("snapshot -p 12 -m 3 -a vhd:/c -t 5"), Ok(Command::Snapshot(TARGET, child, five)));
     assert_eq!(line("limit -p 12 -m 3"), Ok(Command::Limit(TARGET, LimitChange::default())));
     let change = LimitChange { iops: Some(0), burst_bps: Some(4096), ..LimitChange::default() };
     assert_eq!(line("limit -p 12 -m 3 --iops 0 --burst-bps=4K"), Ok(Command::Limit(TARGET, change)));

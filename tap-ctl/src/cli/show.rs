@@ -55,12 +55,13 @@ impl Form {
     }
 }
 
-fn object(Entry { pid, minor, state, image }: &Entry) -> serde_json::Value {
+fn object(Entry { pid, minor, state, image, uri }: &Entry) -> serde_json::Value {
     json!({
         "pid": pid,
         "minor": minor,
         "state": state,
         "type": image.as_ref().map(|image| image.kind.name()),
         "path": image.as_ref().map(|image| &image.path),
+        "uri": uri,
     })
 }

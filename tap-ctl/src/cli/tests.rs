@@ -205,8 +205,10 @@ fn json_has_the_same_content_with_null_for_what_is_not_known() {
         ("allocate --json", format!(r#"{{"marker":"{}","minor":0}}"#, marker.display())),
         (
             "list --json",
-            r#"[{"minor":1,"path":"/a b","pid":4711,"state":42,"type":"vhd"},"#.to_owned()
-                + r#"{"minor":0,"path":null,"pid":null,"state":null,"type":null}]"#,
+            format!(
+                r#"[{{"minor":1,"path":"/a b","pid":4711,"state":42,"type":"vhd","uri":"{}"}},"#,
+                fake.dir.nbd_uri(4711, Minor(1))
+            ) + r#"{"minor":0,"path":null,"pid":null,"state":null,"type":null,"uri":null}]"#,
         ),
         ("limit -p 4711 -m 1 --json", r#"{"bps":0,"burst_bps":0,"burst_iops":0,"iops":7}"#.to_owned()),
     ] {

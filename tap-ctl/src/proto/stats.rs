@@ -1,5 +1,7 @@
 //! What a disk has done since it was opened, pauses not counted as an end.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::{ImageSpec, Latencies, Limits, RingEntry};
@@ -20,7 +22,7 @@ pub struct Stats {
     /// How long they took.
     #[serde(default)]
     pub latency: Latencies,
-    /// Requests in flight.
+    /// Requests in flight, of frontends and of NBD clients.
     pub outstanding: u64,
     /// Requests that are never answered, because the disk was stopped.
     #[serde(default)]
@@ -28,6 +30,15 @@ pub struct Stats {
     /// Age of the oldest request in flight, in milliseconds.
     #[serde(default)]
     pub oldest_ms: Option<u64>,
+    /// Requests in flight for longer than [`LATE`]: the store does not answer.
+    #[serde(default)]
+    pub late: u64,
+    /// The oldest request in flight.
+    #[serde(default)]
+    pub oldest: Option<OldestRequest>,
+    /// The oldest operation that the system has not ended, of those on files and devices.
+    #[serde(default)]
+    pub store: Option<StoreOperation>,
     /// How often a frontend had requests and had to wait, because the limits did not allow them yet.
     #[serde(default)]
     pub throttled: u64,
@@ -38,6 +49,39 @@ pub struct Stats {
     pub rings: Vec<RingStats>,
     /// What the disk itself tells.
     pub disk: DiskStats,
+}
+
+/// How long a request may be in flight before it is late.
+pub const LATE: Duration = Duration::from_secs(10);
+
+/// A request that was not answered yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OldestRequest {
+    /// Milliseconds since it was taken.
+    pub age_ms: u64,
+    /// `read`, `write`, `flush`, `discard` or another word.
+    pub operation: String,
+    /// Its first sector.
+    pub sector: u64,
+    /// Its sectors of 512 bytes; of one whose segments were not looked at yet, as many as there may be at most.
+    pub sectors: u64,
+    /// Who asks.
+    pub by: String,
+}
+
+/// An operation on a file or a device that was not ended yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreOperation {
+    /// Milliseconds since it was started.
+    pub age_ms: u64,
+    /// `read`, `write`, `fdatasync` or another word.
+    pub operation: String,
+    /// Byte position.
+    pub offset: u64,
+    /// Bytes; 0 for an operation on the whole file.
+    pub bytes: u64,
+    /// The file, if it has a name.
+    pub file: String,
 }
 
 /// What a disk tells of its images. Those of a paused disk are not known.

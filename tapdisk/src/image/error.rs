@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 
 use super::file::Mode;
+use super::holders::Holder;
 use crate::io::errno_of;
 
 /// An image that cannot be opened: a sentence for people that names the file, and an errno for programs.
@@ -33,14 +34,23 @@ impl OpenError {
     }
 
     /// Somebody else holds the lock.
-    pub fn in_use(path: &Path, mode: Mode) -> OpenError {
-        let message = match mode {
-            Mode::Exclusive => {
-                "is in use by another process (its lock is held); an image can be written by one disk only: \
-                 stop the other user, or attach both read-only"
+    pub fn in_use(path: &Path, mode: Mode, holder: &Holder) -> OpenError {
+        let who = match holder {
+            Holder::Process(pid, program) => format!("{program} (process {pid})"),
+            Holder::Unknown => "another process".to_owned(),
+            Holder::InFlight => {
+                let message = "still has I/O of a dead process in flight, which its storage has not ended (the lock is held, \
+                               and no process has it open): try again when the storage answers";
+                return OpenError::new(path, Errno::EBUSY, message);
             }
+        };
+        let message = match mode {
+            Mode::Exclusive => format!(
+                "is in use by {who} (its lock is held); an image can be written by one disk only: stop the other \
+                 user, or attach both read-only"
+            ),
             Mode::Shared => {
-                "is being written by another process (its lock is held), so it cannot be read meanwhile"
+                format!("is being written by {who} (its lock is held), so it cannot be read meanwhile")
             }
         };
         OpenError::new(path, Errno::EBUSY, message)

@@ -20,6 +20,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use super::OpenError;
 use super::cache::{Cache, Cached};
+use super::holders::holder;
 use super::locks::BlockLocks;
 use super::store::Store;
 use crate::buf::Piece;
@@ -191,7 +192,9 @@ impl ImageFile {
     pub fn lock(&mut self, mode: Mode) -> Result<(), OpenError> {
         let locked = self.keep();
         lock(locked.file(), mode).map_err(|errno| match errno {
-            Errno::EAGAIN | Errno::EACCES => OpenError::in_use(&self.path, mode),
+            Errno::EAGAIN | Errno::EACCES => {
+                OpenError::in_use(&self.path, mode, &holder(locked.file().as_fd()))
+            }
             errno => OpenError::file(&self.path, "cannot lock", errno),
         })?;
         self.len = self.measure().map_err(|errno| OpenError::file(&self.path, "cannot measure", errno))?;

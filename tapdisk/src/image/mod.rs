@@ -8,6 +8,7 @@ pub mod file;
 mod filter;
 mod formatted;
 mod hits;
+mod holders;
 mod layer;
 pub mod locks;
 mod nbd;

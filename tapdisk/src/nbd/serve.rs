@@ -14,6 +14,7 @@ use zerocopy::IntoBytes;
 use super::Client;
 use super::stream::{Gone, Stream};
 use crate::buf::{Buf, MAX_DATA, Pool};
+use crate::flight::{Operation, What};
 use crate::image::{Disk, Holds};
 use crate::io::Io;
 
@@ -34,8 +35,8 @@ pub trait Source {
     /// Keeps the disk from being taken away.
     type Held: std::ops::Deref<Target = Disk>;
 
-    /// The disk, as soon as it is there; `None` if there will be none.
-    fn hold(&self) -> impl Future<Output = Option<Self::Held>>;
+    /// The disk for a request, as soon as it is there; `None` if there will be none.
+    fn hold(&self, what: What) -> impl Future<Output = Option<Self::Held>>;
 }
 
 /// The clients of a disk.
@@ -170,12 +171,14 @@ impl<S: Source> Served<S> {
         self.pool.data_soon(len).await.ok_or_else(|| self.stream.close())
     }
 
-    async fn disk(&self) -> Result<S::Held, ErrorCode> {
-        self.source.hold().await.ok_or(ErrorCode::Shutdown)
+    /// The disk, for an operation on `len` bytes from `offset` on.
+    async fn disk(&self, operation: Operation, offset: u64, len: u64) -> Result<S::Held, ErrorCode> {
+        let what = What { operation, sector: offset / 512, sectors: len / 512 };
+        self.source.hold(what).await.ok_or(ErrorCode::Shutdown)
     }
 
     async fn write(&self, offset: u64, fua: bool, data: &Buf) -> Result<(), ErrorCode> {
-        let disk = self.disk().await?;
+        let disk = self.disk(Operation::Write, offset, data.len() as u64).await?;
         disk.write(Sector(offset / 512), data).await.map_err(code)?;
         if fua { disk.flush().await.map_err(code) } else { Ok(()) }
     }
@@ -243,7 +246,7 @@ impl<S: Source> Served<S> {
 
     async fn read_part(&self, offset: u64, len: usize) -> Result<Result<Buf, ErrorCode>, Gone> {
         let part = self.memory(len).await?;
-        let disk = match self.disk().await {
+        let disk = match self.disk(Operation::Read, offset, len as u64).await {
             Ok(disk) => disk,
             Err(error) => return Ok(Err(error)),
         };
@@ -253,7 +256,13 @@ impl<S: Source> Served<S> {
 
     /// Carries out a job without payload and without more of an answer than an error.
     async fn carry_out(&self, job: Job) -> Result<(), ErrorCode> {
-        let disk = self.disk().await?;
+        let (operation, offset, len) = match job {
+            Job::Trim { offset, len, .. } | Job::Zero { offset, len, .. } => {
+                (Operation::Discard, offset, len)
+            }
+            _ => (Operation::Flush, 0, 0),
+        };
+        let disk = self.disk(operation, offset, len.into()).await?;
         let flushed = match job {
             Job::Flush => true,
             Job::Trim { offset, len, fua } => {
@@ -313,7 +322,7 @@ impl<S: Source> Served<S> {
     }
 
     async fn extents(&self, offset: u64, len: u32, one: bool) -> Result<Vec<Extent>, ErrorCode> {
-        let disk = self.disk().await?;
+        let disk = self.disk(Operation::Survey, offset, len.into()).await?;
         let mut extents: Vec<(u32, u32)> = Vec::new();
         let (mut sector, end) = (offset / 512, (offset + u64::from(len)) / 512);
         while sector < end {

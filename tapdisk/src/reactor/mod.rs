@@ -10,6 +10,7 @@
 //! dropped early (a task being torn down), its drop waits for the end.
 
 mod engine;
+mod orders;
 mod pool;
 mod uring;
 
@@ -29,6 +30,7 @@ use nix::errno::Errno;
 
 use self::engine::Engine;
 pub use self::engine::{EngineChoice, UnknownEngine};
+pub use self::orders::{Kind, Order};
 use self::uring::Transfer;
 use crate::buf::Piece;
 use crate::executor::{Scheduler, TaskId};
@@ -40,7 +42,8 @@ const KEY_COMMANDS: u64 = u64::MAX - 1;
 /// The engine's own.
 const KEY_HELPER: u64 = u64::MAX - 2;
 /// One for each [`Timer`].
-const KEY_TIMERS: [u64; 4] = [u64::MAX - 3, u64::MAX - 4, u64::MAX - 5, u64::MAX - 6];
+const KEY_TIMERS: [u64; 6] =
+    [u64::MAX - 3, u64::MAX - 4, u64::MAX - 5, u64::MAX - 6, u64::MAX - 7, u64::MAX - 8];
 
 /// Memory that was registered with the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +102,10 @@ pub enum Timer {
     Limit,
     /// Trying requests again that have failed.
     Retry,
+    /// Looking for requests that the store does not answer.
+    Late,
+    /// Giving up a pause that takes too long.
+    Pause,
 }
 
 /// The I/O of one worker thread.
@@ -133,7 +140,7 @@ pub struct Readable {
     /// The command queue.
     pub commands: bool,
     /// The timers whose time has come, by [`Timer`].
-    pub timers: [bool; 4],
+    pub timers: [bool; 6],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -148,22 +155,27 @@ enum Slot {
 #[derive(Debug, Default)]
 struct Ops {
     slots: Vec<Slot>,
+    /// What those in flight are, by the same index.
+    orders: Vec<Option<Order>>,
     free: Vec<usize>,
 }
 
 impl Ops {
-    fn begin(&mut self) -> usize {
+    fn begin(&mut self, order: Option<Order>) -> usize {
         if let Some(index) = self.free.pop() {
             self.slots[index] = Slot::Flying(None);
+            self.orders[index] = order;
             return index;
         }
         self.slots.push(Slot::Flying(None));
+        self.orders.push(order);
         // So that ending an operation never allocates.
         self.free.reserve(self.slots.len());
         self.slots.len() - 1
     }
 
     fn land(&mut self, index: usize, result: i32) -> Option<TaskId> {
+        self.orders[index] = None;
         match std::mem::replace(&mut self.slots[index], Slot::Landed(result)) {
             Slot::Flying(task) => task,
             Slot::Free | Slot::Landed(_) => unreachable!("an operation completes once"),
@@ -259,8 +271,9 @@ impl Reactor {
         self.engine.borrow_mut().watch(fd.as_raw_fd(), KEY_EVENTS)
     }
 
-    fn start(&self, queue: impl FnOnce(&mut Engine, u64) -> io::Result<()>) -> Op<'_> {
-        let index = self.ops.borrow_mut().begin();
+    /// Starts an operation; `order`: what the store is asked for.
+    fn start(&self, order: Option<Order>, queue: impl FnOnce(&mut Engine, u64) -> io::Result<()>) -> Op<'_> {
+        let index = self.ops.borrow_mut().begin(order);
         if let Err(error) = queue(&mut self.engine.borrow_mut(), index as u64) {
             // Never reached the kernel: it ends here with the error.
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
@@ -271,38 +284,48 @@ impl Reactor {
 
     /// Starts reading into `piece`; the result is the number of bytes, 0 at the end of the file.
     pub fn read(&self, file: Target, offset: u64, piece: Piece) -> Op<'_> {
-        self.start(|engine, key| engine.transfer(Transfer::Read, file, offset, piece, key))
+        let order = Order::transfer(Kind::Read, file.fd, offset, piece.len);
+        self.start(Some(order), |engine, key| engine.transfer(Transfer::Read, file, offset, piece, key))
     }
 
     /// Starts writing `piece`; the result is the number of bytes.
     pub fn write(&self, file: Target, offset: u64, piece: Piece) -> Op<'_> {
-        self.start(|engine, key| engine.transfer(Transfer::Write, file, offset, piece, key))
+        let order = Order::transfer(Kind::Write, file.fd, offset, piece.len);
+        self.start(Some(order), |engine, key| engine.transfer(Transfer::Write, file, offset, piece, key))
     }
 
     /// Starts receiving into `piece` from a connected stream socket, which must not be in non-blocking mode; the result is the
     /// number of bytes, 0 at the end of the stream. `shutdown(2)` ends it early.
     pub fn receive(&self, socket: BorrowedFd<'_>, piece: Piece) -> Op<'_> {
-        self.start(|engine, key| engine.stream(Transfer::Read, socket.as_raw_fd(), piece, key))
+        // Silence of a peer is not one of a store: who speaks to a server knows what it owes.
+        self.start(None, |engine, key| engine.stream(Transfer::Read, socket.as_raw_fd(), piece, key))
     }
 
     /// Starts sending `piece` on such a socket; the result is the number of bytes. EPIPE is no signal.
     pub fn send(&self, socket: BorrowedFd<'_>, piece: Piece) -> Op<'_> {
-        self.start(|engine, key| engine.stream(Transfer::Write, socket.as_raw_fd(), piece, key))
+        self.start(None, |engine, key| engine.stream(Transfer::Write, socket.as_raw_fd(), piece, key))
     }
 
     /// Starts an `fdatasync`.
     pub fn fdatasync(&self, file: BorrowedFd<'_>) -> Op<'_> {
-        self.start(|engine, key| engine.fdatasync(file.as_raw_fd(), key))
+        let order = Order::transfer(Kind::Flush, file.as_raw_fd(), 0, 0);
+        self.start(Some(order), |engine, key| engine.fdatasync(file.as_raw_fd(), key))
     }
 
     /// Starts a `fallocate` with `FALLOC_FL_*` mode bits.
     pub fn fallocate(&self, file: BorrowedFd<'_>, mode: i32, offset: u64, len: u64) -> Op<'_> {
-        self.start(|engine, key| engine.fallocate(file.as_raw_fd(), mode, offset, len, key))
+        let order = Order::range(Kind::Allocate, file.as_raw_fd(), offset, len);
+        self.start(Some(order), |engine, key| engine.fallocate(file.as_raw_fd(), mode, offset, len, key))
     }
 
     /// Starts something rare that blocks, on a thread; the result is the number that `work` returns.
     pub fn blocking(&self, work: impl FnOnce() -> io::Result<u32> + Send + 'static) -> Op<'_> {
-        self.start(|engine, key| engine.blocking(Box::new(work), key))
+        self.start(Some(Order::nameless(Kind::Other)), |engine, key| engine.blocking(Box::new(work), key))
+    }
+
+    /// The operation on a file or device that was started first of those that have not ended.
+    pub fn oldest(&self) -> Option<Order> {
+        self.ops.borrow().orders.iter().flatten().copied().min_by_key(|order| order.since)
     }
 
     /// Takes completions, waking their tasks, and says what has become readable since the last call. With `wait`, sleeps

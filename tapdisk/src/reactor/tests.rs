@@ -266,7 +266,7 @@ fn a_timer_fires_once() {
         let readable = thread.reactor.turn(true).unwrap();
         assert_eq!(
             readable,
-            Readable { timers: [false, true, false, false], ..Readable::default() },
+            Readable { timers: [false, true, false, false, false, false], ..Readable::default() },
             "{engine}"
         );
         assert_eq!(thread.reactor.turn(false).unwrap(), Readable::default(), "{engine}");

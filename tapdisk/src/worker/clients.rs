@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use super::seat::{Seat, Work};
 use super::thread::State;
+use crate::flight::What;
 use crate::image::Disk;
 use crate::nbd::{Client, Clients, Source};
 use crate::xen::Xen;
@@ -29,8 +30,8 @@ impl Deref for Held {
 impl Source for ForClients {
     type Held = Held;
 
-    async fn hold(&self) -> Option<Held> {
-        self.seat.work_soon(|| self.clients.is_stopped()).await.map(Held)
+    async fn hold(&self, what: What) -> Option<Held> {
+        self.seat.work_soon(what, || self.clients.is_stopped()).await.map(Held)
     }
 }
 

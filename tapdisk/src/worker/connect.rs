@@ -29,6 +29,7 @@ use super::thread::{Devices, Served, State, failure, notify};
 use super::throttle::Gate;
 use super::{Answer, Command, Commands, Inbox, Notice, Phase, Shared, Source, Worker};
 use crate::copier::Copier;
+use crate::flight::{Operation, What};
 use crate::io::errno_of;
 use crate::xen::Xen;
 use crate::xentop::Page;
@@ -350,7 +351,7 @@ impl<X: Xen> State<X> {
     }
 
     pub(super) fn resize(&self, size: Option<u64>, answer: Answer) {
-        let Some(work) = self.seat.work() else {
+        let Some(work) = self.seat.work(What { operation: Operation::Resize, sector: 0, sectors: 0 }) else {
             return answer.give(failure(Errno::EBUSY, format!("{}: is paused", self.seat.name())));
         };
         let rings = self.rings.clone();

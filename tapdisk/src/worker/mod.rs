@@ -9,6 +9,7 @@
 
 mod clients;
 mod connect;
+mod late;
 mod limit;
 mod mapped;
 mod pause;
@@ -28,7 +29,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -151,12 +152,12 @@ pub enum Command {
     Disconnect(RingEntry, Answer),
     /// Take a change of the image's size in; or, with a size in bytes, make it grow.
     Resize(Option<u64>, Answer),
-    /// Close the image, and keep the frontends waiting.
-    Pause(Answer),
+    /// Close the image, and keep the frontends waiting; not if it takes longer than until then.
+    Pause(Option<Instant>, Answer),
     /// Go on after a pause.
     Unpause(Reopen, Answer),
-    /// Make a new image over the present one, and go on with that.
-    Snapshot(ImageSpec, Answer),
+    /// Make a new image over the present one, and go on with that; not if what is in flight takes longer than until then.
+    Snapshot(ImageSpec, Option<Instant>, Answer),
     /// Serve an NBD client.
     Client(Client),
     /// From the thread itself: nothing is in flight any more, and the image was closed with this result.

@@ -9,6 +9,8 @@
 //!
 //! A request that is held for ever, because a flush has failed, is not waited for: it stays held.
 
+use std::time::Instant;
+
 use blkif::{DomId, VdevId};
 use nix::errno::Errno;
 use tap_ctl::Reply;
@@ -19,41 +21,74 @@ use super::seat::info;
 use super::thread::{Served, State, failure};
 use super::{Answer, Command, Notice, Phase};
 use crate::image::{self, snapshot};
+use crate::reactor::Timer;
 use crate::xen::Xen;
 
 /// What comes after a pause.
 #[derive(Debug)]
 pub(super) enum Then {
-    /// Whoever asked for the pause is told.
-    Tell(Answer),
+    /// The disk stays paused.
+    Stay,
     /// A new image is made, and opened.
-    Snapshot(ImageSpec, Answer),
+    Snapshot(ImageSpec),
 }
 
-impl Then {
+/// Somebody wants a pause.
+#[derive(Debug)]
+pub(super) struct Wish {
+    /// For what.
+    pub then: Then,
+    /// Not if it takes longer.
+    pub until: Option<Instant>,
+    /// Who.
+    pub answer: Answer,
+}
+
+impl Wish {
     fn refuse(self, errno: Errno, message: String) {
-        let (Then::Tell(answer) | Then::Snapshot(_, answer)) = self;
-        answer.give(failure(errno, message));
+        self.answer.give(failure(errno, message));
     }
 }
 
 impl<X: Xen> State<X> {
     /// Begins to pause.
-    pub(super) fn pause(&mut self, then: Then) {
+    pub(super) fn pause(&mut self, wish: Wish) {
+        let name = self.seat.name();
         if self.closing {
-            return then.refuse(Errno::ESHUTDOWN, "the image is being closed".into());
+            return wish.refuse(Errno::ESHUTDOWN, "the image is being closed".into());
         }
-        match (self.seat.phase(), then) {
-            (Phase::Paused, Then::Tell(answer)) => answer.give(Reply::Done),
-            (Phase::Pausing, then @ Then::Tell(_)) => self.after_pause.push(then),
-            (Phase::Pausing | Phase::Paused, then) => {
-                then.refuse(Errno::EBUSY, format!("{}: is paused", self.seat.name()));
+        match (self.seat.phase(), &wish.then) {
+            (Phase::Paused, Then::Stay) => wish.answer.give(Reply::Done),
+            (Phase::Paused, Then::Snapshot(_)) => wish.refuse(Errno::EBUSY, format!("{name}: is paused")),
+            (Phase::Pausing, then) => {
+                // Who wants the disk to stay paused cannot have it together with a snapshot, which goes on.
+                let agrees = |other: &Wish| matches!((&other.then, then), (Then::Stay, Then::Stay));
+                if self.after_pause.is_empty() {
+                    wish.refuse(
+                        Errno::EBUSY,
+                        format!("{name}: a pause that was given up is ending; try again"),
+                    );
+                } else if self.after_pause.iter().all(agrees) {
+                    self.want(wish);
+                } else {
+                    wish.refuse(Errno::EBUSY, format!("{name}: is being paused"));
+                }
             }
-            (Phase::Running, then) => {
-                self.after_pause.push(then);
+            (Phase::Running, _) => {
+                self.want(wish);
                 self.begin_pause();
             }
         }
+    }
+
+    fn want(&mut self, wish: Wish) {
+        if let Some(until) = wish.until {
+            let time = until.saturating_duration_since(Instant::now());
+            if let Err(error) = self.io.reactor.timer(Timer::Pause, time) {
+                return wish.refuse(Errno::EAGAIN, format!("{}: no timer: {error}", self.seat.name()));
+            }
+        }
+        self.after_pause.push(wish);
     }
 
     fn begin_pause(&mut self) {
@@ -62,7 +97,9 @@ impl<X: Xen> State<X> {
         self.rings.borrow().iter().for_each(|served| served.ring.pause());
         self.park_siblings();
         let (seat, rings, siblings) = (self.seat.clone(), self.rings.clone(), self.siblings.clone());
-        let inbox = self.inbox.clone();
+        let (inbox, pausing) = (self.inbox.clone(), self.pausing.clone());
+        let number = inbox.next_number();
+        pausing.set(number);
         self.executor.spawn(async move {
             while !siblings.borrow().is_empty() {
                 inbox.siblings_changed.wait().await;
@@ -74,6 +111,11 @@ impl<X: Xen> State<X> {
             }
             drop(ours);
             seat.no_work().await;
+            if pausing.get() != number {
+                // It was given up.
+                return;
+            }
+            pausing.set(0);
             let closed = match seat.disk() {
                 Some(disk) => disk.close().await,
                 None => Ok(()),
@@ -82,7 +124,7 @@ impl<X: Xen> State<X> {
         });
     }
 
-    /// Nothing is in flight any more, and the image was closed.
+    /// Nothing is in flight any more, and the image was closed; or the pause was given up.
     pub(super) fn quiet(&mut self, closed: Result<(), Errno>) {
         let name = self.seat.name();
         match closed {
@@ -94,22 +136,69 @@ impl<X: Xen> State<X> {
             Err(_) => self.go_on(),
         }
         self.publish();
-        for then in std::mem::take(&mut self.after_pause) {
-            match (closed, then) {
-                (Err(errno), then) => {
+        let wishes = std::mem::take(&mut self.after_pause);
+        if wishes.is_empty() && closed.is_ok() && !self.closing {
+            // Given up when the image was being closed already.
+            if let Err((_, why)) = self.unpause(Reopen::default()) {
+                log::error!("{name}: stays paused: {why}");
+            }
+        }
+        for wish in wishes {
+            match (closed, wish.then) {
+                (Err(errno), _) => {
                     let message = format!("{name}: closing it for a pause failed: {}", errno.desc());
-                    then.refuse(errno, message);
+                    wish.answer.give(failure(errno, message));
                 }
-                (Ok(()), then) if self.closing => {
-                    then.refuse(Errno::ESHUTDOWN, format!("{name}: is being closed"));
+                (Ok(()), _) if self.closing => {
+                    wish.answer.give(failure(Errno::ESHUTDOWN, format!("{name}: is being closed")));
                 }
-                (Ok(()), Then::Tell(answer)) => answer.give(Reply::Done),
-                (Ok(()), Then::Snapshot(image, answer)) => answer.give(match self.snapshot(&image) {
+                (Ok(()), Then::Stay) => wish.answer.give(Reply::Done),
+                (Ok(()), Then::Snapshot(image)) => wish.answer.give(match self.snapshot(&image) {
                     Ok(()) => Reply::Done,
                     Err((errno, message)) => failure(errno, message),
                 }),
             }
         }
+    }
+
+    /// Refuses those who did not want to wait so long.
+    pub(super) fn give_up_late(&mut self) {
+        let now = Instant::now();
+        let late = |wish: &mut Wish| wish.until.is_some_and(|until| now >= until);
+        let over: Vec<Wish> = self.after_pause.extract_if(.., late).collect();
+        let any = !over.is_empty();
+        for wish in over {
+            let name = self.seat.name();
+            let message =
+                format!("{name}: what is in flight did not end in time; the disk goes on as before");
+            wish.refuse(Errno::ETIMEDOUT, message);
+        }
+        if any && self.after_pause.is_empty() {
+            self.give_up_pause();
+        }
+    }
+
+    /// Serves the rings again although requests are in flight. Those that had threads of their own wait for the end of these.
+    fn give_up_pause(&mut self) {
+        if self.pausing.replace(0) == 0 {
+            // The image is being closed: it is opened again when it is.
+            return;
+        }
+        let (inbox, siblings) = (self.inbox.clone(), self.siblings.clone());
+        self.executor.spawn(async move {
+            while !siblings.borrow().is_empty() {
+                inbox.siblings_changed.wait().await;
+            }
+            inbox.sender().send(Command::Quiet(Err(Errno::ECANCELED)));
+        });
+    }
+
+    /// Takes a pause that is under way back.
+    fn take_back(&mut self) {
+        for wish in std::mem::take(&mut self.after_pause) {
+            wish.refuse(Errno::ECANCELED, format!("{}: the pause was taken back", self.seat.name()));
+        }
+        self.give_up_pause();
     }
 
     /// Opens the image of a paused disk, or another one, and goes on. After an error it is still paused.
@@ -120,6 +209,10 @@ impl<X: Xen> State<X> {
         }
         let params = match (self.seat.phase(), self.seat.params()) {
             (Phase::Paused, Some(params)) => params.reopened(change),
+            (Phase::Pausing, _) if change == Reopen::default() => {
+                self.take_back();
+                return Ok(self.seat.info());
+            }
             (Phase::Pausing, _) => return Err((Errno::EBUSY, format!("{name}: is being paused"))),
             _ => return Err((Errno::EINVAL, format!("{name}: is not paused"))),
         };

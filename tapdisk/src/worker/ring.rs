@@ -22,10 +22,11 @@ use gntdev::GrantMap;
 use tap_ctl::proto::{RingEntry, RingStats};
 
 use super::mapped::MappedRing;
-use super::stats::{Flight, Tick};
 use super::throttle::Gate;
 use crate::executor::{Scheduler, TaskId};
+use crate::flight::{By, Flight, Taken, What};
 use crate::sync::WaitSet;
+use crate::tick::Tick;
 
 /// Most requests of one ring in flight; the largest ring has 512 slots.
 const MAX_SLOTS: usize = 256;
@@ -56,8 +57,8 @@ pub enum Armed {
 struct Slot {
     task: Cell<Option<TaskId>>,
     request: Cell<Option<Request>>,
-    /// When its request was taken; `None`: it has none that will be answered.
-    since: Cell<Option<Tick>>,
+    /// When its request was taken, and what it is; `None`: it has none that will be answered.
+    taken: Cell<Option<(Tick, What)>>,
 }
 
 /// What has come and gone.
@@ -137,7 +138,7 @@ impl<M: GrantMap> Ring<M> {
             geometry: Cell::new(geometry),
             mapped: RefCell::new(Some(mapped)),
             slots: (0..slots)
-                .map(|_| Slot { task: Cell::default(), request: Cell::default(), since: Cell::default() })
+                .map(|_| Slot { task: Cell::default(), request: Cell::default(), taken: Cell::default() })
                 .collect(),
             idle: RefCell::new((0..slots).rev().collect()),
             barrier: Cell::new(false),
@@ -233,8 +234,9 @@ impl<M: GrantMap> Ring<M> {
                     self.barrier.set(matches!(request.kind, RequestKind::Barrier { .. }));
                     self.gate.charge(most_bytes(&request));
                     self.idle.borrow_mut().pop();
+                    let taken = (*now.get_or_insert_with(Tick::now), What::from(&request));
                     slot_place.request.set(Some(request));
-                    slot_place.since.set(Some(*now.get_or_insert_with(Tick::now)));
+                    slot_place.taken.set(Some(taken));
                     if let Some(task) = slot_place.task.get() {
                         self.scheduler.wake(task);
                     }
@@ -358,18 +360,18 @@ impl<M: GrantMap> Ring<M> {
 
     /// Whether a request that failed for a reason that may pass is tried again.
     pub fn may_try_again(&self, slot: usize, patience: Duration) -> bool {
-        let since = self.slots.get(slot).and_then(|place| place.since.get());
-        !self.stopping.get() && since.is_some_and(|since| Tick::now().since(since) < patience)
+        let taken = self.slots.get(slot).and_then(|place| place.taken.get());
+        !self.stopping.get() && taken.is_some_and(|(since, _)| Tick::now().since(since) < patience)
     }
 
     /// What is under way.
-    pub fn flight(&self) -> Flight {
-        let held = self.unanswered.get();
-        Flight {
-            requests: (self.in_flight() - held) as u64,
-            held: held as u64,
-            oldest: self.slots.iter().filter_map(|slot| slot.since.get()).min(),
+    pub fn flight(&self, now: Tick) -> Flight {
+        let mut flight = Flight { held: self.unanswered.get() as u64, ..Flight::default() };
+        let by = By::Frontend(self.dom, self.vdev);
+        for (since, what) in self.slots.iter().filter_map(|slot| slot.taken.get()) {
+            flight.add(Taken { since, what, by }, now);
         }
+        flight
     }
 
     /// For a slot's task: the next request, or `None` when the ring is being disconnected.
@@ -399,7 +401,7 @@ impl<M: GrantMap> Ring<M> {
             self.barrier.set(false);
         }
         if let Some(place) = self.slots.get(slot) {
-            place.since.set(None);
+            place.taken.set(None);
         }
         self.idle.borrow_mut().push(slot);
         // There may be requests that found no slot, and that the frontend will not notify again.
@@ -414,7 +416,7 @@ impl<M: GrantMap> Ring<M> {
     pub async fn hold(&self, slot: usize, request: &Request) {
         self.unanswered.set(self.unanswered.get() + 1);
         if let Some(place) = self.slots.get(slot) {
-            place.since.set(None);
+            place.taken.set(None);
         }
         self.ended.wake_all();
         while !self.stopping.get() {
@@ -422,11 +424,6 @@ impl<M: GrantMap> Ring<M> {
         }
         self.unanswered.set(self.unanswered.get() - 1);
         self.release(slot, request);
-    }
-
-    /// Whether requests are in flight or held.
-    pub fn is_busy(&self) -> bool {
-        self.in_flight() > 0
     }
 
     fn in_flight(&self) -> usize {

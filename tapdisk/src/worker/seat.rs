@@ -11,8 +11,10 @@ use tap_ctl::proto::{DiskInfo, ImageSpec, Limits, OpenParams};
 
 use super::Phase;
 use crate::executor::Scheduler;
+use crate::flight::{By, Flight, Taken, What};
 use crate::image::Disk;
 use crate::sync::WaitSet;
+use crate::tick::Tick;
 
 /// The place of a disk.
 pub(super) struct Seat {
@@ -22,8 +24,10 @@ pub(super) struct Seat {
     /// The disk as it was when it was last seen.
     seen: Cell<DiskInfo>,
     phase: Cell<Phase>,
-    /// Administrators' work on the disk that is under way.
-    works: Cell<u32>,
+    /// What NBD clients and administrators have under way.
+    works: RefCell<Vec<Option<Taken>>>,
+    /// Places in there that are free.
+    free: RefCell<Vec<usize>>,
     changed: WaitSet,
     patience: Duration,
     /// Requests that are to be tried again.
@@ -34,13 +38,17 @@ pub(super) struct Seat {
 /// A work on the disk, during which it is not taken away.
 pub(super) struct Work {
     seat: Rc<Seat>,
+    place: usize,
     /// The disk.
     pub disk: Rc<Disk>,
 }
 
 impl Drop for Work {
     fn drop(&mut self) {
-        self.seat.works.set(self.seat.works.get() - 1);
+        if let Some(work) = self.seat.works.borrow_mut().get_mut(self.place) {
+            *work = None;
+        }
+        self.seat.free.borrow_mut().push(self.place);
         self.seat.changed.wake_all();
     }
 }
@@ -53,7 +61,8 @@ impl Seat {
             disk: RefCell::new(Some(Rc::new(disk))),
             params: RefCell::new(params),
             phase: Cell::new(Phase::Running),
-            works: Cell::new(0),
+            works: RefCell::default(),
+            free: RefCell::default(),
             changed: WaitSet::new(scheduler.clone()),
             patience,
             trying: Cell::new(0),
@@ -67,19 +76,27 @@ impl Seat {
     }
 
     /// Takes the disk for a work; `None` while it is paused, or is being paused.
-    pub fn work(self: &Rc<Self>) -> Option<Work> {
+    pub fn work(self: &Rc<Self>, what: What) -> Option<Work> {
         let disk = self.disk().filter(|_| self.phase.get() == Phase::Running)?;
-        self.works.set(self.works.get() + 1);
-        Some(Work { seat: self.clone(), disk })
+        let mut works = self.works.borrow_mut();
+        let place = self.free.borrow_mut().pop().unwrap_or_else(|| {
+            works.push(None);
+            works.len() - 1
+        });
+        if let Some(work) = works.get_mut(place) {
+            *work = Some(Taken { since: Tick::now(), what, by: By::Other });
+        }
+        drop(works);
+        Some(Work { seat: self.clone(), place, disk })
     }
 
     /// The same, as soon as the disk is not paused; `None` if `over` becomes true before.
-    pub async fn work_soon(self: &Rc<Self>, over: impl Fn() -> bool) -> Option<Work> {
+    pub async fn work_soon(self: &Rc<Self>, what: What, over: impl Fn() -> bool) -> Option<Work> {
         loop {
             if over() {
                 return None;
             }
-            if let Some(work) = self.work() {
+            if let Some(work) = self.work(what) {
                 return Some(work);
             }
             self.changed.wait().await;
@@ -93,9 +110,16 @@ impl Seat {
 
     /// Ends when no work is under way.
     pub async fn no_work(&self) {
-        while self.works.get() > 0 {
+        while self.works.borrow().iter().any(Option::is_some) {
             self.changed.wait().await;
         }
+    }
+
+    /// What NBD clients and administrators have under way.
+    pub fn flight(&self, now: Tick) -> Flight {
+        let mut flight = Flight::default();
+        self.works.borrow().iter().flatten().for_each(|taken| flight.add(*taken, now));
+        flight
     }
 
     /// What the disk is, or was when it was paused.

@@ -27,6 +27,7 @@ use super::seat::Seat;
 use super::served::{Clock, Served};
 use crate::buf::{Buf, Pool};
 use crate::copier::Copier;
+use crate::flight::What;
 use crate::image::Disk;
 use crate::io::Direction;
 use crate::xentop::Page;
@@ -342,19 +343,7 @@ where
 
     fn complain(&self, disk: &Disk, request: &Request) {
         let Some(more) = self.failures.count(Instant::now()) else { return };
-        let what = match &request.kind {
-            RequestKind::Read { sector, segments } => {
-                format!("reading {} sectors at {sector}", segments.sectors())
-            }
-            RequestKind::Write { sector, segments } | RequestKind::Barrier { sector, segments } => {
-                format!("writing {} sectors at {sector}", segments.sectors())
-            }
-            RequestKind::Flush => "flushing".to_owned(),
-            RequestKind::Discard { sector, count, .. } => format!("discarding {count} sectors at {sector}"),
-            RequestKind::Indirect { transfer, sector, count, .. } => {
-                format!("{transfer:?} of {count} segments at sector {sector}")
-            }
-        };
+        let what = What::from(request);
         let (disk, dom) = (disk.name(), self.dom);
         log::warn!("{disk}: {what} failed for domain {dom} ({more} more failures since the last such line)");
     }

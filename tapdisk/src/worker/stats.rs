@@ -1,45 +1,17 @@
 //! What a disk has done: counted by each thread for itself, gathered when somebody asks.
 
 use std::fmt;
-use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::time::{ClockId, clock_gettime};
 use tap_ctl::Reply;
-use tap_ctl::proto::{DiskStats, Latencies, ReadWrite, RingStats, Stats};
+use tap_ctl::proto::{DiskStats, Latencies, ReadWrite, RingStats, Stats, StoreOperation};
 
 use super::served::Served;
 use super::thread::{State, failure};
 use super::{Answer, Command, Commands, Phase};
+use crate::flight::Flight;
+use crate::tick::Tick;
 use crate::xen::Xen;
-
-/// A time, some milliseconds exact, which costs next to nothing to read, under Xen too.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Tick(Duration);
-
-impl Tick {
-    /// Now.
-    pub fn now() -> Tick {
-        // It fails for no clock that the kernel has; a wrong age is all there would be of it.
-        Tick(clock_gettime(ClockId::CLOCK_MONOTONIC_COARSE).map(Duration::from).unwrap_or_default())
-    }
-
-    /// How long ago `then` was.
-    pub fn since(self, then: Tick) -> Duration {
-        self.0.saturating_sub(then.0)
-    }
-}
-
-/// The requests of a ring that have been taken and not answered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flight {
-    /// How many, without those that never will be.
-    pub requests: u64,
-    /// Those.
-    pub held: u64,
-    /// When the oldest was taken.
-    pub oldest: Option<Tick>,
-}
 
 /// What a thread has counted. Numbers of a thread that ends go over to the one that started it.
 #[derive(Clone, Debug, Default)]
@@ -48,11 +20,10 @@ pub struct Counted {
     requests: ReadWrite,
     failed: ReadWrite,
     latency: Latencies,
-    outstanding: u64,
-    held: u64,
+    flight: Flight,
+    /// The oldest operation of the store that has not ended.
+    store: Option<StoreOperation>,
     throttled: u64,
-    /// When the oldest request in flight was taken.
-    oldest: Option<Tick>,
     rings: Vec<RingStats>,
     disk: DiskStats,
 }
@@ -79,10 +50,9 @@ impl Counted {
             *mine = sum(*mine, its);
         }
         self.latency.add(&other.latency);
-        self.outstanding += other.outstanding;
-        self.held += other.held;
+        self.flight.merge(other.flight);
+        self.store = [self.store.take(), other.store].into_iter().flatten().max_by_key(|store| store.age_ms);
         self.throttled += other.throttled;
-        self.oldest = [self.oldest, other.oldest].into_iter().flatten().min();
         for ring in other.rings {
             self.add_ring(ring);
         }
@@ -180,11 +150,13 @@ impl Counted {
         stats.sectors = self.sectors;
         stats.requests = self.requests;
         stats.latency = self.latency;
-        stats.outstanding = self.outstanding;
-        stats.held = self.held;
+        stats.outstanding = self.flight.requests;
+        stats.held = self.flight.held;
+        stats.late = self.flight.late;
+        stats.oldest = self.flight.oldest.map(|taken| taken.tell(Tick::now()));
+        stats.oldest_ms = stats.oldest.as_ref().map(|oldest| oldest.age_ms);
+        stats.store = self.store;
         stats.throttled = self.throttled;
-        stats.oldest_ms =
-            self.oldest.map(|then| u64::try_from(Tick::now().since(then).as_millis()).unwrap_or(u64::MAX));
         stats.rings = self.rings;
         stats.disk = self.disk;
         // Which layer a failed request was about is not known any more.
@@ -210,6 +182,9 @@ impl<X: Xen> State<X> {
             outstanding: 0,
             held: 0,
             oldest_ms: None,
+            late: 0,
+            oldest: None,
+            store: None,
             throttled: 0,
             limit: self.throttle.limits(),
             rings: Vec::new(),
@@ -222,14 +197,13 @@ impl<X: Xen> State<X> {
     pub(super) fn counted(&self) -> Counted {
         let mut counted = self.past.borrow().clone();
         let mut own = Counted::default();
+        let now = Tick::now();
+        own.flight = self.flight(now);
+        own.store = self.io.reactor.oldest().map(|order| order.tell(now));
         own.disk = self.seat.disk().map(|disk| disk.stats()).unwrap_or_default();
         for served in self.rings.borrow().iter() {
             let ring = &served.ring;
             own.add(Counted::of(&served.way.served));
-            let in_flight = ring.flight();
-            own.outstanding += in_flight.requests;
-            own.held += in_flight.held;
-            own.oldest = [own.oldest, in_flight.oldest].into_iter().flatten().min();
             own.throttled += ring.gate().waits();
             own.add_ring(ring.stats());
         }
@@ -250,10 +224,11 @@ mod tests {
 
     #[test]
     fn threads_are_added_up_and_the_queues_of_a_frontend_are_one() {
-        let one = Counted { outstanding: 2, rings: vec![ring(1, 5), ring(2, 7)], ..Counted::default() };
+        let flight = |requests| Flight { requests, ..Flight::default() };
+        let one = Counted { flight: flight(2), rings: vec![ring(1, 5), ring(2, 7)], ..Counted::default() };
         let mut sum = one.clone();
-        sum.add(Counted { outstanding: 1, rings: vec![ring(1, 10)], ..Counted::default() });
-        assert_eq!(sum.outstanding, 3);
+        sum.add(Counted { flight: flight(1), rings: vec![ring(1, 10)], ..Counted::default() });
+        assert_eq!(sum.flight.requests, 3);
         assert_eq!(sum.rings, [RingStats { queues: 2, ..ring(1, 15) }, ring(2, 7)]);
         assert!(sum.clone().past().rings.is_empty());
     }
@@ -270,6 +245,9 @@ mod tests {
             outstanding: 0,
             held: 0,
             oldest_ms: None,
+            late: 0,
+            oldest: None,
+            store: None,
             throttled: 0,
             limit: Limits::default(),
             rings: Vec::new(),
@@ -279,7 +257,7 @@ mod tests {
         drop(ended);
         let next = Commands::for_test(queue);
         let asked = Gathering::new(about, vec![next], Answer::new(move |reply| sender.send(reply).unwrap()));
-        asked.pass(Counted { outstanding: 4, ..Counted::default() });
+        asked.pass(Counted { flight: Flight { requests: 4, ..Flight::default() }, ..Counted::default() });
         let Reply::Stats(stats) = answer.recv().unwrap() else { panic!() };
         assert_eq!(stats.outstanding, 4);
     }

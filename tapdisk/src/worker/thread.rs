@@ -19,13 +19,14 @@ use tap_ctl::Reply;
 use tap_ctl::proto::{DiskInfo, RingParams};
 
 use super::connect::Sibling;
-use super::pause::Then;
+use super::late::Watch;
+use super::pause::{Then, Wish};
 use super::poll::{Advice, Poller};
 use super::ring::{Armed, Ring};
 use super::seat::Seat;
 use super::serve::Way;
 use super::served::Clock;
-use super::stats::{Counted, Tick};
+use super::stats::Counted;
 use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, PATIENCE, RETRY, Source, Throttle};
 use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
@@ -85,10 +86,14 @@ pub(super) struct State<X: Xen> {
     pub past: Rc<RefCell<Counted>>,
     /// When the timer for limits is due, if it is set.
     limit_timer: Cell<Option<Instant>>,
+    /// Requests that the store does not answer.
+    pub watch: Watch,
     /// The timer for further tries is set.
     retrying: Cell<bool>,
+    /// The number of the pause that waits for what is in flight; 0: none does.
+    pub pausing: Rc<Cell<u64>>,
     /// What to do when the disk is paused.
-    pub after_pause: Vec<Then>,
+    pub after_pause: Vec<Wish>,
     pub poller: Poller,
     pub inbox: Rc<Inbox>,
     pub tell: Arc<dyn Fn(Notice) + Send + Sync>,
@@ -182,7 +187,9 @@ fn set_up<X: Xen>(
         unshown: Cell::new(0),
         past: Rc::default(),
         limit_timer: Cell::new(None),
+        watch: Watch::default(),
         retrying: Cell::new(false),
+        pausing: Rc::default(),
         after_pause: Vec::new(),
         poller: Poller::default(),
         inbox: Rc::new(inbox),
@@ -274,6 +281,12 @@ impl<X: Xen> State<X> {
             self.retrying.set(false);
             self.seat.try_again();
         }
+        if readable.timers[Timer::Late as usize] {
+            self.late_timer_ended();
+        }
+        if readable.timers[Timer::Pause as usize] {
+            self.give_up_late();
+        }
         if readable.timers[Timer::Housekeeping as usize] {
             self.housekeeping.set(false);
             self.clean_up()?;
@@ -323,6 +336,7 @@ impl<X: Xen> State<X> {
 
     /// Asks all frontends to notify. False: there is work after all.
     fn arm(&self) -> io::Result<bool> {
+        self.look_for_late()?;
         self.show();
         let Some(devices) = &self.devices else { return Ok(true) };
         let events = devices.events.borrow();
@@ -357,33 +371,18 @@ impl<X: Xen> State<X> {
         Ok(())
     }
 
-    /// Sets the timer while there is something that could be given back, or be late: an idle disk is left alone.
+    /// Sets the timer while there is something that could be given back: an idle disk is left alone.
     fn plan_housekeeping(&self) -> io::Result<()> {
         let holds = || {
             let persistent =
                 |served: &Served<X>| served.way.persistent.as_ref().is_some_and(|p| p.pages() > 0);
-            let needs = |served: &Served<X>| persistent(served) || served.ring.is_busy();
-            self.io.pool.holds_memory() || self.rings.borrow().iter().any(needs)
+            self.io.pool.holds_memory() || self.rings.borrow().iter().any(persistent)
         };
         if !self.housekeeping.get() && holds() {
             self.housekeeping.set(true);
             self.io.reactor.timer(Timer::Housekeeping, HOUSEKEEPING)?;
         }
         Ok(())
-    }
-
-    /// Tells the administrator of requests that take longer than he thought sensible. Nothing can be done about one that
-    /// is with the storage: the memory that it moves to or from is still in use.
-    fn complain(&self) {
-        let now = Tick::now();
-        for served in self.rings.borrow().iter() {
-            let flight = served.ring.flight();
-            let age = flight.oldest.map(|then| now.since(then));
-            if let Some(age) = age.filter(|age| *age >= self.seat.patience()) {
-                let (name, seconds) = (self.seat.name(), age.as_secs());
-                log::warn!("{name}: {} requests are in flight, the oldest for {seconds} s", flight.requests);
-            }
-        }
     }
 
     /// Sets the timer while requests wait for another try.
@@ -396,7 +395,6 @@ impl<X: Xen> State<X> {
     }
 
     fn clean_up(&self) -> io::Result<()> {
-        self.complain();
         self.io.pool.trim();
         for served in self.rings.borrow().iter() {
             if let Some(persistent) = &served.way.persistent {
@@ -435,12 +433,14 @@ impl<X: Xen> State<X> {
             }
             Command::Disconnect(entry, answer) => self.disconnect(entry, answer),
             Command::Resize(size, answer) => self.resize(size, answer),
-            Command::Pause(answer) => self.pause(Then::Tell(answer)),
+            Command::Pause(until, answer) => self.pause(Wish { then: Then::Stay, until, answer }),
             Command::Unpause(change, answer) => answer.give(match self.unpause(change) {
                 Ok(info) => Reply::DiskInfo(info),
                 Err((errno, message)) => failure(errno, message),
             }),
-            Command::Snapshot(image, answer) => self.pause(Then::Snapshot(image, answer)),
+            Command::Snapshot(image, until, answer) => {
+                self.pause(Wish { then: Then::Snapshot(image), until, answer });
+            }
             Command::Quiet(closed) => self.quiet(closed),
             Command::Limit(change, answer) => answer.give(Reply::Limits(self.limit(change))),
             Command::Limited => self.renew_limits(),

@@ -27,6 +27,9 @@ build_servicedom0() {
     install -D -m 644 "$HERE/images/testbed.service" "$root/etc/systemd/system/testbed.service"
     mkdir -p "$root/etc/systemd/system/multi-user.target.wants"
     ln -s ../testbed.service "$root/etc/systemd/system/multi-user.target.wants/testbed.service"
+    # Without udev the console's device unit never comes up, and the boot would wait 90 s for it.
+    ln -s /dev/null "$root/etc/systemd/system/serial-getty@hvc0.service"
+    ln -s /dev/null "$root/etc/systemd/system/proc-sys-fs-binfmt_misc.automount"
     make_ext4 "$root" "$1/disk.img" 3G -O '^has_journal'
     rm -r "$root"
 }

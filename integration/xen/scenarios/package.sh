@@ -1,5 +1,5 @@
 # about: the Debian package on a dom0 with systemd: installed, upgraded and watched under a guest, not removed under it
-# extra: make test-full
+# extra: by name; a boot of its own, of a Debian in full
 # machine: service
 # limit: 420
 tick_job() {

@@ -24,6 +24,8 @@ pub struct Open {
     pub info: Option<DiskInfo>,
     /// Why the disk was stopped, if it was.
     pub failed: Option<String>,
+    /// Why it is not as it was asked for, if so.
+    pub degraded: Option<String>,
     /// Where NBD clients come in, once it is open.
     pub door: Option<Door>,
 }
@@ -58,7 +60,8 @@ impl Vbd {
     /// What followers are told; nothing before an image is open.
     pub fn news(&self) -> Option<Reply> {
         let open = self.open.as_ref()?;
-        Some(Reply::Changed { minor: self.minor, info: open.info?, failed: open.failed.clone() })
+        let (failed, degraded) = (open.failed.clone(), open.degraded.clone());
+        Some(Reply::Changed { minor: self.minor, info: open.info?, failed, degraded })
     }
 
     /// The line of `tap-ctl list`.

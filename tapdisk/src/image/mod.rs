@@ -239,6 +239,16 @@ impl Disk {
         })
     }
 
+    /// Whether the disk goes on, but not as it was asked for.
+    pub fn is_degraded(&self) -> bool {
+        self.filters.as_ref().is_some_and(|filters| filters.is_degraded())
+    }
+
+    /// The same, in words.
+    pub fn degradation(&self) -> Option<String> {
+        self.filters.as_ref()?.degradation()
+    }
+
     /// The image that must be opened instead when the disk is opened again: a secondary one that has become the disk.
     pub fn heir(&self) -> Option<ImageSpec> {
         self.filters.as_ref()?.heir().cloned()

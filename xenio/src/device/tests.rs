@@ -186,7 +186,7 @@ fn info(sectors: u64) -> DiskInfo {
 }
 
 fn news(sectors: u64, failed: Option<&str>) -> News {
-    News { minor: Minor(3), info: info(sectors), failed: failed.map(str::to_owned) }
+    News { minor: Minor(3), info: info(sectors), failed: failed.map(str::to_owned), degraded: None }
 }
 
 /// A device whose disk is known and published, with a ring in operation.
@@ -305,4 +305,12 @@ fn a_frontend_has_returned_when_it_was_in_operation_and_waits_again() {
         device.answered(ticket, Reply::Done);
         assert!(!see(&mut device, waiting), "disconnected");
     }
+}
+
+#[test]
+fn a_disk_that_lost_its_mirror_is_told_of_once() {
+    let mut device = device(Phase::Connected);
+    let lost = News { degraded: Some("without".into()), ..news(100, None) };
+    let told = [&news(100, None), &lost, &lost, &news(100, None)].map(|news| device.degrades(news));
+    assert_eq!(told, [false, true, false, true]);
 }

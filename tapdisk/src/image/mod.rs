@@ -218,7 +218,14 @@ impl Disk {
             filters.stop().await;
         }
         if self.check_writable().is_ok() {
-            self.chain.leaf.close(&self.io).await?;
+            let closed = self.chain.leaf.close(&self.io).await;
+            match closed {
+                // It was left because it is full: as it is, it is what a stop of the process leaves, which every format survives.
+                Err(errno) if !std::ptr::eq(self.chain(), &raw const *self.chain) => {
+                    log::warn!("{}: cannot be closed cleanly: {errno}", self.name());
+                }
+                result => result?,
+            }
             self.flush().await?;
         }
         if let Some(filters) = self.filters.as_ref().filter(|_| self.failure().is_none()) {

@@ -5,7 +5,7 @@
 //!
 //! | given up | how | what is left |
 //! |---|---|---|
-//! | capabilities | dropped from every set, for good | [`KEPT`] |
+//! | capabilities | dropped from every set, for good | `DAC_OVERRIDE`, `FOWNER`, `IPC_LOCK` |
 //! | new privileges | `no_new_privs` | – |
 //! | system calls | a filter that lets through a list and answers `EPERM` to the rest | files, sockets of three families, threads, memory, io_uring, ioctls of open devices |
 //!

@@ -184,6 +184,9 @@ pub enum Reply {
         info: DiskInfo,
         /// The disk serves no writes any more, and its frontends wait for answers that will not come: why, for people.
         failed: Option<String>,
+        /// The disk goes on, but not as it was asked for, such as without its mirror: why, for people.
+        #[serde(default)]
+        degraded: Option<String>,
     },
 }
 

@@ -148,7 +148,8 @@ mod tests {
             failed: 0,
         };
         stats.rings = vec![ring];
-        stats.disk.mirror = Some(MirrorStats { copied: 1, total: 2, failed: Some("gone".into()) });
+        stats.disk.mirror =
+            Some(MirrorStats { copied: 1, total: 2, failed: Some("gone".into()), stuck_ms: None });
         stats.disk.cache = Some(CacheStats::default());
         let value: Value = serde_json::from_str(&xenserver(&stats)).unwrap();
         assert_eq!(value["xenbus"]["reqs"], json!([5, 3]));

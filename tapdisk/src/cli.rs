@@ -14,6 +14,7 @@ use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
 use tap_ctl::proto::{Minor, null_size};
 
+use crate::confine;
 use crate::image::cache;
 use crate::reactor::EngineChoice;
 use crate::server::Server;
@@ -118,6 +119,7 @@ fn start(foreground: bool) -> anyhow::Result<()> {
     }
     let mode = if foreground { Mode::Foreground } else { Mode::Daemon };
     logging::init("tapdisk", mode, foreground).context("cannot set up logging")?;
+    confine::this_thread().context("cannot give up what a tapdisk does not need")?;
     Ok(())
 }
 

@@ -10,6 +10,7 @@
 //! | module | concern |
 //! |---|---|
 //! | [`cli`] | the process: options, start-up, the hand-shake with `tap-ctl spawn` |
+//! | [`confine`] | what the process gives up first |
 //! | [`server`], [`vbd`] | the control socket |
 //! | [`journal`] | requests in memory that outlives the process |
 //! | [`worker`] | a disk's thread: its loop, rings, and the way from a request to its answer |
@@ -28,6 +29,7 @@
 pub mod alone;
 pub mod buf;
 pub mod cli;
+pub mod confine;
 pub mod copier;
 pub mod executor;
 pub mod flight;

@@ -452,7 +452,8 @@ impl<X: Xen> Server<X> {
         match Worker::start(self.xen.clone(), source, self.engine, opened, noticed) {
             Ok(worker) => {
                 if let Ok(vbd) = self.vbd(minor) {
-                    vbd.open = Some(Open { worker, info: None, failed: None, door: None, known_as });
+                    vbd.open =
+                        Some(Open { worker, info: None, failed: None, degraded: None, door: None, known_as });
                 }
                 None
             }
@@ -565,8 +566,10 @@ impl<X: Xen> Server<X> {
             }
             Notice::Reopened(info) => {
                 open.info = Some(info);
-                open.failed = None;
+                (open.failed, open.degraded) = (None, None);
             }
+            // The disk itself has logged it.
+            Notice::Degraded(reason) => open.degraded = Some(reason),
             // Each of its threads says so.
             Notice::Failed(_) if open.failed.is_some() => return,
             Notice::Failed(reason) => {

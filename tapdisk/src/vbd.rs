@@ -26,6 +26,8 @@ pub struct Open {
     pub info: Option<DiskInfo>,
     /// Why the disk was stopped, if it was.
     pub failed: Option<String>,
+    /// Why it is not as it was asked for, if so.
+    pub degraded: Option<String>,
     /// Where NBD clients come in, once it is open.
     pub door: Option<Door>,
     /// An older name of that place, by which clients know it.
@@ -62,7 +64,8 @@ impl Vbd {
     /// What followers are told; nothing before an image is open.
     pub fn news(&self) -> Option<Reply> {
         let open = self.open.as_ref()?;
-        Some(Reply::Changed { minor: self.minor, info: open.info?, failed: open.failed.clone() })
+        let (failed, degraded) = (open.failed.clone(), open.degraded.clone());
+        Some(Reply::Changed { minor: self.minor, info: open.info?, failed, degraded })
     }
 
     /// Whether its image is open and guests are served.

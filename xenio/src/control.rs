@@ -556,6 +556,11 @@ fn tell(device: &mut Device, news: &News) {
     if device.told(news) {
         log::info!("device {}: the disk has grown to {} sectors", device.id(), news.info.sectors);
     }
+    if device.degrades(news)
+        && let Some(reason) = &news.degraded
+    {
+        log::warn!("device {}: the disk {reason}", device.id());
+    }
 }
 
 fn token(id: DeviceId, generation: u64) -> String {

@@ -73,6 +73,8 @@ pub struct Device {
     greeted: bool,
     published: bool,
     problem: Option<Problem>,
+    /// Why the disk is not as it was asked for, as far as it was told.
+    degraded: Option<String>,
     failed: bool,
     pending: Option<(Ticket, Pending)>,
     shown: Option<(Own, Frontend, Ring)>,
@@ -97,6 +99,7 @@ impl Device {
             announced: false,
             greeted: false,
             published: false,
+            degraded: None,
             problem: None,
             failed: false,
             pending: None,
@@ -299,6 +302,15 @@ impl Device {
             self.problem = Some(problem);
         }
         grown
+    }
+
+    /// Whether the news are others than before of how far the disk is what it was asked to be.
+    pub fn degrades(&mut self, news: &News) -> bool {
+        let other = self.degraded != news.degraded;
+        if other {
+            self.degraded.clone_from(&news.degraded);
+        }
+        other
     }
 
     /// The tapdisk `pid` is not there any more; with it all it held.

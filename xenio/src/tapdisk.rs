@@ -40,6 +40,8 @@ pub struct News {
     pub info: DiskInfo,
     /// Why it serves no more writes, if so.
     pub failed: Option<String>,
+    /// Why it is not as it was asked for, if so.
+    pub degraded: Option<String>,
 }
 
 /// What came of a connection's readiness.
@@ -306,8 +308,8 @@ impl Link {
     fn news(&mut self, news: &mut Vec<News>) -> Result<(), Unfollowed> {
         let pid = self.pid;
         self.receive(|_, reply| match reply {
-            Reply::Changed { minor, info, failed } if news.len() < MOST_NEWS => {
-                news.push(News { minor, info, failed });
+            Reply::Changed { minor, info, failed, degraded } if news.len() < MOST_NEWS => {
+                news.push(News { minor, info, failed, degraded });
                 Ok(())
             }
             Reply::Error { message, .. } => Err(Unfollowed::Refused(message)),

@@ -55,7 +55,7 @@ impl State {
 
 fn changed(minor: u16, vbd: &Vbd) -> Vec<u8> {
     let failed = vbd.failed.then(|| FAILURE.to_owned());
-    frame::encode(&Reply::Changed { minor: Minor(minor), info: vbd.info, failed }).unwrap()
+    frame::encode(&Reply::Changed { minor: Minor(minor), info: vbd.info, failed, degraded: None }).unwrap()
 }
 
 /// What a failed disk is told with.

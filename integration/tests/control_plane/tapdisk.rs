@@ -75,7 +75,7 @@ impl Line {
     /// The next news.
     fn news(&mut self) -> (Minor, DiskInfo, Option<String>) {
         match self.next() {
-            Some(Reply::Changed { minor, info, failed }) => (minor, info, failed),
+            Some(Reply::Changed { minor, info, failed, .. }) => (minor, info, failed),
             other => panic!("{other:?}"),
         }
     }

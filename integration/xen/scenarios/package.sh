@@ -41,7 +41,7 @@ step "install"
 apt-get install -y /testbed/deb/xenio_*.deb
 expect "the service's state" active show ActiveState
 expect "what the service says" "serving disks" show StatusText
-systemd-analyze verify xenio.service xenio-tapdisk.slice
+systemd-analyze verify --man=no xenio.service xenio-tapdisk.slice
 
 qemu-img convert -f raw -O vpc "$SRV/small.raw" first.vhd
 qemu-img convert -f raw -O vpc "$SRV/small.raw" "./second: a disk.vhd"

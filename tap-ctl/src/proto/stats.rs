@@ -153,6 +153,9 @@ pub struct MirrorStats {
     pub total: u64,
     /// Why it gets no more writes, if so.
     pub failed: Option<String>,
+    /// It has had something to do for so many milliseconds and has finished nothing: guests' writes wait for it.
+    #[serde(default)]
+    pub stuck_ms: Option<u64>,
 }
 
 /// The state of a standby image.

@@ -231,7 +231,14 @@ impl Disk {
             filters.stop().await;
         }
         if self.check_writable().is_ok() {
-            self.chain.leaf.close(&self.io).await?;
+            let closed = self.chain.leaf.close(&self.io).await;
+            match closed {
+                // It was left because it is full: as it is, it is what a stop of the process leaves, which every format survives.
+                Err(errno) if !std::ptr::eq(self.chain(), &raw const *self.chain) => {
+                    log::warn!("{}: cannot be closed cleanly: {errno}", self.name());
+                }
+                result => result?,
+            }
             self.flush().await?;
         }
         if let Some(filters) = self.filters.as_ref().filter(|_| self.failure().is_none()) {
@@ -250,6 +257,16 @@ impl Disk {
                 filters.work(&disk.chain, work).await;
             }
         })
+    }
+
+    /// Whether the disk goes on, but not as it was asked for.
+    pub fn is_degraded(&self) -> bool {
+        self.filters.as_ref().is_some_and(|filters| filters.is_degraded())
+    }
+
+    /// The same, in words.
+    pub fn degradation(&self) -> Option<String> {
+        self.filters.as_ref()?.degradation()
     }
 
     /// The image that must be opened instead when the disk is opened again: a secondary one that has become the disk.

@@ -170,7 +170,7 @@ mod tests {
             readonly: false,
             discard: None,
         };
-        Reply::Changed { minor: Minor(3), info, failed: None }
+        Reply::Changed { minor: Minor(3), info, failed: None, degraded: None }
     }
 
     #[test]

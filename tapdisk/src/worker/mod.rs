@@ -109,6 +109,8 @@ pub enum Notice {
     Resized(DiskInfo),
     /// The disk has been paused and goes on; it may be another one.
     Reopened(DiskInfo),
+    /// The disk goes on, but not as it was asked for, for this reason.
+    Degraded(String),
     /// The disk has stopped: its guests must be disconnected, for this reason.
     Failed(String),
 }

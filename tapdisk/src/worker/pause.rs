@@ -250,6 +250,8 @@ impl<X: Xen> State<X> {
         self.go_on();
         self.publish();
         (self.tell)(Notice::Reopened(after));
+        // If it still is not, the next turn says so again.
+        self.degraded.set(false);
         Ok(after)
     }
 

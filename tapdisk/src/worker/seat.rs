@@ -160,6 +160,11 @@ impl Seat {
         self.trying.set(self.trying.get() - 1);
     }
 
+    /// Whether the disk goes on, but not as it was asked for.
+    pub fn is_degraded(&self) -> bool {
+        self.disk.borrow().as_ref().is_some_and(|disk| disk.is_degraded())
+    }
+
     /// Whether requests wait for another try.
     pub fn is_trying(&self) -> bool {
         self.trying.get() > 0

@@ -101,6 +101,8 @@ pub(super) struct State<X: Xen> {
     pub poller: Poller,
     pub inbox: Rc<Inbox>,
     pub tell: Arc<dyn Fn(Notice) + Send + Sync>,
+    /// It was told that the disk is not as it was asked for.
+    pub degraded: Cell<bool>,
     /// Left by the task that closed the image: what to answer once everything is released.
     pub ended: Rc<RefCell<Option<(Answer, Reply)>>>,
     pub closing: bool,
@@ -219,6 +221,7 @@ fn set_up<X: Xen>(
         poller: Poller::default(),
         inbox: Rc::new(inbox),
         tell,
+        degraded: Cell::new(false),
         ended: Rc::default(),
         closing: false,
         housekeeping: Cell::new(false),
@@ -232,7 +235,18 @@ fn patience(params: &OpenParams) -> Duration {
 }
 
 impl<X: Xen> State<X> {
+    /// Tells once that the disk is not as it was asked for any more.
+    fn tell_if_degraded(&self) {
+        if self.seat.is_degraded()
+            && !self.degraded.replace(true)
+            && let Some(reason) = self.seat.disk().and_then(|disk| disk.degradation())
+        {
+            (self.tell)(Notice::Degraded(reason));
+        }
+    }
+
     fn turn(&mut self) -> io::Result<()> {
+        self.tell_if_degraded();
         let mut moved = self.advance(true);
         if self.io.reactor.has_queued() || self.io.reactor.has_news() {
             let readable = self.io.reactor.turn(false)?;

@@ -186,7 +186,7 @@ fn info(sectors: u64) -> DiskInfo {
 }
 
 fn news(sectors: u64, failed: Option<&str>) -> News {
-    News { minor: Minor(3), info: info(sectors), failed: failed.map(str::to_owned) }
+    News { minor: Minor(3), info: info(sectors), failed: failed.map(str::to_owned), degraded: None }
 }
 
 /// A device whose disk is known and published, with a ring in operation.
@@ -330,4 +330,12 @@ fn a_device_whose_tapdisk_died_waits_for_the_next_and_asks_it() {
         device.is_named();
         assert_eq!(device.renamed(), None);
     }
+}
+
+#[test]
+fn a_disk_that_lost_its_mirror_is_told_of_once() {
+    let mut device = device(Phase::Connected);
+    let lost = News { degraded: Some("without".into()), ..news(100, None) };
+    let told = [&news(100, None), &lost, &lost, &news(100, None)].map(|news| device.degrades(news));
+    assert_eq!(told, [false, true, false, true]);
 }

@@ -12,7 +12,7 @@
 
 use std::cell::{Cell, OnceCell, RefCell};
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blkif::Sector;
 use blkif::ids::SECTOR_SIZE;
@@ -56,6 +56,8 @@ pub struct Mirror {
     requests: Cell<u64>,
     /// Why it gets nothing more.
     failed: OnceCell<String>,
+    /// How much it has to do, and since when it has had something to do and finished nothing.
+    waiting: Cell<(u32, Instant)>,
     /// The first image was full: the secondary serves alone.
     alone: Cell<bool>,
     /// Hears of that before anything is written to the secondary only.
@@ -145,6 +147,7 @@ impl Mirror {
             ended: set(),
             requests: Cell::new(0),
             failed: OnceCell::new(),
+            waiting: Cell::new((0, Instant::now())),
             alone: Cell::new(false),
             succession: OnceCell::new(),
         })
@@ -158,6 +161,21 @@ impl Mirror {
     /// The secondary image, if it is the disk from now on, whoever opens it.
     pub fn heir(&self) -> Option<&ImageSpec> {
         self.alone.get().then_some(&self.spec)
+    }
+
+    /// What has become of either image, if anything has.
+    pub fn degradation(&self) -> Option<String> {
+        let alone = || self.heir().map(|image| format!("its first image is full, and {image} serves alone"));
+        self.failed.get().map(|why| format!("goes on without its second image: {why}")).or_else(alone)
+    }
+
+    /// Waits for something that the secondary does.
+    async fn by_secondary<T>(&self, work: impl Future<Output = T>) -> T {
+        let now = self.waiting.get();
+        self.waiting.set((now.0 + 1, if now.0 == 0 { Instant::now() } else { now.1 }));
+        let output = work.await;
+        self.waiting.set((self.waiting.get().0 - 1, Instant::now()));
+        output
     }
 
     /// Whether [`Mirror::work`] is to be begun; from now on [`Mirror::stop`] waits for it.
@@ -189,8 +207,8 @@ impl Mirror {
         if !self.is_active() {
             return self.successor().unwrap_or(first).write(sector, buf, whole).await;
         }
-        let (one, two) =
-            both(first.write(sector, buf, whole.clone()), self.secondary.write(sector, buf, whole)).await;
+        let second = self.by_secondary(self.secondary.write(sector, buf, whole.clone()));
+        let (one, two) = both(first.write(sector, buf, whole), second).await;
         self.judge("writing", place, one, two)
     }
 
@@ -214,7 +232,7 @@ impl Mirror {
                 result => result,
             }
         };
-        let (one, two) = both(first.discard(sector, count, secure), second).await;
+        let (one, two) = both(first.discard(sector, count, secure), self.by_secondary(second)).await;
         self.judge("discarding", place, one, two)
     }
 
@@ -288,7 +306,8 @@ impl Mirror {
         if !self.is_active() {
             return self.successor().unwrap_or(first).leaf.flush(&self.io).await;
         }
-        let (one, two) = both(first.leaf.flush(&self.io), self.secondary.leaf.flush(&self.io)).await;
+        let (one, two) =
+            both(first.leaf.flush(&self.io), self.by_secondary(self.secondary.leaf.flush(&self.io))).await;
         if let Err(errno) = two {
             self.fail(format!("flushing failed: {errno}"));
         }
@@ -337,8 +356,8 @@ impl Mirror {
         let buf = self.io.pool.data_soon(2 * len).await.ok_or(CopyError::Read(Errno::ENOMEM))?;
         let _lock = self.locks.lock(part.clone(), true).await;
         let sector = Sector(part.start / SECTOR_SIZE);
-        let (one, two) =
-            both(first.read(sector, &buf, 0..len), self.secondary.read(sector, &buf, len..2 * len)).await;
+        let second = self.by_secondary(self.secondary.read(sector, &buf, len..2 * len));
+        let (one, two) = both(first.read(sector, &buf, 0..len), second).await;
         one.map_err(CopyError::Read)?;
         two.map_err(CopyError::Secondary)?;
         let equal = {
@@ -348,7 +367,8 @@ impl Mirror {
         if equal {
             return Ok(());
         }
-        self.secondary.write(sector, &buf, 0..len).await.map_err(CopyError::Secondary)
+        let written = self.by_secondary(self.secondary.write(sector, &buf, 0..len)).await;
+        written.map_err(CopyError::Secondary)
     }
 
     /// Has the copying end, and waits for it.
@@ -380,7 +400,14 @@ impl Mirror {
     /// How far it is. The disk may have grown to so many sectors once the secondary had failed.
     pub fn stats(&self, sectors: u64) -> MirrorStats {
         let copied = self.total - self.progress.borrow().left(self.total);
-        MirrorStats { copied, total: sectors * SECTOR_SIZE, failed: self.failed.get().cloned() }
+        let (waiting, since) = self.waiting.get();
+        let stuck = (waiting > 0).then(|| u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX));
+        MirrorStats {
+            copied,
+            total: sectors * SECTOR_SIZE,
+            failed: self.failed.get().cloned(),
+            stuck_ms: stuck,
+        }
     }
 }
 

@@ -81,6 +81,18 @@ impl Filters {
         self.mirror.as_ref().and_then(Mirror::successor).or_else(standby).unwrap_or(chain)
     }
 
+    /// Whether the second image is lost, or the first is full.
+    pub fn is_degraded(&self) -> bool {
+        self.mirror.as_ref().is_some_and(|mirror| !mirror.is_active())
+            || self.standby.as_ref().is_some_and(|standby| standby.successor().is_some())
+    }
+
+    /// The same, in words.
+    pub fn degradation(&self) -> Option<String> {
+        let standby = || self.standby.as_ref().and_then(Standby::degradation);
+        self.mirror.as_ref().and_then(Mirror::degradation).or_else(standby)
+    }
+
     /// The image that has become the disk for good, where the one that was opened has not everything any more.
     pub fn heir(&self) -> Option<&ImageSpec> {
         self.mirror.as_ref().and_then(Mirror::heir)

@@ -133,6 +133,11 @@ impl Standby {
         (self.state.get() == State::Serving).then_some(&self.chain)
     }
 
+    /// What has become of the first image, if anything has.
+    pub fn degradation(&self) -> Option<String> {
+        self.successor().map(|_| format!("its image is full, and {} takes its writes", self.image))
+    }
+
     /// Changes so many sectors by `change`, on whichever image takes writes.
     pub async fn change(
         &self,

@@ -146,6 +146,7 @@ fn a_secondary_that_fails_is_told_of_and_the_disk_goes_on() {
         let guest = async {
             write(&disk, &io, 0, &[2; 512]).await.unwrap();
             completed(&disk, &io).await;
+            assert_eq!((disk.is_degraded(), disk.degradation()), (false, None));
             // From now on the second image refuses writes.
             mirror(&disk).secondary.leaf.file().unwrap().make_readonly().unwrap();
             write(&disk, &io, 8, &[3; 512]).await.unwrap();
@@ -153,6 +154,8 @@ fn a_secondary_that_fails_is_told_of_and_the_disk_goes_on() {
             assert!(failed.contains("second") && failed.contains("writing"), "{failed}");
             assert_eq!(read(&disk, &io, 8, 1).await, [3; 512]);
             assert_eq!(disk.failure(), None);
+            assert!(disk.is_degraded() && disk.degradation().unwrap().contains("second"));
+            assert_eq!(disk.stats().mirror.unwrap().stuck_ms, None, "nothing waits for it");
             disk.flush().await.unwrap();
             disk.close().await.unwrap();
         };

@@ -97,11 +97,12 @@ pub fn run(args: &[OsString], config: &Config, streams: Streams<'_>) -> u8 {
     for note in &notes {
         let _ = writeln!(stderr, "tap-ctl: {}", one_line(&note.to_string()));
     }
+    let told = stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush());
     if let Err(Failure { what, why }) = result {
         let _ = writeln!(stderr, "tap-ctl: {what}: {}", one_line(&why.to_string()));
         return why.errno();
     }
-    match stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush()) {
+    match told {
         Ok(()) => 0,
         Err(error) => {
             let _ = writeln!(stderr, "tap-ctl: cannot write to standard output: {error}");
@@ -179,7 +180,7 @@ fn perform(
             *output = statistics(dir, *target, *full).map_err(because(with_target("stats", *target)))?;
         }
         Command::Upgrade(which) => {
-            *output = upgrade::upgrade(config, *which).map_err(|(what, why)| Failure { what, why })?;
+            upgrade::upgrade(config, *which, output).map_err(|(what, why)| Failure { what, why })?;
         }
         Command::Resize(target, size) => {
             resize(dir, *target, *size).map_err(because(with_target("resize", *target)))?;

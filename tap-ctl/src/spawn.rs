@@ -30,9 +30,11 @@ const OUTPUT_MAX: usize = 8192;
 const SYSTEMD: &str = "/run/systemd/system";
 
 /// Makes the scope of its own process and becomes the tapdisk, so that the process id stays that of our child.
-/// `systemd-run` needs the scope's name in advance, hence the shell, whose process id is the same too.
+/// `systemd-run` needs the scope's name in advance, hence the shell, whose process id is the same too. The empty line says
+/// that the scope is there.
 const SCOPE: &str = "exec systemd-run --scope --quiet --collect --no-ask-password --slice=xenio-tapdisk.slice \
-                     --unit=\"tapdisk-$$\" --description=\"Disk of a Xen guest (tapdisk $$)\" -- \"$0\" \"$@\"";
+                     --unit=\"tapdisk-$$\" --description=\"Disk of a Xen guest (tapdisk $$)\" -- \
+                     sh -c 'echo && exec \"$0\" \"$@\"' \"$0\" \"$@\"";
 
 /// Starts `program` and returns once it listens on its control socket. Its process id is that of the child. `options`
 /// are its own.
@@ -48,18 +50,35 @@ pub fn spawn(dir: &ControlDir, program: &Path, options: &[&str]) -> Result<Child
         let mut command = Command::new("sh");
         command.args(["-c", SCOPE]).arg(program);
         match launch(command, dir, program, options) {
-            Ok(child) => return Ok(child),
-            Err(error) => log::warn!("a tapdisk in a scope of its own: {error}; starting it without"),
+            Err(Unready { error, scoped: false }) => {
+                log::warn!("a tapdisk in a scope of its own: {error}; starting it without");
+            }
+            ready => return ready.map_err(|unready| unready.error),
         }
     }
-    launch(Command::new(program), dir, program, options)
+    launch(Command::new(program), dir, program, options).map_err(|unready| unready.error)
+}
+
+/// A tapdisk that did not become ready.
+#[derive(Debug)]
+struct Unready {
+    error: Error,
+    /// It had a scope, so it was not for want of one.
+    scoped: bool,
 }
 
 /// Starts the command, which becomes `program`, and waits until it is ready.
-fn launch(mut command: Command, dir: &ControlDir, program: &Path, options: &[&str]) -> Result<Child, Error> {
+fn launch(
+    mut command: Command,
+    dir: &ControlDir,
+    program: &Path,
+    options: &[&str],
+) -> Result<Child, Unready> {
     command.args(options);
-    let (mut reader, mut child) =
-        start(command).map_err(|source| Error::Start { program: program.to_owned(), source })?;
+    let (mut reader, mut child) = start(command).map_err(|source| {
+        let error = Error::Start { program: program.to_owned(), source };
+        Unready { error, scoped: false }
+    })?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     let ready_line = dir.control_socket(pid);
     let mut output = Output::default();
@@ -74,7 +93,9 @@ fn launch(mut command: Command, dir: &ControlDir, program: &Path, options: &[&st
         let _ = child.kill();
     }
     let end = child.wait().map_or_else(|error| error.to_string(), |end| end.to_string());
-    Err(Error::Startup { program: program.to_owned(), status: status.unwrap_or(end), output: output.words() })
+    let scoped = output.has_line(Path::new(""));
+    let (status, output) = (status.unwrap_or(end), output.words());
+    Err(Unready { error: Error::Startup { program: program.to_owned(), status, output }, scoped })
 }
 
 /// The child, and the reading end of the pipe that is its standard output and error.
@@ -211,6 +232,18 @@ mod tests {
     fn an_end_in_silence_and_the_line_of_another_process_are_not_ready() {
         for body in ["exit 0", "echo \"$DIR/ctl1\"; exit 0", "printf \"$DIR/ctl$$\"; exit 0"] {
             assert!(matches!(Stage::new().spawn(body), Err(Error::Startup { .. })), "{body}");
+        }
+    }
+
+    #[test]
+    fn who_gave_up_in_a_scope_is_told_from_who_got_none() {
+        let stage = Stage::new();
+        for (body, scoped) in [("echo; echo no such image", true), ("echo no such bus", false)] {
+            let mut command = Command::new("sh");
+            command.args(["-c", body]);
+            let unready = launch(command, &stage.dir, Path::new("tapdisk"), &[]).unwrap_err();
+            assert_eq!(unready.scoped, scoped);
+            assert!(unready.error.to_string().contains(": no such"), "{}", unready.error);
         }
     }
 

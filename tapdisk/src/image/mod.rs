@@ -41,7 +41,7 @@ use self::filter::Filters;
 pub use self::filter::Succession;
 pub use self::open::open;
 use self::share::Common;
-pub use self::share::DiskShare;
+pub use self::share::{DiskShare, OnFailure};
 pub use self::survey::{Holds, Run};
 use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
@@ -123,6 +123,11 @@ impl Disk {
         if let Some(filters) = &self.filters {
             filters.tell_succession(succession);
         }
+    }
+
+    /// Who is told when a flush fails, on whichever handle, before anybody else learns of it.
+    pub fn tell_failure(&self, whom: OnFailure) {
+        self.common.tell_failure(whom);
     }
 
     /// Whether what is written is still there when this process has died: not so in a file without a name.

@@ -99,7 +99,8 @@ impl Head {
 }
 
 fn low(word: u64) -> u32 {
-    (word & u64::from(u32::MAX)) as u32
+    let [a, b, c, d, ..] = word.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d])
 }
 
 /// The words of a request.

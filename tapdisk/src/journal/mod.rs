@@ -36,6 +36,9 @@ use crate::words::Words;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry(u16);
 
+/// Requests to be served again, oldest first, each with the place that it keeps.
+pub type Replay = VecDeque<(Entry, RawRequest)>;
+
 /// The journal of one ring.
 #[derive(Debug)]
 pub struct Journal {
@@ -79,8 +82,7 @@ impl Journal {
         Ok(Journal::over(path, words, slots, responses))
     }
 
-    /// The journal that another process left, and the requests to be served again, oldest first, each with the place that it
-    /// keeps. `responses` is the ring's counter, read once. `None`: there is none, so nothing was taken.
+    /// The journal that another process left, and its requests that have no answer. `responses` is the ring's counter, read once. `None`: there is none, so nothing was taken.
     ///
     /// # Errors
     /// It cannot be read, or contradicts the ring.
@@ -89,7 +91,7 @@ impl Journal {
         abi: Abi,
         slots: u32,
         responses: u32,
-    ) -> Result<Option<(Journal, VecDeque<(Entry, RawRequest)>)>, ResumeError> {
+    ) -> Result<Option<(Journal, Replay)>, ResumeError> {
         let words = match Words::open(path, layout::words(slots)) {
             Ok(words) => words,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

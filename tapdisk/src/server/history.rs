@@ -53,7 +53,7 @@ mod tests {
             match judge(history, responses, now) {
                 Verdict::Begin(pause, next) => {
                     assert!(pause <= Duration::from_secs(8), "{pause:?}");
-                    (history, now) = (next, now + pause.as_millis() as u64);
+                    (history, now) = (next, now + u64::try_from(pause.as_millis()).unwrap());
                 }
                 Verdict::Hopeless => return life,
             }

@@ -212,7 +212,6 @@ impl<X: Xen> State<X> {
             persistent: params.persistent.then(|| Persistent::new(dom, self.io.reactor.clone())),
             tell: self.tell.clone(),
             told: Cell::new(false),
-            keeper: self.keeper.clone(),
             failures: Failures::default(),
         };
         Ok(Served { ring: Rc::new(ring), way: Rc::new(way) })

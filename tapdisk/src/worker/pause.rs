@@ -246,7 +246,7 @@ impl<X: Xen> State<X> {
         kept.map_err(|e| (errno_of(&e), format!("{}: cannot be noted for a takeover: {e}", params.image)))?;
         log::info!("{}: going on, {} sectors", params.image, after.sectors);
         self.seat.fill(disk, params);
-        self.seat.heed_succession(&self.keeper);
+        self.seat.heed(&self.keeper);
         self.go_on();
         self.publish();
         (self.tell)(Notice::Reopened(after));

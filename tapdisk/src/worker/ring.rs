@@ -12,7 +12,6 @@
 //! user space (`drivers/xen/evtchn.c` calls `xen_irq_lateeoi` without the spurious flag).
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
 use std::fmt;
 use std::rc::Rc;
 use std::time::Duration;
@@ -26,7 +25,7 @@ use super::mapped::MappedRing;
 use super::throttle::Gate;
 use crate::executor::{Scheduler, TaskId};
 use crate::flight::{By, Flight, Taken, What};
-use crate::journal::{Entry, Journal};
+use crate::journal::{Entry, Journal, Replay};
 use crate::sync::WaitSet;
 use crate::tick::Tick;
 
@@ -88,14 +87,14 @@ pub struct Attached<M> {
     /// Its journal.
     pub journal: Journal,
     /// Requests that the process before us has left unanswered, oldest first.
-    pub replay: VecDeque<(Entry, RawRequest)>,
+    pub replay: Replay,
 }
 
 /// What is there while the ring is mapped.
 struct Link<M> {
     mapped: MappedRing<M>,
     journal: Journal,
-    replay: VecDeque<(Entry, RawRequest)>,
+    replay: Replay,
 }
 
 impl<M: GrantMap> Link<M> {

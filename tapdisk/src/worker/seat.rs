@@ -14,7 +14,7 @@ use super::Phase;
 use super::keeper::Keeper;
 use crate::executor::Scheduler;
 use crate::flight::{By, Flight, Taken, What};
-use crate::image::{Disk, Succession};
+use crate::image::{Disk, OnFailure, Succession};
 use crate::sync::WaitSet;
 use crate::tick::Tick;
 
@@ -233,11 +233,14 @@ impl Seat {
         }
     }
 
-    /// If the second image of the disk comes to serve instead of the first, whoever takes over is to open only that.
-    pub fn heed_succession(&self, keeper: &Arc<Keeper>) {
+    /// What whoever takes over has to know of the disk itself: if its second image comes to serve instead of the first, only
+    /// that is to be opened; if a flush fails, nobody is to take over, who would find a disk that flushes.
+    pub fn heed(&self, keeper: &Arc<Keeper>) {
         let (Some(disk), true) = (self.disk(), self.is_first()) else { return };
-        let keeper = keeper.clone();
-        disk.tell_succession(Succession(Box::new(move || keeper.leaves_first_image())));
+        let told = keeper.clone();
+        disk.tell_succession(Succession(Box::new(move || told.leaves_first_image())));
+        let told = keeper.clone();
+        disk.tell_failure(OnFailure(Box::new(move || told.give_up())));
     }
 
     /// Lets go of the disk, which closes its files if nobody else has it.

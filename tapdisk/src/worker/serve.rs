@@ -21,7 +21,6 @@ use gntdev::{CopyDirection, CopySegment, Grants};
 use nix::errno::Errno;
 
 use super::Notice;
-use super::keeper::Keeper;
 use super::persistent::Persistent;
 use super::ring::Ring;
 use super::seat::Seat;
@@ -174,8 +173,6 @@ where
     pub tell: Arc<dyn Fn(Notice) + Send + Sync>,
     /// It was told that the disk has stopped.
     pub told: Cell<bool>,
-    /// What is kept of the disk.
-    pub keeper: Arc<Keeper>,
     /// Requests that were answered with an error.
     pub failures: Failures,
 }
@@ -354,8 +351,6 @@ where
     /// The disk has stopped: the guest's device is to be closed, and the administrator told.
     fn report(&self, disk: &Disk) {
         if !self.told.replace(true) {
-            // Before anything else: a process that took over would find a disk that flushes.
-            self.keeper.give_up();
             let reason = disk.failure().unwrap_or_else(|| "the disk has stopped".to_owned());
             (self.tell)(Notice::Failed(reason));
         }

@@ -27,7 +27,7 @@ use super::thread::{Served, State, failure, notify};
 use super::{Answer, Begin};
 use crate::image::{self, Disk, OpenError};
 use crate::io::{Io, errno_of};
-use crate::journal::Journal;
+use crate::journal::{Journal, Replay};
 use crate::xen::Xen;
 
 /// How long the dead process's I/O may take to end.
@@ -91,7 +91,7 @@ pub(super) fn attached<M: GrantMap>(
     }
     let journal = Journal::create(journal, abi, slots, responses)
         .map_err(|e| (errno_of(&e), format!("cannot make the journal {}: {e}", journal.display())))?;
-    Ok(Attached { mapped, journal, replay: Default::default() })
+    Ok(Attached { mapped, journal, replay: Replay::new() })
 }
 
 impl<X: Xen> State<X> {
@@ -121,6 +121,8 @@ impl<X: Xen> State<X> {
                 format!("{name}: cannot be taken over: it has failed, or is in this process's memory");
             return answer.give(failure(Errno::EINVAL, message));
         }
+        // Whoever goes when asked to has not failed, even if it had nothing to answer.
+        self.keeper.note(|record| record.history.fruitless = 0);
         // No limit: what is in flight takes as long as the store does, and meanwhile guests are served.
         self.pause(Wish { then: Then::Leave, until: None, answer });
     }

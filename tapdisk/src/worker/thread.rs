@@ -193,7 +193,7 @@ fn set_up<X: Xen>(
     };
     let executor = Executor::new(scheduler);
     let seat = Rc::new(seat);
-    seat.heed_succession(&keeper);
+    seat.heed(&keeper);
     if let Some(work) = seat.disk().and_then(|disk| disk.background()) {
         executor.spawn(work);
     }

@@ -219,6 +219,22 @@ fn nbd_clients_find_the_disk_under_the_name_they_know() {
 }
 
 #[test]
+fn an_idle_disk_may_be_upgraded_as_often_as_one_likes() {
+    let rig = rig();
+    let params = disk(&rig, "raw", "disk");
+    let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
+    frontend.write(Sector(8), &pattern(1, 4096)).unwrap();
+    for _ in 0..12 {
+        let pid = record(&rig, &device).pid;
+        let outcome = rig.tap_ctl(&["upgrade", "--all"]);
+        assert_eq!(outcome.code, 0, "{}", outcome.err);
+        wait_for_successor(&rig, &device, pid);
+    }
+    assert!(frontend.read(Sector(8), 4096).unwrap() == pattern(1, 4096));
+    finish(&rig, &device);
+}
+
+#[test]
 fn tapdisks_that_die_without_having_done_anything_are_not_replaced_for_ever() {
     let rig = rig();
     let params = disk(&rig, "raw", "disk");

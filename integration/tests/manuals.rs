@@ -24,8 +24,10 @@ fn options(usage: &str) -> Vec<&str> {
 fn the_page_and_the_completion_of_tap_ctl_have_every_command_and_option() {
     let (page, completion) = (page("tap-ctl.8"), dist("completions/xenio.bash"));
     let usage = tap_ctl::args::usage();
-    let commands: Vec<&str> =
-        usage.lines().filter_map(|line| line.strip_prefix("  ")?.split_whitespace().next()).collect();
+    let commands: Vec<&str> = usage
+        .lines()
+        .filter_map(|line| line.strip_prefix("  ")?.split(' ').next().filter(|name| !name.is_empty()))
+        .collect();
     assert!(commands.contains(&"snapshot"), "{usage}");
     for command in commands {
         assert!(page.contains(command), "{command} is not in tap-ctl.8");

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use lexopt::prelude::*;
+use nix::sys::stat;
 use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
 use tap_ctl::proto::{Minor, null_size};
@@ -119,6 +120,8 @@ fn start(foreground: bool) -> anyhow::Result<()> {
     }
     let mode = if foreground { Mode::Foreground } else { Mode::Daemon };
     logging::init("tapdisk", mode, foreground).context("cannot set up logging")?;
+    // The control socket's mode is its lock: whoever started us may have allowed others to write.
+    stat::umask(stat::Mode::S_IWGRP | stat::Mode::S_IWOTH);
     confine::this_thread().context("cannot give up what a tapdisk does not need")?;
     Ok(())
 }

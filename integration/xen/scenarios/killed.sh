@@ -44,8 +44,8 @@ while [ $SECONDS -lt $ends ]; do
     pids=$(pgrep -x tapdisk | tr '\n' ' ')
     # shellcheck disable=SC2086
     for pid in $pids; do
-        # A tapdisk that is just being started has not served anything; its own end is another matter.
-        [ -e "/run/blktap-control/ctl$pid" ] || continue
+        # One that is just being started, which takes seconds here, has served nothing yet: deaths without progress are another matter.
+        grep -q "tapdisk\[$pid\]: serving" /var/log/xen/tapdisk.log || continue
         kill -KILL "$pid" && kills=$((kills + 1))
     done
     read -r -t 2 <> <(:) || true

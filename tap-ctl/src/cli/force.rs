@@ -53,7 +53,7 @@ fn free(dir: &ControlDir, minor: Minor) -> Result<(), Error> {
     }
 }
 
-/// Kills the tapdisk. What it leaves is cleared away when its minor is freed.
+/// Kills the tapdisk. What it leaves of its disk is cleared away when the minor is freed.
 fn end(dir: &ControlDir, target: Target) -> Result<(), Error> {
     let Target { pid, minor } = target;
     let mut witness = match Client::connect(dir, pid) {
@@ -85,5 +85,13 @@ fn end(dir: &ControlDir, target: Target) -> Result<(), Error> {
         return Err(Error::Undead { pid });
     }
     log::warn!("tapdisk {pid} was killed: it did not close minor {minor} in time");
+    // The other sockets go with their minor.
+    let path = dir.control_socket(pid);
+    match std::fs::remove_file(&path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::File { action: "remove", path, source });
+        }
+        _ => {}
+    }
     Ok(())
 }

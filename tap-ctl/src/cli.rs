@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use self::key::with_key;
 use self::show::Form;
@@ -35,6 +35,9 @@ const LIBEXECDIR: &str = match option_env!("XENIO_LIBEXECDIR") {
 
 /// Exit code of a command line that cannot be understood (EINVAL).
 const USAGE: u8 = 22;
+
+/// How long a tapdisk that was killed may take to be gone, or another one to go on with its disk.
+const DYING: Duration = Duration::from_secs(5);
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -315,13 +318,31 @@ fn end(child: &mut Child) {
     }
 }
 
-/// close, detach, free. A tapdisk that has ended has closed and detached everything: then only the marker is left. Unless
-/// another one has gone on with its disk, of which the caller does not know yet.
+/// close, detach, free.
 fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Failure> {
-    let target = upgrade::successor(dir, target);
-    let what = || because(with_target("destroy", target));
-    close_and_detach(dir, target, limit).map_err(what())?;
-    minors::free(dir, target.minor).map_err(what())
+    take_away(dir, target, |target| close_and_detach(dir, target, limit))
+}
+
+/// Has a disk closed, and frees its minor. A tapdisk that has ended has closed and detached everything: then only the marker is
+/// left. Unless another one has gone on with its disk, of which the caller does not know yet, or is just about to; and the
+/// system closes a dead process's files one after the other, so that the marker may be locked when the control socket is gone.
+fn take_away(
+    dir: &ControlDir,
+    target: Target,
+    close: impl Fn(Target) -> Result<(), Error>,
+) -> Result<(), Failure> {
+    let end = Instant::now() + DYING;
+    loop {
+        let target = upgrade::successor(dir, target);
+        let what = || because(with_target("destroy", target));
+        close(target).map_err(what())?;
+        match minors::free(dir, target.minor) {
+            Err(Error::MinorInUse { .. }) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other.map_err(what()),
+        }
+    }
 }
 
 fn close_and_detach(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Error> {

@@ -3,54 +3,31 @@
 //! The tapdisk is killed. What it has in flight cannot be taken back: the kernel ends it when the storage answers, and keeps
 //! the image's lock until then, so nobody opens the image while an old write may still reach it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Failure, because, close_and_detach, upgrade, with_target};
+use super::{DYING, Failure, close_and_detach, take_away};
 use crate::args::Target;
 use crate::client::{self, Client, QUICK};
 use crate::dir::ControlDir;
 use crate::error::Error;
 use crate::inflight::Folder;
-use crate::minors;
-use crate::proto::{Minor, Reply, Request};
+use crate::proto::{Reply, Request};
 
 /// How long a healthy disk is given to close, where the caller does not say.
 const CLOSING: Duration = Duration::from_secs(5);
 
-/// How long a killed tapdisk may take to be gone.
-const DYING: Duration = Duration::from_secs(5);
-
 /// close, detach, free; and if that takes too long, the tapdisk is killed.
 pub(super) fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Failure> {
-    let target = upgrade::successor(dir, target);
-    let what = || because(with_target("destroy", target));
-    match close_and_detach(dir, target, Some(limit.unwrap_or(CLOSING))) {
-        Err(Error::Timeout { .. }) => end(dir, target).map_err(what())?,
+    take_away(dir, target, |target| match close_and_detach(dir, target, Some(limit.unwrap_or(CLOSING))) {
+        Err(Error::Timeout { .. }) => end(dir, target),
         // EALREADY: somebody waits for the same.
-        Err(Error::Refused { errno, .. }) if errno == Errno::EALREADY as i32 => {
-            end(dir, target).map_err(what())?;
-        }
-        other => other.map_err(what())?,
-    }
-    free(dir, target.minor).map_err(what())
-}
-
-/// Frees a minor. The system closes a dead process's files one after the other: the marker may still be locked when the control
-/// socket is gone.
-fn free(dir: &ControlDir, minor: Minor) -> Result<(), Error> {
-    let end = Instant::now() + DYING;
-    loop {
-        match minors::free(dir, minor) {
-            Err(Error::MinorInUse { .. }) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(20))
-            }
-            other => return other,
-        }
-    }
+        Err(Error::Refused { errno, .. }) if errno == Errno::EALREADY as i32 => end(dir, target),
+        other => other,
+    })
 }
 
 /// Kills the tapdisk. What it leaves of its disk is cleared away when the minor is freed.

@@ -102,8 +102,10 @@ install-files:
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 dist/man/*.5
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 dist/man/*.8
 	for tool in tap-ctl tap-img vhd-util cbt-util; do \
-		install -D -m 644 dist/completions/xenio.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$tool || exit; \
+		install -D -m 644 dist/completions/xenio.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$tool && \
+		install -D -m 644 dist/completions/xenio.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/$$tool.fish || exit; \
 	done
+	install -D -m 644 dist/completions/xenio.zsh $(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_xenio
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system dist/systemd/xenio-tapdisk.slice
 	for unit in xenio xenio-metrics; do \
 		sed 's,@sbindir@,$(sbindir),' dist/systemd/$$unit.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit.service || exit; \

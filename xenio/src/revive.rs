@@ -5,22 +5,25 @@
 //! ever watched by its number, which another one may have by now, and a xenio that was started later finds the same out by
 //! the same means.
 //!
-//! Each revival has a thread that ends with it.
+//! Each revival has a thread, which stays for as long as the tapdisk that it started: somebody has to take note of its end, or
+//! the system keeps its number.
 
 use std::collections::HashSet;
 use std::io;
 use std::path::PathBuf;
-use std::process::Child;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use mio::{Registry, Token, Waker};
 use nix::errno::Errno;
-use tap_ctl::revive::{Revived, is_possible, revive};
+use tap_ctl::revive::{is_possible, revive};
 use tap_ctl::{ControlDir, Error};
 
 use crate::device::Vbd;
 use crate::problem::Problem;
+
+/// Stack of a revival's thread, in bytes: there may be many, and they do little.
+const STACK: usize = 256 << 10;
 
 /// A disk whose tapdisk has died, and what came of it.
 #[derive(Debug)]
@@ -37,11 +40,9 @@ pub struct Revivals {
     dir: ControlDir,
     program: PathBuf,
     waker: Arc<Waker>,
-    sender: Sender<(Vbd, Result<Revived, Error>)>,
-    receiver: Receiver<(Vbd, Result<Revived, Error>)>,
+    sender: Sender<(Vbd, Result<i32, Error>)>,
+    receiver: Receiver<(Vbd, Result<i32, Error>)>,
     under_way: HashSet<Vbd>,
-    /// Tapdisks that we started, until they have ended.
-    children: Vec<Child>,
 }
 
 impl Revivals {
@@ -53,21 +54,12 @@ impl Revivals {
     pub fn new(registry: &Registry, token: Token, dir: ControlDir, program: PathBuf) -> io::Result<Revivals> {
         let (sender, receiver) = channel();
         let waker = Arc::new(Waker::new(registry, token)?);
-        Ok(Revivals {
-            dir,
-            program,
-            waker,
-            sender,
-            receiver,
-            under_way: HashSet::new(),
-            children: Vec::new(),
-        })
+        Ok(Revivals { dir, program, waker, sender, receiver, under_way: HashSet::new() })
     }
 
     /// Begins to have another tapdisk go on with a disk, if that is not under way already. False: the disk has left nothing to
     /// go on with.
     pub fn begin(&mut self, vbd: Vbd) -> bool {
-        self.bury_children();
         if self.under_way.contains(&vbd) {
             return true;
         }
@@ -76,14 +68,23 @@ impl Revivals {
         }
         let (dir, program) = (self.dir.clone(), self.program.clone());
         let (sender, waker) = (self.sender.clone(), self.waker.clone());
-        let thread = std::thread::Builder::new().name("revive".into()).spawn(move || {
-            let outcome = revive(&dir, &program, vbd.minor, vbd.pid);
+        let work = move || {
+            let (outcome, child) = match revive(&dir, &program, vbd.minor, vbd.pid) {
+                Ok(revived) => (Ok(revived.pid), revived.child),
+                Err(error) => (Err(error), None),
+            };
             // Both fail only while the process ends.
             if sender.send((vbd, outcome)).is_ok() {
                 let _ = waker.wake();
             }
-        });
-        match thread {
+            drop((sender, waker));
+            if let Some(mut child) = child
+                && let Err(error) = child.wait()
+            {
+                log::warn!("tapdisk {}: no news of its end: {error}", child.id());
+            }
+        };
+        match std::thread::Builder::new().name("revive".into()).stack_size(STACK).spawn(work) {
             Ok(_) => drop(self.under_way.insert(vbd)),
             Err(error) => log::error!("no thread to go on with minor {}: {error}", vbd.minor),
         }
@@ -92,27 +93,15 @@ impl Revivals {
 
     /// What has come of them since the last call.
     pub fn outcomes(&mut self) -> Vec<Outcome> {
-        self.bury_children();
         let mut outcomes = Vec::new();
         while let Ok((vbd, outcome)) = self.receiver.try_recv() {
             self.under_way.remove(&vbd);
-            let next = match outcome {
-                Ok(Revived { pid, child }) => {
-                    self.children.extend(child);
-                    Ok(pid)
-                }
-                Err(error) => Err(Problem::new(
-                    Errno::ENXIO,
-                    format!("tapdisk {} has ended, and no other one can go on: {error}", vbd.pid),
-                )),
-            };
+            let next = outcome.map_err(|error| {
+                let text = format!("tapdisk {} has ended, and no other one can go on: {error}", vbd.pid);
+                Problem::new(Errno::ENXIO, text)
+            });
             outcomes.push(Outcome { vbd, next });
         }
         outcomes
-    }
-
-    /// Lets the system forget those of our tapdisks that have ended.
-    fn bury_children(&mut self) {
-        self.children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
     }
 }

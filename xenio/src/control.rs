@@ -229,11 +229,10 @@ impl Control {
             for device in self.devices.values_mut().filter(|device| device.vbd() == Some(vbd)) {
                 match &outcome.next {
                     Ok(next) => {
-                        log::warn!(
-                            "device {}: tapdisk {next} goes on after tapdisk {}",
-                            device.id(),
-                            vbd.pid
-                        );
+                        if *next != vbd.pid {
+                            let (id, pid) = (device.id(), vbd.pid);
+                            log::warn!("device {id}: tapdisk {next} goes on after tapdisk {pid}");
+                        }
                         device.succeeded(*next);
                     }
                     Err(problem) => device.died(vbd.pid, problem.clone()),

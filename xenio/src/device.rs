@@ -329,11 +329,13 @@ impl Device {
         self.pending = None;
     }
 
-    /// Another tapdisk goes on with the disk. It knows which rings it serves.
+    /// Another tapdisk goes on with the disk, or the same one still does. It knows which rings it serves.
     pub fn succeeded(&mut self, pid: i32) {
         let Some(vbd) = &mut self.vbd else { return };
-        self.former.get_or_insert(vbd.pid);
-        vbd.pid = pid;
+        if vbd.pid != pid {
+            self.former.get_or_insert(vbd.pid);
+            vbd.pid = pid;
+        }
         self.disk = Disk::New;
         if self.ring == Ring::Busy {
             self.ring = Ring::Unknown;

@@ -16,8 +16,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use mio::{Registry, Token, Waker};
 use nix::errno::Errno;
+use tap_ctl::client::{self, QUICK};
 use tap_ctl::revive::{is_possible, revive};
-use tap_ctl::{ControlDir, Error};
+use tap_ctl::{ControlDir, Error, Reply, Request};
 
 use crate::device::Vbd;
 use crate::problem::Problem;
@@ -30,8 +31,14 @@ const STACK: usize = 256 << 10;
 pub struct Outcome {
     /// The disk, with its dead tapdisk.
     pub vbd: Vbd,
-    /// The process id of the next one, or why there is none.
+    /// The process id of the next one, or of the same one if it lives, or why there is none.
     pub next: Result<i32, Problem>,
+}
+
+/// Whether a tapdisk serves its disk still: one that we did not listen to for long closes the connection, and nothing else.
+fn lives(dir: &ControlDir, vbd: Vbd) -> bool {
+    let told = client::call(dir, vbd.pid, &Request::List, Some(QUICK));
+    matches!(told, Ok(Reply::List { vbds }) if vbds.iter().any(|entry| entry.minor == vbd.minor))
 }
 
 /// All revivals under way.
@@ -69,9 +76,12 @@ impl Revivals {
         let (dir, program) = (self.dir.clone(), self.program.clone());
         let (sender, waker) = (self.sender.clone(), self.waker.clone());
         let work = move || {
-            let (outcome, child) = match revive(&dir, &program, vbd.minor, vbd.pid) {
-                Ok(revived) => (Ok(revived.pid), revived.child),
-                Err(error) => (Err(error), None),
+            let (outcome, child) = match lives(&dir, vbd) {
+                true => (Ok(vbd.pid), None),
+                false => match revive(&dir, &program, vbd.minor, vbd.pid) {
+                    Ok(revived) => (Ok(revived.pid), revived.child),
+                    Err(error) => (Err(error), None),
+                },
             };
             // Both fail only while the process ends.
             if sender.send((vbd, outcome)).is_ok() {

@@ -329,6 +329,10 @@ fn a_device_whose_tapdisk_died_waits_for_the_next_and_asks_it() {
         assert_eq!(device.renamed(), Some((7, Vbd { pid: 9, minor: Minor(3) })));
         device.is_named();
         assert_eq!(device.renamed(), None);
+        // It was not dead at all.
+        device.waits_for_successor();
+        device.succeeded(9);
+        assert_eq!((tap_and_ring(&device), device.renamed()), ((Tap::New, expected), None));
     }
 }
 

@@ -135,19 +135,19 @@ const COMMANDS: [(&str, &str); 18] = [
 /// The usage line of one command.
 pub fn usage_of(command: &str) -> String {
     let options = COMMANDS.iter().find(|(name, _)| *name == command).map_or("", |(_, options)| options);
-    format!("usage: tap-ctl {command} {options}").trim_end().to_owned()
+    help::fold(&format!("usage: tap-ctl {command} {options}"), 4)
 }
 
 /// The usage line of one command, and what it is for.
 pub fn help_of(command: &str) -> String {
-    format!("{}\n{}\n", usage_of(command), help::about(command))
+    format!("{}\n\n{}\n", usage_of(command), help::fold(help::about(command), 0))
 }
 
-/// The usage of the program.
+/// The usage of the program. Lines that begin a command are indented by two columns, and what goes on by more.
 pub fn usage() -> String {
     let mut text = String::from("usage: tap-ctl COMMAND [OPTIONS] [--debug]\n");
     for (name, options) in COMMANDS {
-        text.push_str(format!("  {name:<9} {options}").trim_end());
+        text.push_str(&help::fold(&format!("  {name:<9} {options}"), 12));
         text.push('\n');
     }
     text

@@ -4,14 +4,14 @@
 //! Invariants this file owns:
 //!
 //! 1. the region is mapped once, stays at its address and is unmapped when the last [`Buf`] and the [`Pool`] are gone;
-//!    a guest's pages stay mapped while a [`Buf`] over them lives, because it holds on to the mapping;
+//!    a guest's pages stay mapped while [`GuestBytes`] over them live, because it holds on to the mapping;
 //! 2. a page of the region belongs to at most one live [`Buf`]; runs of different `Buf`s never overlap;
 //! 3. the kernel (io_uring, grant copy) writes to a `Buf`'s bytes only while an operation that was given one of its
 //!    [`Piece`]s is in flight, and whoever starts an operation keeps the `Buf` until it has ended
 //!    (see `reactor`: an operation that is dropped in flight waits for its end);
 //! 4. no Rust reference to the bytes outlives the call that made it, and none is made while an operation is in flight.
-//!    To a guest's bytes none is ever made, because the guest may change them at any time: they are copied, or given to
-//!    the kernel.
+//!    To a guest's bytes none is ever made, because the guest may change them at any time: they are copied. The kernel is
+//!    never given them (`worker::persistent` says why): [`GuestBytes`] make no [`Piece`].
 //!
 //! Data buffers are limited by a budget: a request that finds none waits. Metadata buffers, one page each, come from a
 //! part of their own, because a request that already holds a data buffer may need them to finish. What passes through
@@ -209,7 +209,7 @@ impl Pool {
                 continue;
             }
             if let (Some(fixed), Some(reactor)) = (chunk.fixed.take(), self.reactor.get()) {
-                reactor.unfix(fixed, Box::new(()));
+                reactor.unfix(fixed);
             }
             chunk.used = false;
             let base = self.region.page(index * CHUNK_PAGES);
@@ -225,11 +225,64 @@ impl Pool {
 pub trait GuestMemory {
     /// The first byte and the length in bytes; the same for as long as it lives.
     fn span(&self) -> (NonNull<u8>, usize);
-    /// Its registration with the engine.
-    fn fixed(&self) -> Option<Fixed>;
 }
 
-/// Memory for I/O: an owned run of pages of a [`Pool`], or a part of a guest's mapped pages.
+/// A part of a guest's mapped pages, for copying.
+pub struct GuestBytes {
+    base: NonNull<u8>,
+    len: usize,
+    _kept: Rc<dyn GuestMemory>,
+}
+
+impl fmt::Debug for GuestBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestBytes").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+impl GuestBytes {
+    /// Bytes `range` of mapped pages. `None` if the range is empty or outside.
+    pub fn new(memory: Rc<dyn GuestMemory>, range: Range<usize>) -> Option<GuestBytes> {
+        let (base, len) = memory.span();
+        if range.start >= range.end || range.end > len {
+            return None;
+        }
+        // SAFETY: inside the mapping, as just checked; we keep it (invariant 1).
+        let base = unsafe { base.add(range.start) };
+        Some(GuestBytes { base, len: range.end - range.start, _kept: memory })
+    }
+
+    /// Length in bytes, not 0.
+    #[expect(clippy::len_without_is_empty, reason = "there are no empty ones")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Copies them to byte `at` and on of a buffer; false, with nothing done, if they do not fit. Only while no operation on the
+    /// part concerned is in flight.
+    ///
+    /// What the guest writes to its pages meanwhile may come through in part.
+    #[must_use]
+    pub fn copy_to(&self, buf: &Buf, at: usize) -> bool {
+        let Some(to) = buf.piece(at..at.saturating_add(self.len)) else { return false };
+        // SAFETY: both are mapped (invariant 1), and a mapping of a guest's pages overlaps none of ours. No Rust reference to either
+        // exists (invariant 4). A guest that writes at the same time is outside of this program; the bytes are plain data to us, and
+        // nothing is decided from them twice.
+        unsafe { self.base.copy_to_nonoverlapping(to.ptr, self.len) };
+        true
+    }
+
+    /// Fills them from byte `at` and on of a buffer; false, with nothing done, if it has not as many.
+    #[must_use]
+    pub fn fill_from(&self, buf: &Buf, at: usize) -> bool {
+        let Some(from) = buf.piece(at..at.saturating_add(self.len)) else { return false };
+        // SAFETY: as in `copy_to`, the other way.
+        unsafe { from.ptr.copy_to_nonoverlapping(self.base, self.len) };
+        true
+    }
+}
+
+/// Memory for I/O: an owned run of pages of a [`Pool`].
 pub struct Buf {
     base: NonNull<u8>,
     len: usize,
@@ -240,7 +293,6 @@ pub struct Buf {
 enum Home {
     Data { pool: Rc<Pool>, index: usize, page: usize, pages: usize },
     Meta { pool: Rc<Pool>, page: usize },
-    Guest { _kept: Rc<dyn GuestMemory> },
     Own { _region: Region },
 }
 
@@ -261,7 +313,7 @@ impl Drop for Buf {
                 pool.meta.borrow_mut().give(*page, 1);
                 pool.meta_freed.wake_all();
             }
-            Home::Guest { .. } | Home::Own { .. } => {}
+            Home::Own { .. } => {}
         }
     }
 }
@@ -288,22 +340,6 @@ impl Piece {
 }
 
 impl Buf {
-    /// Bytes `range` of a guest's mapped pages. `None` if the range is empty or outside.
-    pub fn guest(memory: Rc<dyn GuestMemory>, range: Range<usize>) -> Option<Buf> {
-        let (base, len) = memory.span();
-        if range.start >= range.end || range.end > len {
-            return None;
-        }
-        // SAFETY: inside the mapping, as just checked; the Buf keeps it (invariant 1).
-        let base = unsafe { base.add(range.start) };
-        Some(Buf {
-            base,
-            len: range.end - range.start,
-            fixed: memory.fixed(),
-            home: Home::Guest { _kept: memory },
-        })
-    }
-
     /// Memory of its own, outside of every pool.
     fn own(len: usize) -> Result<Buf, Errno> {
         let region = Region::new(NonZeroUsize::new(len).ok_or(Errno::EINVAL)?)?;
@@ -332,31 +368,19 @@ impl Buf {
     }
 
     /// The bytes. Only while no operation on this buffer is in flight (invariant 4).
-    ///
-    /// # Panics
-    ///
-    /// For a guest's pages (invariant 4): [`Buf::copy_to`] reads those.
     pub fn bytes(&self) -> &[u8] {
-        assert!(!matches!(self.home, Home::Guest { .. }), "a reference to a guest's memory");
         // SAFETY: the pages are ours alone (invariant 2), initialised by the mapping, and at rest (invariant 4).
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.len) }
     }
 
     /// The bytes, to be changed. Only while no operation on this buffer is in flight (invariant 4).
-    ///
-    /// # Panics
-    ///
-    /// For a guest's pages (invariant 4): [`Buf::copy_to`] writes those.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        assert!(!matches!(self.home, Home::Guest { .. }), "a reference to a guest's memory");
         // SAFETY: as in `bytes`, and `&mut self` makes the access exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.len) }
     }
 
     /// Copies bytes `range` to byte `at` and on of another buffer; false, with nothing done, if they do not lie in both or
     /// the two overlap. Only while no operation on the parts concerned is in flight.
-    ///
-    /// What a guest writes to its pages meanwhile may come through in part.
     #[must_use]
     pub fn copy_to(&self, range: Range<usize>, other: &Buf, at: usize) -> bool {
         let target = at..at.saturating_add(range.len());
@@ -366,8 +390,7 @@ impl Buf {
             return false;
         }
         // SAFETY: both lie in live buffers and do not overlap, as just checked. No Rust reference to either exists
-        // (invariant 4). A guest that writes to its page at the same time is outside of this program; the bytes are plain
-        // data to us, and nothing is decided from them twice.
+        // (invariant 4).
         unsafe { from.ptr.copy_to_nonoverlapping(to.ptr, len) };
         true
     }

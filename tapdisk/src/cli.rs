@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use lexopt::prelude::*;
+use nix::sys::stat;
 use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
 use tap_ctl::proto::null_size;
@@ -111,6 +112,8 @@ fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool, engine: EngineChoic
     }
     let mode = if foreground { Mode::Foreground } else { Mode::Daemon };
     logging::init("tapdisk", mode, foreground).context("cannot set up logging")?;
+    // The control socket's mode is its lock: whoever started us may have allowed others to write.
+    stat::umask(stat::Mode::S_IWGRP | stat::Mode::S_IWOTH);
     confine::this_thread().context("cannot give up what a tapdisk does not need")?;
     let mut server = Server::bind(xen, dir.clone(), engine)
         .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;

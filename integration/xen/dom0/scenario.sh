@@ -9,4 +9,7 @@ cd "$WORK"
 exec {BASH_XTRACEFD}>trace.log
 set -x
 trap 'echo "FAILED: line $LINENO of $1: $BASH_COMMAND (status $?)"' ERR
+echo "scenario $1 begins" >/dev/kmsg
 . "/testbed/scenarios/$1.sh"
+# What a program did wrong with the memory of guests shows here first, and in other scenarios later.
+! dmesg | sed "1,/scenario $1 begins/d" | grep -E 'BUG: |WARNING: CPU|Oops|Bad page' || fail "dom0's kernel complains"

@@ -92,10 +92,6 @@ impl GuestMemory for Pages {
     fn span(&self) -> (NonNull<u8>, usize) {
         (NonNull::from(&self.0).cast(), 2 * PAGE_SIZE)
     }
-
-    fn fixed(&self) -> Option<Fixed> {
-        None
-    }
 }
 
 #[test]
@@ -103,13 +99,13 @@ fn bytes_are_copied_between_a_guests_pages_and_a_buffer() {
     let pages = Rc::new(Pages(Cell::new([3; 2 * PAGE_SIZE])));
     let pool = Pool::new(Rc::default(), PAGE_SIZE).unwrap();
     let own = pool.data(1024).unwrap();
-    let guest = Buf::guest(pages.clone(), 4000..5000).unwrap();
-    assert!(guest.copy_to(0..512, &own, 512));
+    let guest = GuestBytes::new(pages.clone(), 4000..4512).unwrap();
+    assert!(guest.copy_to(&own, 512));
     assert_eq!((own.bytes()[511], own.bytes()[512]), (0, 3));
-    assert!(own.copy_to(0..512, &guest, 100));
+    assert!(GuestBytes::new(pages.clone(), 4100..4612).unwrap().fill_from(&own, 0));
     assert_eq!((pages.0.get()[4099], pages.0.get()[4100], pages.0.get()[4612]), (3, 0, 3));
-    assert!(!guest.copy_to(600..1001, &own, 0), "beyond the source");
-    assert!(!guest.copy_to(0..600, &own, 512), "beyond the target");
+    assert!(!guest.copy_to(&own, 513), "beyond the buffer");
+    assert!(!guest.fill_from(&own, 513), "beyond the buffer");
     assert!(!own.copy_to(0..512, &own, 256), "over itself");
-    assert!(Buf::guest(pages, 8000..8193).is_none());
+    assert!(GuestBytes::new(pages, 8000..8193).is_none());
 }

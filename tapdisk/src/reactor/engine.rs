@@ -96,19 +96,18 @@ impl Engine {
         }
     }
 
-    /// Gives registered memory up. False: nobody will tell when it is [released](Engine::released).
-    pub(super) fn unregister(&mut self, fixed: Fixed) -> bool {
-        match self {
-            Engine::Uring { ring, .. } => ring.unregister(fixed),
-            Engine::Pool(_) => false,
+    /// Gives registered memory up.
+    pub(super) fn unregister(&mut self, fixed: Fixed) {
+        if let Engine::Uring { ring, .. } = self {
+            ring.unregister(fixed);
         }
     }
 
-    /// The memory that a completion's key says has been released.
-    pub(super) fn released(&mut self, key: u64) -> Option<Fixed> {
+    /// Whether a completion's key says that memory has been released.
+    pub(super) fn released(&mut self, key: u64) -> bool {
         match self {
             Engine::Uring { ring, .. } => ring.released(key),
-            Engine::Pool(_) => None,
+            Engine::Pool(_) => false,
         }
     }
 

@@ -14,7 +14,6 @@ mod orders;
 mod pool;
 mod uring;
 
-use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::future::Future;
@@ -34,7 +33,6 @@ pub use self::orders::{Kind, Order};
 use self::uring::Transfer;
 use crate::buf::Piece;
 use crate::executor::{Scheduler, TaskId};
-use crate::sync::WaitSet;
 
 /// Keys of the watched descriptors; operations count up from 0.
 const KEY_EVENTS: u64 = u64::MAX;
@@ -115,9 +113,6 @@ pub struct Reactor {
     ops: RefCell<Ops>,
     watched: RefCell<Watched>,
     readable: Cell<Readable>,
-    /// Memory that was given up, and that the kernel still holds. After the engine, so that it is dropped later.
-    dying: RefCell<Vec<(Fixed, Box<dyn Any>)>>,
-    released: WaitSet,
 }
 
 impl fmt::Debug for Reactor {
@@ -196,8 +191,6 @@ impl Reactor {
             ops: RefCell::default(),
             watched: RefCell::default(),
             readable: Cell::default(),
-            dying: RefCell::default(),
-            released: WaitSet::new(scheduler.clone()),
             scheduler,
         }))
     }
@@ -209,33 +202,9 @@ impl Reactor {
         self.engine.borrow_mut().register(base, len)
     }
 
-    /// Gives registered memory up, and drops `kept`, which owns it, once the kernel has let go of it.
-    ///
-    /// That is not before the operations in flight have ended, whatever memory they use. A guest's pages must not be
-    /// unmapped earlier: on a PV domain the hypervisor refuses to give up a grant whose page table entry is gone, and the
-    /// page stays mapped for ever (`drivers/xen/gntdev.c`, which puts the unmapping off while somebody holds the page).
-    pub fn unfix(&self, fixed: Fixed, kept: Box<dyn Any>) {
-        let told = self.engine.borrow_mut().unregister(fixed);
-        if told {
-            self.dying.borrow_mut().push((fixed, kept));
-        }
-    }
-
-    /// Waits until the kernel has let go of everything that was given up.
-    pub async fn all_released(&self) {
-        while !self.dying.borrow().is_empty() {
-            self.released.wait().await;
-        }
-    }
-
-    fn release(&self, fixed: Fixed) {
-        let mut dying = self.dying.borrow_mut();
-        let found = dying.iter().position(|(other, _)| *other == fixed);
-        let kept = found.map(|index| dying.swap_remove(index));
-        drop(dying);
-        // Unmaps.
-        drop(kept);
-        self.released.wake_all();
+    /// Gives registered memory up. The kernel lets go of it once the operations in flight have ended, whatever memory they use.
+    pub fn unfix(&self, fixed: Fixed) {
+        self.engine.borrow_mut().unregister(fixed);
     }
 
     /// Keeps a file at hand. Its descriptor stays open until the result is dropped.
@@ -364,8 +333,7 @@ impl Reactor {
                     }
                 }
                 _ => {
-                    if let Some(fixed) = engine.released(key) {
-                        self.release(fixed);
+                    if engine.released(key) {
                         continue;
                     }
                     let index = usize::try_from(key).map_err(io::Error::other)?;

@@ -99,8 +99,8 @@ impl Uring {
     }
 
     /// Gives registered memory up. The kernel lets go of it when the operations in flight have ended; a completion says so,
-    /// see [`Uring::released`]. False: nobody will say it.
-    pub(super) fn unregister(&mut self, Fixed(place): Fixed) -> bool {
+    /// see [`Uring::released`].
+    pub(super) fn unregister(&mut self, Fixed(place): Fixed) {
         let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         // SAFETY: an empty place refers to no memory.
         let emptied =
@@ -108,15 +108,14 @@ impl Uring {
         if let Err(error) = &emptied {
             log::warn!("giving registered memory up failed: {error}");
         }
-        emptied.is_ok()
     }
 
-    /// The memory that a completion's key says has been released; its place is free again.
-    pub(super) fn released(&mut self, key: u64) -> Option<Fixed> {
+    /// Whether a completion's key says that memory has been released; its place is free again then.
+    pub(super) fn released(&mut self, key: u64) -> bool {
         let place = key.checked_sub(RELEASED).and_then(|place| u16::try_from(place).ok());
-        let place = place.filter(|&place| place < FIXED_PLACES)?;
-        self.places.as_mut()?.push(place);
-        Some(Fixed(place))
+        let Some(place) = place.filter(|&place| place < FIXED_PLACES) else { return false };
+        self.places.get_or_insert_default().push(place);
+        true
     }
 
     /// Puts a file into the ring's table; `None` if there is no place, or the kernel has no table.

@@ -189,7 +189,7 @@ impl<X: Xen> State<X> {
             clock: self.clock.clone(),
             pool: self.io.pool.clone(),
             copier,
-            persistent: params.persistent.then(|| Persistent::new(dom, self.io.reactor.clone())),
+            persistent: params.persistent.then(|| Persistent::new(dom)),
             tell: self.tell.clone(),
             told: Cell::new(false),
             failures: Failures::default(),
@@ -476,7 +476,6 @@ async fn end_ring<X: Xen>(served: &Served<X>, events: &RefCell<X::Events>) {
     }
     if let Some(persistent) = &way.persistent {
         persistent.clear();
-        persistent.unmapped().await;
     }
     ring.unmap();
     unbind::<X>(ring, events);

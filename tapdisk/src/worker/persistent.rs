@@ -2,20 +2,22 @@
 //!
 //! Such a frontend uses the same granted pages again and again, so mapping them once saves copying through the
 //! hypervisor. Pages that one request shows for the first time are mapped together, as a **group**: neighbours in our
-//! address space, which a transfer can then cover in one piece. A group is registered with the I/O engine, so that reads
-//! and writes of the image go straight to and from the guest's memory without pinning it each time.
+//! address space, which one copy can then cover.
+//!
+//! **The kernel never gets to see them.** Data passes through buffers of our own ([`crate::buf::Pool`]), although the kernel could read and write
+//! an image's data in the guest's pages. For that it holds on to them, and while it does a process must not die: `gntdev` then
+//! puts the unmapping off (`unmap_grant_pages` in `drivers/xen/gntdev.c` waits for each page's count to fall), and the end of the process's memory in a PV
+//! domain finds their page table entries still there and drops references that nobody took (`vm_normal_page` with `find_special_page`). From then on
+//! these pages of dom0 cannot be used for any I/O, of any tapdisk, until dom0 boots again. A tapdisk can be killed at any time; so no page
+//! of a guest may be held by the kernel at any time.
 //!
 //! The cache keeps Linux's limits (`xen-blkback`, `max_persistent_grants` and the constants beside it): 1056 pages of a
 //! ring; when it is full, groups that were not used for the longest time make room, at most 5 % in 100 ms; what was not
 //! used for a minute is unmapped. What does not fit is not mapped at all: [`Persistent::lease`] declines, and the caller
 //! copies. The same when mapping fails, because a copy tells for each segment whether it was possible.
 //!
-//! **Both ways round**: Linux's frontend keeps its free pages on a stack, so a large request's pages come back in reverse
-//! order next time, and in order the time after. Pages that come exactly in the reverse order of their group are mapped once
-//! more, in that order, so that such a request too is one piece.
-//!
-//! A group that a request is using stays mapped until the request has ended, whatever the cache does: each
-//! [`Buf`] over it holds a reference.
+//! A group that a request is using stays mapped until the request has ended, whatever the cache does:
+//! [`GuestBytes`] over it hold a reference.
 
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
@@ -29,15 +31,10 @@ use blkif::ids::PAGE_SIZE;
 use blkif::{DomId, GrantRef, Segment};
 use gntdev::{Access, GrantMap, Grants};
 
-use crate::buf::{Buf, GuestMemory};
-use crate::reactor::{Fixed, Reactor};
+use crate::buf::{GuestBytes, GuestMemory};
 
 /// Most pages of one ring that stay mapped.
 const MAX_PAGES: usize = 1056;
-/// The same with those that are mapped a second time.
-const MAX_MAPPED: usize = 2 * MAX_PAGES;
-/// Pages in reverse order that are worth a mapping of their own.
-const MIN_REVERSED: usize = 8;
 /// Pages that may be unmapped at once to make room; and how long until the next time.
 const PURGE_PAGES: usize = MAX_PAGES / 20;
 const PURGE_INTERVAL: Duration = Duration::from_millis(100);
@@ -47,30 +44,11 @@ const MAX_AGE: usize = 6;
 const MAX_FAILURES: u32 = 16;
 
 /// A group of mapped pages.
-struct Group<M: GrantMap + 'static> {
-    /// `None` only while being dropped.
-    map: Option<M>,
-    span: (NonNull<u8>, usize),
-    fixed: Option<Fixed>,
-    reactor: Rc<Reactor>,
-}
+struct Group<M>(M);
 
 impl<M: GrantMap> GuestMemory for Group<M> {
     fn span(&self) -> (NonNull<u8>, usize) {
-        self.span
-    }
-
-    fn fixed(&self) -> Option<Fixed> {
-        self.fixed
-    }
-}
-
-impl<M: GrantMap> Drop for Group<M> {
-    /// The engine unmaps it when the kernel has let go of its pages.
-    fn drop(&mut self) {
-        if let (Some(fixed), Some(map)) = (self.fixed, self.map.take()) {
-            self.reactor.unfix(fixed, Box::new(map));
-        }
+        (self.0.as_ptr(), self.0.len())
     }
 }
 
@@ -114,13 +92,6 @@ struct Place {
     page: usize,
 }
 
-/// Where a page can be found: in one group, or in two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Places {
-    first: Place,
-    second: Option<Place>,
-}
-
 /// Bytes of a guest that follow one another here.
 struct Run {
     place: Place,
@@ -130,9 +101,7 @@ struct Run {
 }
 
 struct Cache<M: GrantMap + 'static> {
-    places: HashMap<GrantRef, Places, BuildHasherDefault<RefHasher>>,
-    /// Pages of all groups.
-    mapped: usize,
+    places: HashMap<GrantRef, Place, BuildHasherDefault<RefHasher>>,
     groups: Vec<Option<Kept<M>>>,
     free: Vec<usize>,
     /// Leases so far.
@@ -149,7 +118,6 @@ where
     G::Map: 'static,
 {
     dom: DomId,
-    reactor: Rc<Reactor>,
     cache: RefCell<Cache<G::Map>>,
 }
 
@@ -167,10 +135,9 @@ where
     G::Map: 'static,
 {
     /// An empty cache of pages of `dom`.
-    pub fn new(dom: DomId, reactor: Rc<Reactor>) -> Persistent<G> {
+    pub fn new(dom: DomId) -> Persistent<G> {
         let cache = Cache {
             places: HashMap::with_capacity_and_hasher(MAX_PAGES, BuildHasherDefault::default()),
-            mapped: 0,
             groups: Vec::new(),
             free: Vec::new(),
             clock: 0,
@@ -178,7 +145,7 @@ where
             purged: None,
             failures: 0,
         };
-        Persistent { dom, reactor, cache: RefCell::new(cache) }
+        Persistent { dom, cache: RefCell::new(cache) }
     }
 
     /// Pages mapped.
@@ -186,23 +153,16 @@ where
         self.cache.borrow().places.len()
     }
 
-    /// Puts buffers over the segments' bytes into `out`, in their order, as few as possible. False, with `out` empty: copy
+    /// Puts the segments' bytes into `out`, in their order, as few as possible. False, with `out` empty: copy
     /// instead.
-    pub fn lease(&self, grants: &G, segments: &[Segment], out: &mut Vec<Buf>) -> bool {
+    pub fn lease(&self, grants: &G, segments: &[Segment], out: &mut Vec<GuestBytes>) -> bool {
         let mut cache = self.cache.borrow_mut();
         cache.clock += 1;
-        if !cache.lend(segments, out) {
-            out.clear();
-            return self.admit(&mut cache, grants, segments) && cache.lend(segments, out);
+        if cache.lend(segments, out) {
+            return true;
         }
-        if out.len() > 1
-            && cache.mapped + segments.len() <= MAX_MAPPED
-            && cache.is_reversed(segments)
-            && self.map(&mut cache, grants, segments.iter().map(|segment| segment.gref()).collect())
-        {
-            return cache.lend(segments, out);
-        }
-        true
+        out.clear();
+        self.admit(&mut cache, grants, segments) && cache.lend(segments, out)
     }
 
     /// Maps the pages that are missing.
@@ -219,22 +179,15 @@ where
         if !cache.make_room(missing.len()) {
             return false;
         }
-        self.map(cache, grants, missing)
-    }
-
-    fn map(&self, cache: &mut Cache<G::Map>, grants: &G, refs: Vec<GrantRef>) -> bool {
-        match grants.map(self.dom, &refs, Access::ReadWrite) {
+        match grants.map(self.dom, &missing, Access::ReadWrite) {
             Ok(map) => {
-                let span = (map.as_ptr(), map.len());
-                let fixed = self.reactor.fix(span.0, span.1);
-                let group = Rc::new(Group { map: Some(map), span, fixed, reactor: self.reactor.clone() });
-                cache.keep(group, refs);
+                cache.keep(Rc::new(Group(map)), missing);
                 cache.failures = 0;
                 true
             }
             Err(error) => {
                 cache.failures += 1;
-                log::debug!("mapping {} pages of domain {} failed: {error}", refs.len(), self.dom);
+                log::debug!("mapping {} pages of domain {} failed: {error}", missing.len(), self.dom);
                 if cache.failures == MAX_FAILURES {
                     log::info!("domain {}: its grants cannot be kept mapped; data is copied", self.dom);
                 }
@@ -250,11 +203,6 @@ where
             cache.drop_if(index, |_| true);
         }
         debug_assert!(cache.places.is_empty(), "a page of the guest is in use");
-    }
-
-    /// Waits until all that was dropped is unmapped.
-    pub async fn unmapped(&self) {
-        self.reactor.all_released().await;
     }
 
     /// Time passes: unmaps what was not used lately.
@@ -273,11 +221,10 @@ where
 }
 
 impl<M: GrantMap + 'static> Cache<M> {
-    fn lend(&mut self, segments: &[Segment], out: &mut Vec<Buf>) -> bool {
+    fn lend(&mut self, segments: &[Segment], out: &mut Vec<GuestBytes>) -> bool {
         out.clear();
         let mut run: Option<Run> = None;
-        let mut rest = segments.iter();
-        while let Some(segment) = rest.next() {
+        for segment in segments {
             let len = usize::from(segment.bytes());
             if let Some(run) = &mut run
                 && run.end.is_multiple_of(PAGE_SIZE)
@@ -288,8 +235,7 @@ impl<M: GrantMap + 'static> Cache<M> {
                 run.end += len;
                 continue;
             }
-            let next = rest.as_slice().first().map(|next| next.gref());
-            let Some(place) = self.find(segment.gref(), next) else { return false };
+            let Some(&place) = self.places.get(&segment.gref()) else { return false };
             let start = place.page * PAGE_SIZE + usize::from(segment.offset());
             if let Some(done) = run.replace(Run { place, start, end: start + len })
                 && !self.lend_run(&done, out)
@@ -300,41 +246,16 @@ impl<M: GrantMap + 'static> Cache<M> {
         run.is_some_and(|run| self.lend_run(&run, out))
     }
 
-    fn lend_run(&mut self, run: &Run, out: &mut Vec<Buf>) -> bool {
+    fn lend_run(&mut self, run: &Run, out: &mut Vec<GuestBytes>) -> bool {
         let Some(Some(kept)) = self.groups.get_mut(run.place.group) else { return false };
         kept.used = self.clock;
-        let buf = Buf::guest(kept.group.clone(), run.start..run.end);
-        buf.map(|buf| out.push(buf)).is_some()
+        let bytes = GuestBytes::new(kept.group.clone(), run.start..run.end);
+        bytes.map(|bytes| out.push(bytes)).is_some()
     }
 
     fn has(&self, group: usize, page: usize, gref: GrantRef) -> bool {
         let kept = self.groups.get(group).and_then(Option::as_ref);
         kept.is_some_and(|kept| kept.refs.get(page) == Some(&gref))
-    }
-
-    /// Where a page is; of two places the one where `next` follows.
-    fn find(&self, gref: GrantRef, next: Option<GrantRef>) -> Option<Place> {
-        let Places { first, second } = *self.places.get(&gref)?;
-        let follows = |place: &Place| next.is_some_and(|next| self.has(place.group, place.page + 1, next));
-        Some(second.filter(follows).unwrap_or(first))
-    }
-
-    /// Whether these are whole pages, and enough of them, in the exact reverse order of their group.
-    fn is_reversed(&self, segments: &[Segment]) -> bool {
-        let [first, rest @ ..] = segments else { return false };
-        let Some(Places { first: Place { group, page }, second: None }) =
-            self.places.get(&first.gref()).copied()
-        else {
-            return false;
-        };
-        let once = |gref| self.places.get(&gref).is_some_and(|places| places.second.is_none());
-        let whole = segments.iter().all(|s| usize::from(s.bytes()) == PAGE_SIZE && once(s.gref()));
-        let before = |n: usize| page.checked_sub(n + 1);
-        let in_order = rest
-            .iter()
-            .enumerate()
-            .all(|(n, segment)| before(n).is_some_and(|page| self.has(group, page, segment.gref())));
-        segments.len() >= MIN_REVERSED && whole && in_order
     }
 
     fn keep(&mut self, group: Rc<Group<M>>, refs: Vec<GrantRef>) {
@@ -343,11 +264,8 @@ impl<M: GrantMap + 'static> Cache<M> {
             self.groups.len() - 1
         });
         for (page, gref) in refs.iter().enumerate() {
-            let place = Place { group: index, page };
-            let fresh = Places { first: place, second: None };
-            self.places.entry(*gref).and_modify(|places| places.second = Some(place)).or_insert(fresh);
+            self.places.insert(*gref, Place { group: index, page });
         }
-        self.mapped += refs.len();
         self.groups[index] = Some(Kept { group, refs, used: self.clock });
     }
 
@@ -356,14 +274,8 @@ impl<M: GrantMap + 'static> Cache<M> {
         let Some(slot) = self.groups.get_mut(index) else { return 0 };
         let Some(kept) = slot.take_if(|kept| kept.is_idle() && when(kept)) else { return 0 };
         for gref in &kept.refs {
-            let Some(places) = self.places.get_mut(gref) else { continue };
-            match (places.first.group == index, places.second) {
-                (true, None) => drop(self.places.remove(gref)),
-                (true, Some(second)) => *places = Places { first: second, second: None },
-                (false, _) => places.second = None,
-            }
+            self.places.remove(gref);
         }
-        self.mapped -= kept.refs.len();
         self.free.push(index);
         kept.refs.len()
     }

@@ -25,7 +25,7 @@ use super::persistent::Persistent;
 use super::ring::Ring;
 use super::seat::Seat;
 use super::served::{Clock, Served};
-use crate::buf::{Buf, Pool};
+use crate::buf::{Buf, GuestBytes, Pool};
 use crate::copier::Copier;
 use crate::flight::What;
 use crate::image::Disk;
@@ -85,7 +85,7 @@ struct Scratch {
     /// Of an indirect request.
     segments: Vec<Segment>,
     /// Over the guest's pages, while they are in use.
-    pages: Vec<Buf>,
+    pages: Vec<GuestBytes>,
 }
 
 /// The life of a slot: take a request, serve it, answer it, until the ring is disconnected.
@@ -250,7 +250,7 @@ where
         &self,
         page: GrantRef,
         count: usize,
-        pages: &mut Vec<Buf>,
+        pages: &mut Vec<GuestBytes>,
         judge: impl FnOnce(&[u8]) -> Result<(), blkif::Reason>,
     ) -> Result<(), Errno> {
         let len = count * WIRE_SEGMENT;
@@ -260,7 +260,7 @@ where
         let segment = [Segment::new(page, 0, last).ok_or(Errno::EINVAL)?];
         if self.lease(&segment, pages) {
             let from = pages.first().ok_or(Errno::EIO)?;
-            if !from.copy_to(0..len, &buf, 0) {
+            if !from.copy_to(&buf, 0) {
                 return Err(Errno::EIO);
             }
         } else {
@@ -272,7 +272,7 @@ where
         })
     }
 
-    fn lease(&self, segments: &[Segment], pages: &mut Vec<Buf>) -> bool {
+    fn lease(&self, segments: &[Segment], pages: &mut Vec<GuestBytes>) -> bool {
         match &self.persistent {
             Some(persistent) => persistent.lease(self.copier.grants(), segments, pages),
             None => false,
@@ -290,17 +290,14 @@ where
         disk: &Disk,
         sector: Sector,
         segments: &[Segment],
-        pages: &mut Vec<Buf>,
+        pages: &mut Vec<GuestBytes>,
     ) -> Result<(), Errno> {
         let mapped = self.lease(segments, pages);
-        if let (true, [guest]) = (mapped, &pages[..]) {
-            return match disk.start(Direction::Read, sector, guest) {
-                Some(transfer) => transfer.finish().await,
-                None => disk.read(sector, guest).await,
-            };
-        }
         let buf = self.buffer(segments).await?;
-        disk.read(sector, &buf).await?;
+        match disk.start(Direction::Read, sector, &buf) {
+            Some(transfer) => transfer.finish().await?,
+            None => disk.read(sector, &buf).await?,
+        }
         if mapped {
             return scatter(&buf, pages);
         }
@@ -312,22 +309,19 @@ where
         disk: &Disk,
         sector: Sector,
         segments: &[Segment],
-        pages: &mut Vec<Buf>,
+        pages: &mut Vec<GuestBytes>,
     ) -> Result<(), Errno> {
         let mapped = self.lease(segments, pages);
-        if let (true, [guest]) = (mapped, &pages[..]) {
-            return match disk.start(Direction::Write, sector, guest) {
-                Some(transfer) => transfer.finish().await,
-                None => disk.write(sector, guest).await,
-            };
-        }
         let buf = self.buffer(segments).await?;
         if mapped {
             gather(pages, &buf)?;
         } else {
             self.copy(CopyDirection::FromGuest, segments, &buf).await?;
         }
-        disk.write(sector, &buf).await
+        match disk.start(Direction::Write, sector, &buf) {
+            Some(transfer) => transfer.finish().await,
+            None => disk.write(sector, &buf).await,
+        }
     }
 
     async fn copy(&self, direction: CopyDirection, segments: &[Segment], buf: &Buf) -> Result<(), Errno> {
@@ -358,23 +352,22 @@ where
 }
 
 /// Copies a buffer to the guest's pages, one after the other.
-fn scatter(buf: &Buf, pages: &[Buf]) -> Result<(), Errno> {
+fn scatter(buf: &Buf, pages: &[GuestBytes]) -> Result<(), Errno> {
     let mut at = 0;
     for page in pages {
-        let end = at + page.len();
-        if !buf.copy_to(at..end, page, 0) {
+        if !page.fill_from(buf, at) {
             return Err(Errno::EIO);
         }
-        at = end;
+        at += page.len();
     }
     Ok(())
 }
 
 /// Copies the guest's pages into a buffer, one after the other.
-fn gather(pages: &[Buf], buf: &Buf) -> Result<(), Errno> {
+fn gather(pages: &[GuestBytes], buf: &Buf) -> Result<(), Errno> {
     let mut at = 0;
     for page in pages {
-        if !page.copy_to(0..page.len(), buf, at) {
+        if !page.copy_to(buf, at) {
             return Err(Errno::EIO);
         }
         at += page.len();

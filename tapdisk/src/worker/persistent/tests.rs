@@ -4,8 +4,6 @@ use std::io;
 use gntdev::{CopyDirection, CopySegment};
 
 use super::*;
-use crate::executor::Scheduler;
-use crate::reactor::EngineChoice;
 
 #[repr(align(4096))]
 struct Page(#[expect(dead_code, reason = "only its place counts")] UnsafeCell<[u8; PAGE_SIZE]>);
@@ -64,10 +62,7 @@ fn segments(refs: impl IntoIterator<Item = u32>) -> Vec<Segment> {
 }
 
 fn cache() -> (TestGrants, Persistent<TestGrants>) {
-    let scheduler = Rc::new(Scheduler::default());
-    // Threads, so that nothing is pinned.
-    let reactor = Reactor::new(scheduler, EngineChoice::Pool).unwrap();
-    (TestGrants::default(), Persistent::new(DomId(1), reactor))
+    (TestGrants::default(), Persistent::new(DomId(1)))
 }
 
 #[test]
@@ -87,48 +82,6 @@ fn pages_are_mapped_once_and_those_of_one_request_are_neighbours() {
     out.clear();
     cache.clear();
     assert_eq!((grants.live.get(), cache.pages()), (0, 0));
-}
-
-#[test]
-fn pages_in_reverse_order_are_mapped_that_way_round_too() {
-    let (grants, cache) = cache();
-    let mut out = Vec::new();
-    let (there, back) = (segments(10..42), segments((10..42).rev()));
-    for _ in 0..3 {
-        assert!(cache.lease(&grants, &there, &mut out));
-        assert_eq!(out.len(), 1);
-        assert!(cache.lease(&grants, &back, &mut out));
-        assert_eq!(out.len(), 1);
-    }
-    assert_eq!((grants.calls.get(), grants.live.get(), cache.pages()), (2, 64, 32));
-    assert!(cache.lease(&grants, &segments([10, 20, 30]), &mut out));
-    assert_eq!((out.len(), grants.live.get()), (3, 64), "any other order is left as it is");
-    out.clear();
-    cache.clear();
-    assert_eq!((grants.live.get(), cache.pages()), (0, 0));
-}
-
-#[test]
-fn either_of_two_mappings_can_go_first() {
-    let (grants, cache) = cache();
-    let mut out = Vec::new();
-    let (there, back) = (segments(0..8), segments((0..8).rev()));
-    assert!(cache.lease(&grants, &there, &mut out) && cache.lease(&grants, &back, &mut out));
-    out.clear();
-    for again in [&there, &back] {
-        for _ in 0..=MAX_AGE {
-            assert!(cache.lease(&grants, again, &mut out));
-            out.clear();
-            cache.age();
-        }
-        assert_eq!((grants.live.get(), cache.pages()), (8, 8));
-        assert!(cache.lease(&grants, again, &mut out));
-        assert_eq!(out.len(), 1);
-        let other = if std::ptr::eq(again, &there) { &back } else { &there };
-        assert!(cache.lease(&grants, other, &mut out));
-        assert_eq!((out.len(), grants.live.get()), (1, 16));
-        out.clear();
-    }
 }
 
 #[test]

@@ -46,6 +46,12 @@ pub struct Change {
     pub only_news: bool,
 }
 
+/// Why a disk is not as it was asked for. A key of our own.
+const DEGRADED: &str = "degraded";
+
+/// Characters of a reason that have room in a node whatever they are.
+const MOST_CHARACTERS: usize = 800;
+
 /// What ends the transaction without a commit.
 enum Stop {
     Stale,
@@ -65,6 +71,39 @@ impl From<Error> for Stop {
 /// Those of XenStore.
 pub fn apply(store: &mut Client, place: &Place, expected: Phase, change: &Change) -> Result<Outcome, Error> {
     match store.transact(|store, tx| attempt(store, tx, place, expected, change)) {
+        Ok(()) => Ok(Outcome::Done),
+        Err(Stop::Stale) => Ok(Outcome::Stale),
+        Err(Stop::Store(error)) => Err(error),
+    }
+}
+
+/// Notes in a device's directory why its disk is not as it was asked for, or takes the note away. Only our own domain may read
+/// it, and dom0, which may read everything: it names images.
+///
+/// # Errors
+///
+/// Those of XenStore.
+pub fn note(store: &mut Client, place: &Place, reason: Option<&str>) -> Result<Outcome, Error> {
+    let path = format!("{}/{}", place.dir, DEGRADED);
+    let reason: Option<String> = reason.map(|reason| reason.chars().take(MOST_CHARACTERS).collect());
+    let noted = store.transact(|store, tx| {
+        if optional(store, tx, format!("{}/{}", place.dir, keys::FRONTEND))?.is_none() {
+            return Err(Stop::Stale);
+        }
+        let known = optional(store, tx, &path)?;
+        if known.as_deref() == reason.as_deref().map(str::as_bytes) {
+            return Ok(());
+        }
+        match &reason {
+            Some(reason) => {
+                store.write(tx, &path, reason)?;
+                store.set_perms(tx, &path, &[Permission::new(place.own_domid, Access::None)])?;
+            }
+            None => store.rm(tx, &path)?,
+        }
+        Ok(())
+    });
+    match noted {
         Ok(()) => Ok(Outcome::Done),
         Err(Stop::Stale) => Ok(Outcome::Stale),
         Err(Stop::Store(error)) => Err(error),

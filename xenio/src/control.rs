@@ -268,7 +268,7 @@ impl Control {
     fn look(&mut self, store: &mut Client, id: DeviceId) -> Result<Option<Look>, Error> {
         let mut backend = input::backend(store, &self.paths.device(id), id, &self.dir)?;
         self.rename(store, id, &mut backend)?;
-        let offer = self.offer;
+        let (offer, place) = (self.offer, self.place(id));
         if backend.own == Own::Absent && !self.knows(id) {
             // It went before this xenio had looked at it; the sweep at the beginning may have found it there still.
             remove_error(store, &self.paths.error(id))?;
@@ -291,6 +291,11 @@ impl Control {
             _ => (Vec::new(), Frontend::Gone),
         };
         device.observe(&backend, frontend);
+        if let (Some(reason), Own::Is(_)) = (device.to_note(), backend.own)
+            && publish::note(store, &place, reason)? == Outcome::Done
+        {
+            device.noted();
+        }
         let moved = device.returned(frontend)
             || match device.params() {
                 // It may be in operation already when its new ring is first seen: NetBSD's waits for nothing.
@@ -555,9 +560,7 @@ fn tell(device: &mut Device, news: &News) {
     if device.told(news) {
         log::info!("device {}: the disk has grown to {} sectors", device.id(), news.info.sectors);
     }
-    if device.degrades(news)
-        && let Some(reason) = &news.degraded
-    {
+    if let Some(reason) = device.degrades(news) {
         log::warn!("device {}: the disk {reason}", device.id());
     }
 }

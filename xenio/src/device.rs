@@ -73,8 +73,10 @@ pub struct Device {
     greeted: bool,
     published: bool,
     problem: Option<Problem>,
-    /// Why the disk is not as it was asked for, as far as it was told.
-    degraded: Option<String>,
+    /// Why the disk is not as it was asked for, if so; `None`: it was not told yet.
+    degraded: Option<Option<String>>,
+    /// XenStore says the same.
+    noted: bool,
     failed: bool,
     pending: Option<(Ticket, Pending)>,
     shown: Option<(Own, Frontend, Ring)>,
@@ -100,6 +102,7 @@ impl Device {
             greeted: false,
             published: false,
             degraded: None,
+            noted: true,
             problem: None,
             failed: false,
             pending: None,
@@ -139,6 +142,7 @@ impl Device {
         if backend.own == Own::Is(Phase::Initialising) {
             // The directory is new, whatever there was before it.
             self.published = false;
+            self.noted = self.degraded.is_none();
             self.failed = false;
         }
         if self.ring == Ring::Down && self.differs(&backend.named) {
@@ -304,13 +308,24 @@ impl Device {
         grown
     }
 
-    /// Whether the news are others than before of how far the disk is what it was asked to be.
-    pub fn degrades(&mut self, news: &News) -> bool {
-        let other = self.degraded != news.degraded;
-        if other {
-            self.degraded.clone_from(&news.degraded);
+    /// Takes in how far the disk is what it was asked to be. Returns why it is not, if that is news.
+    pub fn degrades<'a>(&mut self, news: &'a News) -> Option<&'a str> {
+        if self.degraded.as_ref() == Some(&news.degraded) {
+            return None;
         }
-        other
+        self.degraded = Some(news.degraded.clone());
+        self.noted = false;
+        news.degraded.as_deref()
+    }
+
+    /// What XenStore is to say of that, if it does not yet: a reason, or nothing at all.
+    pub fn to_note(&self) -> Option<Option<&str>> {
+        self.degraded.as_ref().filter(|_| !self.noted).map(Option::as_deref)
+    }
+
+    /// XenStore says it.
+    pub fn noted(&mut self) {
+        self.noted = true;
     }
 
     /// The tapdisk `pid` is not there any more; with it all it held.

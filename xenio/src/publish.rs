@@ -49,6 +49,12 @@ pub struct Change {
 /// Where Xen's `block-tap` script keeps the tapdisk's process id (tools/hotplug/Linux/block-tap).
 const HOTPLUG_PID: &str = "pid";
 
+/// Why a disk is not as it was asked for. A key of our own.
+const DEGRADED: &str = "degraded";
+
+/// Characters of a reason that have room in a node whatever they are.
+const MOST_CHARACTERS: usize = 800;
+
 /// What ends the transaction without a commit.
 enum Stop {
     Stale,
@@ -97,6 +103,39 @@ pub fn rename(store: &mut Client, dir: &str, old: (&str, i32), new: (&str, i32))
         Ok(())
     });
     match renamed {
+        Ok(()) => Ok(Outcome::Done),
+        Err(Stop::Stale) => Ok(Outcome::Stale),
+        Err(Stop::Store(error)) => Err(error),
+    }
+}
+
+/// Notes in a device's directory why its disk is not as it was asked for, or takes the note away. Only our own domain may read
+/// it, and dom0, which may read everything: it names images.
+///
+/// # Errors
+///
+/// Those of XenStore.
+pub fn note(store: &mut Client, place: &Place, reason: Option<&str>) -> Result<Outcome, Error> {
+    let path = format!("{}/{}", place.dir, DEGRADED);
+    let reason: Option<String> = reason.map(|reason| reason.chars().take(MOST_CHARACTERS).collect());
+    let noted = store.transact(|store, tx| {
+        if optional(store, tx, format!("{}/{}", place.dir, keys::FRONTEND))?.is_none() {
+            return Err(Stop::Stale);
+        }
+        let known = optional(store, tx, &path)?;
+        if known.as_deref() == reason.as_deref().map(str::as_bytes) {
+            return Ok(());
+        }
+        match &reason {
+            Some(reason) => {
+                store.write(tx, &path, reason)?;
+                store.set_perms(tx, &path, &[Permission::new(place.own_domid, Access::None)])?;
+            }
+            None => store.rm(tx, &path)?,
+        }
+        Ok(())
+    });
+    match noted {
         Ok(()) => Ok(Outcome::Done),
         Err(Stop::Stale) => Ok(Outcome::Stale),
         Err(Stop::Store(error)) => Err(error),

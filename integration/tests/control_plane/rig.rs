@@ -205,6 +205,10 @@ impl Rig {
         assert!(seen, "{path} is {:?}, expected {expected}", self.value(path));
     }
 
+    pub fn wait_gone(&self, path: &str) {
+        assert!(self.store.wait_for(path, PATIENCE, |value| value.is_none()), "{path} stays");
+    }
+
     pub fn wait_state(&self, disk: Disk, state: &str) {
         self.wait(&disk.back("state"), state);
     }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use lexopt::{Arg, Parser, ValueExt};
 
 use super::values::{
-    absolute, absolute_image, engine, image, mebibytes, minor, pid, seconds, sort, timeout, times,
+    absolute, absolute_image, absolute_of, engine, image, mebibytes, minor, pid, seconds, sort, timeout,
+    times,
 };
 use super::{Command, Opening, Target};
 use crate::list::Filter;
@@ -194,11 +195,7 @@ impl Options {
             _ => Command::List(Filter {
                 pid: self.pid,
                 minor: self.minor,
-                // What a null image has for a path is none.
-                path: match self.kind.as_deref() {
-                    Some("null") => self.file,
-                    _ => self.file.map(absolute),
-                },
+                path: self.file.map(|path| absolute_of(self.kind.as_deref(), path)),
                 kind: self.kind,
             }),
         })

@@ -54,6 +54,7 @@ _tap_ctl() {
         limit) _xenio_words '-p -m --iops --bps --burst-iops --burst-bps --json' "$word" ;;
         stats) _xenio_words '-p -m --full --json' "$word" ;;
         top) _xenio_words '-p -m -d -n -s -b' "$word" ;;
+        upgrade) _xenio_words '-p --all' "$word" ;;
         metrics) _xenio_words '-l' "$word" ;;
         *) _xenio_words '-p -m -t' "$word" ;;
         esac

@@ -387,13 +387,14 @@ impl Rig {
         self.store.rm(&device.frontend);
     }
 
-    /// Checks that no tapdisk, marker or socket is left.
+    /// Checks that no tapdisk, marker, socket or statistics are left.
     pub fn assert_clean(&self) {
         assert_eq!(self.tap_ctl(&["list"]).out, "", "tapdisks or markers are left");
         let control = self.host.control();
         let left: Vec<PathBuf> = std::fs::read_dir(control.root())
             .expect("the runtime folder")
             .chain(std::fs::read_dir(control.markers()).expect("the markers' folder"))
+            .chain(std::fs::read_dir(control.all_statistics()).into_iter().flatten())
             .filter_map(|entry| Some(entry.ok()?.path()))
             // As /dev/shm, it stays; what is in it is the tapdisks'.
             .filter(|path| *path != control.markers() && path != control.all_statistics())

@@ -52,6 +52,8 @@ pub enum Command {
     Limit(Target, LimitChange),
     /// `stats`, in full or as XenServer's storage manager reads them
     Stats(Target, bool),
+    /// `upgrade`, of one tapdisk or of all
+    Upgrade(Option<i32>),
     /// `list`
     List(Filter),
     /// `top`
@@ -100,7 +102,7 @@ macro_rules! opening {
 }
 
 /// Commands with their options, in the order of the help text.
-const COMMANDS: [(&str, &str); 18] = [
+const COMMANDS: [(&str, &str); 19] = [
     ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE] [--json]"),
     ("allocate", "[--json]"),
     ("free", "-m MINOR"),
@@ -130,6 +132,10 @@ const COMMANDS: [(&str, &str); 18] = [
          [-b for scripts: one table after the other]",
     ),
     ("metrics", "[-l SOCKET or LOOPBACK-ADDRESS:PORT to serve Prometheus; without it, prints them once]"),
+    (
+        "upgrade",
+        "-p PID [-m MINOR of it] | --all (other tapdisks, of the program installed now, go on with the disks; guests wait)",
+    ),
 ];
 
 /// The usage line of one command.

@@ -15,7 +15,7 @@ use crate::tapdisk::{News, Ticket};
 use blkif::XenbusState;
 
 /// A VBD of a tapdisk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Vbd {
     /// The tapdisk's process id.
     pub pid: i32,
@@ -62,6 +62,8 @@ pub struct Device {
     pub written: Option<Phase>,
     seen: bool,
     vbd: Option<Vbd>,
+    /// The process id by which XenStore names the tapdisk, if another one goes on in its place.
+    former: Option<i32>,
     disk: Disk,
     ring: Ring,
     /// The connected ring, unless an earlier xenio connected it.
@@ -92,6 +94,7 @@ impl Device {
             written: None,
             seen: false,
             vbd: None,
+            former: None,
             disk: Disk::Unnamed,
             ring: Ring::Down,
             params: None,
@@ -160,6 +163,9 @@ impl Device {
 
     fn differs(&self, named: &Named) -> bool {
         match named {
+            Named::Tapdisk(pid, minor) if self.former == Some(*pid) => {
+                self.vbd.is_none_or(|vbd| vbd.minor != *minor)
+            }
             Named::Nobody => self.vbd.is_some() || self.disk != Disk::Unnamed,
             Named::Tapdisk(pid, minor) => self.vbd != Some(Vbd { pid: *pid, minor: *minor }),
             Named::Malformed(_) => self.disk != malformed(named),
@@ -172,6 +178,7 @@ impl Device {
             Named::Tapdisk(pid, minor) => (Some(Vbd { pid: *pid, minor: *minor }), Disk::New),
             Named::Malformed(_) => (None, malformed(named)),
         };
+        self.former = None;
         self.pending = None;
         self.problem = None;
         self.published = false;
@@ -326,6 +333,38 @@ impl Device {
         if self.vbd.is_some_and(|vbd| vbd.pid == pid) {
             self.lose(problem);
         }
+    }
+
+    /// Another tapdisk is going to go on with the disk: until then nothing can be asked, and the ring is as it is.
+    pub fn waits_for_successor(&mut self) {
+        self.disk = Disk::Asking;
+        if self.ring != Ring::Down {
+            self.ring = Ring::Busy;
+        }
+        self.pending = None;
+    }
+
+    /// Another tapdisk goes on with the disk, or the same one still does. It knows which rings it serves.
+    pub fn succeeded(&mut self, pid: i32) {
+        let Some(vbd) = &mut self.vbd else { return };
+        if vbd.pid != pid {
+            self.former.get_or_insert(vbd.pid);
+            vbd.pid = pid;
+        }
+        self.disk = Disk::New;
+        if self.ring == Ring::Busy {
+            self.ring = Ring::Unknown;
+        }
+    }
+
+    /// XenStore names a tapdisk that is not there any more: which one, and which is there.
+    pub fn renamed(&self) -> Option<(i32, Vbd)> {
+        Some((self.former?, self.vbd?))
+    }
+
+    /// XenStore names the tapdisk that is there, or another one that the toolstack has written.
+    pub fn is_named(&mut self) {
+        self.former = None;
     }
 
     fn lose(&mut self, problem: Problem) {

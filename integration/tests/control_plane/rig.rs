@@ -101,6 +101,7 @@ impl Rig {
         let config = Config {
             kind: "vbd3".into(),
             control_dir: self.dir.clone(),
+            tapdisk: "/nonexistent".into(),
             store: Some(self.socket.clone()),
             offer: self.offer,
         };

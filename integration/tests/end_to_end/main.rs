@@ -33,3 +33,4 @@ mod snapshot;
 mod standby;
 mod stats;
 mod support;
+mod takeover;

@@ -6,9 +6,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use blkif::DomId;
+use blkif::{DomId, Sector};
 use integration::rig::{PATIENCE, Rig};
 use integration::sim::frontend::Shape;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tap_ctl::inflight::Folder;
 
 use crate::support::{MIB, Storm, guest, pattern, raw, rig, unplug, vhd_util};
 
@@ -190,6 +193,31 @@ fn whole_disks_are_copied_in_and_out() {
             ],
         );
     }
+}
+
+/// The kernel tells of a loss once: whoever took over would flush in good faith, and promise a guest what is lost.
+#[test]
+fn nobody_goes_on_with_a_disk_that_has_failed_a_client() {
+    let mut rig = rig();
+    // Threads, because a filter does not see what io_uring does.
+    rig.spawn_options = vec!["--engine".into(), "pool".into()];
+    rig.refuse = format!("fdatasync={}", libc::EIO);
+    let (_, params) = raw(&rig, "disk.img", MIB);
+    let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
+    frontend.write(Sector(8), &pattern(1, 4096)).unwrap();
+    let kept = Folder::of(&rig.host.control(), device.minor);
+    assert!(kept.read().unwrap().is_some());
+    let socket = rig.host.control().vbd_path(device.pid, device.minor);
+    let Some(output) = run("qemu-io", &["-f", "raw", "-c", "flush", &uri(&socket)]) else { return };
+    assert!(!output.status.success(), "{output:?}");
+    assert_eq!(kept.read().unwrap(), None);
+    let refused = rig.tap_ctl(&["upgrade", "--all"]);
+    assert_eq!((refused.code, refused.out.as_str()), (libc::EINVAL, ""), "{}", refused.err);
+    assert!(refused.err.contains("cannot be taken over"), "{}", refused.err);
+    kill(Pid::from_raw(device.pid), Signal::SIGKILL).unwrap();
+    rig.wait_value(&format!("{}/state", device.backend), "5");
+    rig.destroy(&device);
+    rig.assert_clean();
 }
 
 #[test]

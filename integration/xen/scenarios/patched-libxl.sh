@@ -3,7 +3,7 @@
 # libxl: patched
 # limit: 300
 qemu-img convert -f raw -O qcow2 "$SRV/small.raw" disk.qcow2
-cp "$SRV/files.vhd" disk.vhd
+qemu-img convert -f raw -O vpc "$SRV/small.raw" disk.vhd
 start_xenio
 job() {
     cat <<'JOB'

@@ -35,6 +35,10 @@ pub(super) fn about(command: &str) -> &'static str {
         "stats" => {
             "Prints what a disk has done, as the JSON that XenServer's storage manager reads, or all of it."
         }
+        "upgrade" => {
+            "Has other tapdisks, of the program that is installed now, go on with the disks of one tapdisk, or of all. \
+             Guests wait for a moment. Prints who serves each disk now."
+        }
         "top" => {
             "Shows what all disks do, live. Keys: d, i, b, l, u and h sort by device, requests, bytes, latency, queue and \
              cache hits; q quits."

@@ -48,6 +48,7 @@ pub(super) struct Options {
     size: Option<u64>,
     engine: Option<&'static str>,
     full: bool,
+    all: bool,
     force: bool,
     json: bool,
     batch: bool,
@@ -112,6 +113,7 @@ impl Options {
                     options.listen = Some(text(&mut parser)?.parse()?);
                 }
                 Arg::Long("engine") if spawns => options.engine = Some(engine(&text(&mut parser)?)?),
+                Arg::Long("all") if command == "upgrade" => options.all = true,
                 Arg::Long("full") if command == "stats" => options.full = true,
                 other => return Err(other.unexpected().to_string()),
             }
@@ -176,6 +178,11 @@ impl Options {
                 Command::Snapshot(target, absolute_image(self.image.ok_or("-a TYPE:PATH is missing")?), limit)
             }
             "limit" => Command::Limit(self.target()?, self.limit),
+            "upgrade" => match (self.pid, self.all) {
+                (Some(pid), false) => Command::Upgrade(Some(pid)),
+                (None, true) if self.minor.is_none() => Command::Upgrade(None),
+                _ => return Err("either -p PID or --all".into()),
+            },
             "stats" => Command::Stats(self.target()?, self.full || self.json),
             "metrics" => Command::Metrics(self.listen),
             "top" => Command::Top(top::Options {

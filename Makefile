@@ -102,16 +102,21 @@ install-files:
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 dist/man/*.5
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 dist/man/*.8
 	for tool in tap-ctl tap-img vhd-util cbt-util; do \
-		install -D -m 644 dist/completions/xenio.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$tool || exit; \
+		install -D -m 644 dist/completions/xenio.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/$$tool && \
+		install -D -m 644 dist/completions/xenio.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/$$tool.fish || exit; \
 	done
+	install -D -m 644 dist/completions/xenio.zsh $(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_xenio
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system dist/systemd/xenio-tapdisk.slice
-	sed 's,@sbindir@,$(sbindir),' dist/systemd/xenio.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/xenio.service
+	for unit in xenio xenio-metrics; do \
+		sed 's,@sbindir@,$(sbindir),' dist/systemd/$$unit.service >$(DESTDIR)$(PREFIX)/lib/systemd/system/$$unit.service || exit; \
+	done
 	install -D -m 644 dist/systemd/tapdisk-scope.conf \
 		$(DESTDIR)$(PREFIX)/lib/systemd/system/tapdisk-.scope.d/10-xenio.conf
 	install -D -m 644 dist/systemd/xenio.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/xenio.conf
 	install -D -m 644 dist/xenio.default $(DESTDIR)/etc/default/xenio
 	install -D -m 644 -t $(DESTDIR)/etc/xenio dist/image-folders
 	install -D -m 755 -t $(DESTDIR)/etc/xen/scripts dist/hotplug/block-xenio
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/xenio/grafana dist/grafana/xenio-disks.json
 
 ## deb: the Debian package, for Debian 12 and 13, into target/deb
 DEB_DIR ?= $(or $(CARGO_TARGET_DIR),target)/deb

@@ -9,8 +9,9 @@
 #   valgrind, strace   count instructions and system calls in the bench; strace also records what the crash tests replay
 #   debhelper, lintian   build and examine the Debian package
 #   groff-base   reads the manual pages in a test
+#   fish, zsh    complete command lines in a test
 set -euo pipefail
-wanted=(gcc make xz-utils qemu-utils python3-libvhdi libnbd-bin nbdkit libxen-dev fio valgrind strace debhelper lintian groff-base)
+wanted=(gcc make xz-utils qemu-utils python3-libvhdi libnbd-bin nbdkit libxen-dev fio valgrind strace debhelper lintian groff-base fish zsh)
 missing=()
 for package in "${wanted[@]}"; do
     if ! dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed'; then

@@ -122,9 +122,39 @@ impl BackIndices {
         })
     }
 
+    /// Counts `unanswered` requests as taken, for a backend that kept copies of them when another one took them. Right
+    /// after [`BackIndices::attach`], before anything else.
+    ///
+    /// # Errors
+    ///
+    /// They are more than the ring has slots, or the frontend's counter is behind them: the frontend changed a counter
+    /// that was ours. The ring is broken from now on.
+    pub fn resume(&mut self, words: Words<'_>, unanswered: u32) -> Result<(), RingBroken> {
+        self.req_cons = self.rsp_next.wrapping_add(unanswered);
+        self.req_seen = self.req_cons;
+        let req_prod = words.req_prod.load(Ordering::Acquire);
+        if unanswered > self.slots {
+            let broken =
+                RingBroken { req_prod, req_cons: self.req_cons, outstanding: unanswered, slots: self.slots };
+            self.broken = Some(broken);
+            return Err(broken);
+        }
+        self.observe(req_prod)
+    }
+
     /// Slots of the ring.
     pub fn slots(&self) -> u32 {
         self.slots
+    }
+
+    /// The position of the next request to take.
+    pub fn next_request(&self) -> u32 {
+        self.req_cons
+    }
+
+    /// The position of the next response to write.
+    pub fn next_response(&self) -> u32 {
+        self.rsp_next
     }
 
     /// Requests taken and not answered.

@@ -46,6 +46,11 @@ impl RawRequest {
         self.bytes.get(..self.abi.entry_size()).unwrap_or(&self.bytes)
     }
 
+    /// All bytes of the copy, those behind the entry included: what [`RawRequest::new`] makes the same request of.
+    pub fn copy(&self) -> &[u8; MAX_ENTRY_SIZE] {
+        &self.bytes
+    }
+
     /// What entries of all operations have in common.
     fn head(&self) -> Head {
         match self.abi {

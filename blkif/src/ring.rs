@@ -80,6 +80,27 @@ impl BackRing {
         self.indices.outstanding()
     }
 
+    /// Counts `unanswered` requests as taken that the backend before this one took, and of which copies were kept. Right
+    /// after [`BackRing::attach`].
+    ///
+    /// # Errors
+    ///
+    /// As [`BackIndices::resume`].
+    pub fn resume(&mut self, unanswered: u32) -> Result<(), RingBroken> {
+        self.indices.resume(self.memory.header(), unanswered)
+    }
+
+    /// The position of the next request to take.
+    pub fn next_request(&self) -> u32 {
+        self.indices.next_request()
+    }
+
+    /// The position of the next response to write; right after [`BackRing::attach`] that of the first response that the
+    /// frontend was not shown.
+    pub fn next_response(&self) -> u32 {
+        self.indices.next_response()
+    }
+
     /// Takes the next request, as a private copy.
     ///
     /// # Errors

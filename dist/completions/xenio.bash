@@ -31,7 +31,7 @@ _xenio_disks() {
 _tap_ctl() {
     local word=$2 before=$3 command=${COMP_WORDS[1]} opening='-a -R -D -r -e -2 -s -t -C -E --limit'
     if [ "$COMP_CWORD" = 1 ]; then
-        _xenio_words "$(tap-ctl 2>/dev/null | awk '/^  / { print $1 }')" "$word"
+        _xenio_words "$(tap-ctl 2>/dev/null | awk '/^  [a-z]/ { print $1 }')" "$word"
         return
     fi
     case $before in
@@ -54,6 +54,7 @@ _tap_ctl() {
         limit) _xenio_words '-p -m --iops --bps --burst-iops --burst-bps --json' "$word" ;;
         stats) _xenio_words '-p -m --full --json' "$word" ;;
         top) _xenio_words '-p -m -d -n -s -b' "$word" ;;
+        upgrade) _xenio_words '-p --all' "$word" ;;
         metrics) _xenio_words '-l' "$word" ;;
         *) _xenio_words '-p -m -t' "$word" ;;
         esac

@@ -66,6 +66,8 @@ pub struct Rig {
     pub open_options: Vec<String>,
     /// What `tap-ctl` finds on its standard input, such as a key.
     pub input: Option<PathBuf>,
+    /// More variables of `tap-ctl`'s environment, which a tapdisk inherits.
+    pub environment: Vec<(String, String)>,
     /// What the kernel refuses to tapdisks, see [`refuse::VARIABLE`].
     pub refuse: String,
 }
@@ -109,6 +111,7 @@ impl Rig {
             spawn_options: Vec::new(),
             open_options: Vec::new(),
             input: None,
+            environment: Vec::new(),
             refuse: String::new(),
         };
         rig.start_xenio();
@@ -168,6 +171,7 @@ impl Rig {
     #[must_use]
     pub fn tap_ctl(&self, args: &[&str]) -> Outcome {
         let mut command = self.command(&self.programs.tap_ctl);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if !self.refuse.is_empty() {
             command.env(refuse::VARIABLE, &self.refuse);
         }
@@ -292,10 +296,22 @@ impl Rig {
     ///
     /// As [`Rig::plug`].
     pub fn hotplug(&self, device: &mut Device, params: &str) -> Result<(), String> {
+        self.hotplug_in(device, params, None)
+    }
+
+    /// The same with a tapdisk that runs already.
+    ///
+    /// # Errors
+    ///
+    /// As [`Rig::plug`].
+    pub fn hotplug_in(&self, device: &mut Device, params: &str, tapdisk: Option<i32>) -> Result<(), String> {
         let marker = self.tap_ctl_ok(&["allocate"])?;
         let minor = marker.rsplit('-').next().unwrap_or_default().to_owned();
         let options = self.spawn_options.iter().map(String::as_str);
-        let pid = self.tap_ctl_ok(&std::iter::once("spawn").chain(options).collect::<Vec<_>>())?;
+        let pid = match tapdisk {
+            Some(pid) => pid.to_string(),
+            None => self.tap_ctl_ok(&std::iter::once("spawn").chain(options).collect::<Vec<_>>())?,
+        };
         self.tap_ctl_ok(&["attach", "-p", &pid, "-m", &minor])?;
         if let Err(error) = self.open(&pid, &minor, params) {
             self.tap_ctl_ok(&["detach", "-p", &pid, "-m", &minor])?;
@@ -371,13 +387,14 @@ impl Rig {
         self.store.rm(&device.frontend);
     }
 
-    /// Checks that no tapdisk, marker or socket is left.
+    /// Checks that no tapdisk, marker, socket or statistics are left.
     pub fn assert_clean(&self) {
         assert_eq!(self.tap_ctl(&["list"]).out, "", "tapdisks or markers are left");
         let control = self.host.control();
         let left: Vec<PathBuf> = std::fs::read_dir(control.root())
             .expect("the runtime folder")
             .chain(std::fs::read_dir(control.markers()).expect("the markers' folder"))
+            .chain(std::fs::read_dir(control.all_statistics()).into_iter().flatten())
             .filter_map(|entry| Some(entry.ok()?.path()))
             // As /dev/shm, it stays; what is in it is the tapdisks'.
             .filter(|path| *path != control.markers() && path != control.all_statistics())

@@ -1,6 +1,7 @@
 //! Manual pages and completion know what the programs know.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -24,8 +25,7 @@ fn options(usage: &str) -> Vec<&str> {
 fn the_page_and_the_completion_of_tap_ctl_have_every_command_and_option() {
     let (page, completion) = (page("tap-ctl.8"), dist("completions/xenio.bash"));
     let usage = tap_ctl::args::usage();
-    let commands: Vec<&str> =
-        usage.lines().filter_map(|line| line.strip_prefix("  ")?.split_whitespace().next()).collect();
+    let commands = commands(&usage);
     assert!(commands.contains(&"snapshot"), "{usage}");
     for command in commands {
         assert!(page.contains(command), "{command} is not in tap-ctl.8");
@@ -36,6 +36,69 @@ fn the_page_and_the_completion_of_tap_ctl_have_every_command_and_option() {
             assert!(needless || completion.contains(option), "{command} {option} is not completed");
         }
     }
+}
+
+/// The commands in a usage text of `tap-ctl`.
+fn commands(usage: &str) -> Vec<&str> {
+    let lines = usage.lines().filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    lines.filter(|name| !name.is_empty()).collect()
+}
+
+/// A folder with a `tap-ctl` that says of itself what the real one says, and does nothing.
+fn with_tap_ctl() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let usage = tap_ctl::args::usage();
+    for command in commands(&usage) {
+        fs::write(at(command), tap_ctl::args::help_of(command)).unwrap();
+    }
+    fs::write(at("usage"), &usage).unwrap();
+    let here = folder.path().display();
+    let script = format!("#!/bin/sh\n[ \"$2\" = -h ] && exec cat {here}/$1\nexec cat {here}/usage\n");
+    fs::write(at("tap-ctl"), script).unwrap();
+    fs::set_permissions(at("tap-ctl"), PermissionsExt::from_mode(0o755)).unwrap();
+    folder
+}
+
+/// What a shell prints where `tap-ctl` is the one under test.
+fn shell(shell: &[&str], script: &str) -> Vec<String> {
+    let folder = with_tap_ctl();
+    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+    let output = Command::new(shell[0])
+        .args(&shell[1..])
+        .args(["-c", script])
+        .env("PATH", path)
+        .current_dir(folder.path())
+        .output()
+        .unwrap_or_else(|error| panic!("{}: {error} (integration/deps.sh installs it)", shell[0]));
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().split_whitespace().map(str::to_owned).collect()
+}
+
+#[test]
+fn fish_and_zsh_complete_what_tap_ctl_says_of_itself() {
+    let completions = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../dist/completions");
+    let (fish, zsh) = (completions.join("xenio.fish"), completions.join("xenio.zsh"));
+    let in_fish = |line: &str| {
+        shell(&["fish", "--no-config"], &format!("source {}; complete -C '{line}'", fish.display()))
+    };
+    // Without the last line, which begins the completion.
+    let in_zsh = |call: &str| shell(&["zsh", "-f"], &format!("source <(sed '$d' {}); {call}", zsh.display()));
+    let usage = tap_ctl::args::usage();
+    let mut commands = commands(&usage);
+    assert_eq!(in_zsh("_xenio_commands tap-ctl"), commands);
+    commands.sort_unstable();
+    assert_eq!(in_fish("tap-ctl "), commands);
+    for command in ["list", "create", "limit", "stats"] {
+        let usage = tap_ctl::args::usage_of(command);
+        let (seen_in_fish, seen_in_zsh) =
+            (in_fish(&format!("tap-ctl {command} -")), in_zsh(&format!("_xenio_options tap-ctl {command}")));
+        for option in options(&usage) {
+            assert!(seen_in_zsh.iter().any(|seen| seen == option), "{command} {option}: {seen_in_zsh:?}");
+            assert!(seen_in_fish.iter().any(|seen| seen == option), "{command} {option}: {seen_in_fish:?}");
+        }
+    }
+    assert_eq!(in_fish("tap-ctl spawn --engine "), ["auto", "pool", "uring"]);
 }
 
 #[test]

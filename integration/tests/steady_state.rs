@@ -182,7 +182,7 @@ fn in_steady_state_no_request_allocates() {
                     assert_eq!(code, 0);
                 }
             }
-            let mut server = Server::bind(host.clone(), host.control(), engine).unwrap();
+            let mut server = Server::bind(host.clone(), host.control(), engine, None).unwrap();
             let serving = std::thread::spawn(move || server.run());
             let pid = std::process::id().cast_signed();
             tap_ctl(&host, &["allocate"]);

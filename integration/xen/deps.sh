@@ -1,11 +1,12 @@
 #!/bin/bash
-# Installs the Debian packages that the testbed needs on the host, and nothing that is already there.
+# deps.sh [PACKAGE...]: installs the Debian packages that the testbed needs on the host, and those named, and nothing that is
+# already there.
 #
 # QEMU is not among them: the testbed runs the one of the Debian release that it tests (see images/world.sh), so that
 # emulated CPU features do not depend on the host's version, and no package of the host has to change.
 set -euo pipefail
 
-packages=(mmdebstrap debian-archive-keyring e2fsprogs cpio xz-utils zstd kmod busybox-static perl-base make debhelper)
+packages=(mmdebstrap debian-archive-keyring e2fsprogs cpio xz-utils zstd kmod busybox-static perl-base make debhelper "$@")
 
 fail() {
     echo "deps.sh: $*" >&2

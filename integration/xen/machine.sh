@@ -31,6 +31,8 @@ prepare_machine() {
         printf '%s=%q\n' "${name%%=*}" "${name#*=}"
     done >"$PAYLOAD/parameters"
     install -m 755 "$TOP/dist/hotplug/block-xenio" "$PAYLOAD/bin/"
+    [ -z "$LIBXL" ] || cp -r "$LIBXL" "$PAYLOAD/libxl"
+    cp "$TOP/README.md" "$PAYLOAD/"
     [ -z "$(of_kind service "$@")" ] || prepare_packages
     prepare_profile
     trap stop_qemu EXIT

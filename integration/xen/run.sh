@@ -83,7 +83,11 @@ main() {
         shift
     done
     mapfile -t names < <(choose "$full" "${names[@]}")
-    "$HERE/deps.sh"
+    if wants_libxl "${names[@]}"; then
+        "$HERE/deps.sh" "${LIBXL_PACKAGES[@]}"
+    else
+        "$HERE/deps.sh"
+    fi
     lock_cache
     build_images "${names[@]}"
     prepare_machine "${names[@]}"

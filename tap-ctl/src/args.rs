@@ -52,6 +52,8 @@ pub enum Command {
     Limit(Target, LimitChange),
     /// `stats`, in full or as XenServer's storage manager reads them
     Stats(Target, bool),
+    /// `upgrade`, of one tapdisk or of all
+    Upgrade(Option<i32>),
     /// `list`
     List(Filter),
     /// `top`
@@ -100,7 +102,7 @@ macro_rules! opening {
 }
 
 /// Commands with their options, in the order of the help text.
-const COMMANDS: [(&str, &str); 18] = [
+const COMMANDS: [(&str, &str); 19] = [
     ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE] [--json]"),
     ("allocate", "[--json]"),
     ("free", "-m MINOR"),
@@ -130,24 +132,28 @@ const COMMANDS: [(&str, &str); 18] = [
          [-b for scripts: one table after the other]",
     ),
     ("metrics", "[-l SOCKET or LOOPBACK-ADDRESS:PORT to serve Prometheus; without it, prints them once]"),
+    (
+        "upgrade",
+        "-p PID [-m MINOR of it] | --all (other tapdisks, of the program installed now, go on with the disks; guests wait)",
+    ),
 ];
 
 /// The usage line of one command.
 pub fn usage_of(command: &str) -> String {
     let options = COMMANDS.iter().find(|(name, _)| *name == command).map_or("", |(_, options)| options);
-    format!("usage: tap-ctl {command} {options}").trim_end().to_owned()
+    help::fold(&format!("usage: tap-ctl {command} {options}"), 4)
 }
 
 /// The usage line of one command, and what it is for.
 pub fn help_of(command: &str) -> String {
-    format!("{}\n{}\n", usage_of(command), help::about(command))
+    format!("{}\n\n{}\n", usage_of(command), help::fold(help::about(command), 0))
 }
 
-/// The usage of the program.
+/// The usage of the program. Lines that begin a command are indented by two columns, and what goes on by more.
 pub fn usage() -> String {
     let mut text = String::from("usage: tap-ctl COMMAND [OPTIONS] [--debug]\n");
     for (name, options) in COMMANDS {
-        text.push_str(format!("  {name:<9} {options}").trim_end());
+        text.push_str(&help::fold(&format!("  {name:<9} {options}"), 12));
         text.push('\n');
     }
     text

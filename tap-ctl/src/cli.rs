@@ -3,12 +3,13 @@
 mod force;
 mod key;
 mod show;
+mod upgrade;
 
 use std::ffi::OsString;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use self::key::with_key;
 use self::show::Form;
@@ -34,6 +35,9 @@ const LIBEXECDIR: &str = match option_env!("XENIO_LIBEXECDIR") {
 
 /// Exit code of a command line that cannot be understood (EINVAL).
 const USAGE: u8 = 22;
+
+/// How long a tapdisk that was killed may take to be gone, or another one to go on with its disk.
+const DYING: Duration = Duration::from_secs(5);
 
 /// Where things are.
 #[derive(Clone, Debug)]
@@ -96,11 +100,12 @@ pub fn run(args: &[OsString], config: &Config, streams: Streams<'_>) -> u8 {
     for note in &notes {
         let _ = writeln!(stderr, "tap-ctl: {}", one_line(&note.to_string()));
     }
+    let told = stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush());
     if let Err(Failure { what, why }) = result {
         let _ = writeln!(stderr, "tap-ctl: {what}: {}", one_line(&why.to_string()));
         return why.errno();
     }
-    match stdout.write_all(output.as_bytes()).and_then(|()| stdout.flush()) {
+    match told {
         Ok(()) => 0,
         Err(error) => {
             let _ = writeln!(stderr, "tap-ctl: cannot write to standard output: {error}");
@@ -134,7 +139,7 @@ fn perform(
             minors::free(dir, *minor).map_err(because(format!("free minor {minor}")))?;
         }
         Command::Spawn(engine) => {
-            let child = spawn(dir, &config.tapdisk, *engine).map_err(because("spawn"))?;
+            let child = spawn(dir, &config.tapdisk, &options(*engine)).map_err(because("spawn"))?;
             *output = form.tapdisk(child.id());
         }
         Command::Attach(target) => {
@@ -177,6 +182,9 @@ fn perform(
         Command::Stats(target, full) => {
             *output = statistics(dir, *target, *full).map_err(because(with_target("stats", *target)))?;
         }
+        Command::Upgrade(which) => {
+            upgrade::upgrade(config, *which, output).map_err(|(what, why)| Failure { what, why })?;
+        }
         Command::Resize(target, size) => {
             resize(dir, *target, *size).map_err(because(with_target("resize", *target)))?;
         }
@@ -188,6 +196,11 @@ fn perform(
         Command::Top(_) | Command::Metrics(Some(_)) | Command::Json(_) => {}
     }
     Ok(())
+}
+
+/// The options of a tapdisk with this I/O engine.
+fn options(engine: Option<&'static str>) -> Vec<&'static str> {
+    engine.map_or_else(Vec::new, |engine| vec!["--engine", engine])
 }
 
 fn because(what: impl Into<String>) -> impl FnOnce(Error) -> Failure {
@@ -256,7 +269,7 @@ fn resize(dir: &ControlDir, target: Target, size: Option<u64>) -> Result<(), Err
 fn create(
     config: &Config,
     opening: &Opening,
-    engine: Option<&str>,
+    engine: Option<&'static str>,
     stdin: &mut dyn Read,
 ) -> Result<Minor, Failure> {
     let what = || format!("create {}", opening.params.image);
@@ -274,8 +287,13 @@ fn create(
     }
 }
 
-fn serve_new(config: &Config, minor: Minor, params: &OpenParams, engine: Option<&str>) -> Result<(), Error> {
-    let mut child = spawn(&config.dir, &config.tapdisk, engine)?;
+fn serve_new(
+    config: &Config,
+    minor: Minor,
+    params: &OpenParams,
+    engine: Option<&'static str>,
+) -> Result<(), Error> {
+    let mut child = spawn(&config.dir, &config.tapdisk, &options(engine))?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     let target = Target { pid, minor };
     if let Err(error) = order(&config.dir, target, &Request::Attach { minor }, None) {
@@ -300,11 +318,31 @@ fn end(child: &mut Child) {
     }
 }
 
-/// close, detach, free. A tapdisk that has ended has closed and detached everything: then only the marker is left.
+/// close, detach, free.
 fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Failure> {
-    let what = || because(with_target("destroy", target));
-    close_and_detach(dir, target, limit).map_err(what())?;
-    minors::free(dir, target.minor).map_err(what())
+    take_away(dir, target, |target| close_and_detach(dir, target, limit))
+}
+
+/// Has a disk closed, and frees its minor. A tapdisk that has ended has closed and detached everything: then only the marker is
+/// left. Unless another one has gone on with its disk, of which the caller does not know yet, or is just about to; and the
+/// system closes a dead process's files one after the other, so that the marker may be locked when the control socket is gone.
+fn take_away(
+    dir: &ControlDir,
+    target: Target,
+    close: impl Fn(Target) -> Result<(), Error>,
+) -> Result<(), Failure> {
+    let end = Instant::now() + DYING;
+    loop {
+        let target = upgrade::successor(dir, target);
+        let what = || because(with_target("destroy", target));
+        close(target).map_err(what())?;
+        match minors::free(dir, target.minor) {
+            Err(Error::MinorInUse { .. }) if Instant::now() < end => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other => return other.map_err(what()),
+        }
+    }
 }
 
 fn close_and_detach(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Error> {

@@ -93,6 +93,14 @@ pub enum Error {
         /// The minor.
         minor: Minor,
     },
+    /// A disk whose tapdisk is gone cannot be gone on with.
+    #[error("nobody can go on with minor {minor}: {why}")]
+    NotRevived {
+        /// The minor.
+        minor: Minor,
+        /// Why.
+        why: String,
+    },
     /// Killing it would take other disks along.
     #[error("tapdisk {pid} does not close the disk, and serves minor {other} too: destroy that one first")]
     ServesOthers {
@@ -159,6 +167,7 @@ impl Error {
             Error::Frame { .. } | Error::Unexpected { .. } => Errno::EPROTO as i32,
             Error::Refused { errno, .. } => *errno,
             Error::NoFreeMinor => Errno::ENOSPC as i32,
+            Error::NotRevived { .. } => Errno::ENODATA as i32,
             Error::NoSuchMinor { .. } => Errno::ENOENT as i32,
             Error::MinorInUse { .. } => Errno::EAGAIN as i32,
             Error::Startup { .. } => Errno::ECHILD as i32,

@@ -7,7 +7,8 @@
 //! | [`dir`] | the runtime folder: sockets, markers, minor numbers |
 //! | [`minors`] | allocating, freeing and claiming minor numbers |
 //! | [`client`] | a blocking client, for tools and tests |
-//! | [`spawn`] | starting a tapdisk |
+//! | [`spawn`], [`revive`] | starting a tapdisk, and one that goes on with a dead one's disk |
+//! | [`inflight`] | what a disk leaves behind when its tapdisk dies |
 //! | [`list`] | what is there |
 //! | [`stats`] | statistics as text |
 //! | [`survey`] | the statistics of all disks |
@@ -24,11 +25,13 @@ pub mod client;
 pub mod dir;
 mod error;
 pub mod frame;
+pub mod inflight;
 pub mod list;
 pub mod logging;
 pub mod metrics;
 pub mod minors;
 pub mod proto;
+pub mod revive;
 pub mod spawn;
 pub mod stats;
 pub mod survey;

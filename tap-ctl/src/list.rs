@@ -87,7 +87,7 @@ pub fn gather(dir: &ControlDir, filter: &Filter) -> Result<(Vec<Entry>, Vec<Erro
 }
 
 /// Process ids that have a control socket, in the order of its name.
-fn tapdisks(dir: &ControlDir) -> Result<Vec<i32>, Error> {
+pub(crate) fn tapdisks(dir: &ControlDir) -> Result<Vec<i32>, Error> {
     let root = dir.root();
     let entries = match fs::read_dir(root) {
         Ok(entries) => entries,

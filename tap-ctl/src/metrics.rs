@@ -8,7 +8,7 @@ pub mod serve;
 
 use std::fmt::{Display, Write};
 
-use crate::proto::Histogram;
+use crate::proto::{Histogram, ImageStats, MirrorStats, ReadWrite, Stats};
 use crate::survey::{Disk, Survey};
 
 /// Ends of the histograms' buckets, as powers of two in microseconds: 16 µs to 17 s, all of them ends of ours too.
@@ -28,6 +28,7 @@ pub fn text(survey: &Survey) -> String {
     }
     per_direction(&mut text, disks);
     per_disk(&mut text, disks);
+    per_mirror(&mut text, disks);
     latencies(&mut text, disks);
     per_image(&mut text, disks);
     per_frontend(&mut text, disks);
@@ -59,6 +60,9 @@ type OfDisk = (&'static str, &'static str, &'static str, fn(&Disk) -> u64);
 const OF_DISK: [OfDisk; 5] = [
     ("xenio_disk_paused", "gauge", "1 while the disk is paused.", |disk| disk.stats.paused.into()),
     ("xenio_disk_outstanding", "gauge", "Requests in flight.", |disk| disk.stats.outstanding),
+    ("xenio_disk_late_requests", "gauge", "Requests in flight for longer than ten seconds.", |disk| {
+        disk.stats.late
+    }),
     ("xenio_disk_held", "gauge", "Requests that are never answered, because the disk was stopped.", |disk| {
         disk.stats.held
     }),
@@ -68,9 +72,18 @@ const OF_DISK: [OfDisk; 5] = [
         "How often requests had to wait because of the disk's limits.",
         |disk| disk.stats.throttled,
     ),
-    ("xenio_disk_mirror_failed", "gauge", "1 if a secondary image gets no more writes.", |disk| {
-        disk.stats.disk.mirror.as_ref().is_some_and(|mirror| mirror.failed.is_some()).into()
-    }),
+];
+
+/// How long something has been going on: a time in milliseconds, or nothing, which is told as 0.
+type Age = (&'static str, &'static str, fn(&Stats) -> Option<u64>);
+
+const AGES: [Age; 2] = [
+    ("xenio_disk_oldest_request_seconds", "Age of the oldest request in flight.", |stats| stats.oldest_ms),
+    (
+        "xenio_disk_oldest_store_operation_seconds",
+        "Age of the oldest operation on a file or device that the system has not ended.",
+        |stats| stats.store.as_ref().map(|operation| operation.age_ms),
+    ),
 ];
 
 fn per_disk(text: &mut Text, disks: &[Disk]) {
@@ -80,10 +93,11 @@ fn per_disk(text: &mut Text, disks: &[Disk]) {
             text.sample(metric, &name(disk), value(disk));
         }
     }
-    let metric = "xenio_disk_oldest_request_seconds";
-    text.family(metric, "gauge", "Age of the oldest request in flight.");
-    for disk in disks {
-        text.sample(metric, &name(disk), seconds(disk.stats.oldest_ms.unwrap_or(0).saturating_mul(1000)));
+    for (metric, help, age) in AGES {
+        text.family(metric, "gauge", help);
+        for disk in disks {
+            text.sample(metric, &name(disk), seconds(age(&disk.stats).unwrap_or(0).saturating_mul(1000)));
+        }
     }
     let caches = || disks.iter().filter_map(|disk| Some((name(disk), disk.stats.disk.cache?)));
     text.family("xenio_disk_cache_sectors_total", "counter", "Sectors looked for in the read cache.");
@@ -99,6 +113,44 @@ fn per_disk(text: &mut Text, disks: &[Disk]) {
     }
 }
 
+/// A number of a secondary image; only disks with one have it.
+type OfMirror = (&'static str, &'static str, fn(&MirrorStats) -> String);
+
+const OF_MIRROR: [OfMirror; 4] = [
+    ("xenio_disk_mirror_failed", "1 if a secondary image gets no more writes.", |mirror| {
+        u8::from(mirror.failed.is_some()).to_string()
+    }),
+    ("xenio_disk_mirror_copied_bytes", "Bytes on which both images are known to agree.", |mirror| {
+        mirror.copied.to_string()
+    }),
+    ("xenio_disk_mirror_size_bytes", "Bytes on which both images are to agree.", |mirror| {
+        mirror.total.to_string()
+    }),
+    (
+        "xenio_disk_mirror_stuck_seconds",
+        "For how long a secondary image has had something to do and has finished nothing.",
+        |mirror| seconds(mirror.stuck_ms.unwrap_or(0).saturating_mul(1000)),
+    ),
+];
+
+fn per_mirror(text: &mut Text, disks: &[Disk]) {
+    for (metric, help, value) in OF_MIRROR {
+        text.family(metric, "gauge", help);
+        for disk in disks {
+            if let Some(mirror) = &disk.stats.disk.mirror {
+                text.sample(metric, &name(disk), value(mirror));
+            }
+        }
+    }
+    let metric = "xenio_disk_standby_serving";
+    text.family(metric, "gauge", "1 once a standby image takes the writes, because the first is full.");
+    for disk in disks {
+        if let Some(standby) = &disk.stats.disk.standby {
+            text.sample(metric, &name(disk), u8::from(standby.serving));
+        }
+    }
+}
+
 fn latencies(text: &mut Text, disks: &[Disk]) {
     let metric = "xenio_disk_request_duration_seconds";
     text.family(metric, "histogram", "How long requests took, from being taken to being answered.");
@@ -109,18 +161,28 @@ fn latencies(text: &mut Text, disks: &[Disk]) {
     }
 }
 
-fn per_image(text: &mut Text, disks: &[Disk]) {
-    let metric = "xenio_image_sectors_total";
-    text.family(
-        metric,
-        "counter",
+/// A counter of each image of a chain.
+type OfImage = (&'static str, &'static str, fn(&ImageStats) -> ReadWrite);
+
+const OF_IMAGE: [OfImage; 2] = [
+    (
+        "xenio_image_sectors_total",
         "Sectors found in and written to each image of a chain; depth 0 is the leaf.",
-    );
-    for disk in disks {
-        for (depth, image) in disk.stats.disk.images.iter().enumerate() {
-            for (operation, count) in [("read", image.hits.read), ("write", image.hits.write)] {
-                let labels = format!(r#"{},depth="{depth}",operation="{operation}""#, name(disk));
-                text.sample(metric, &labels, count);
+        |image| image.hits,
+    ),
+    ("xenio_image_failures_total", "Transfers of each image of a chain that failed.", |image| image.fail),
+];
+
+fn per_image(text: &mut Text, disks: &[Disk]) {
+    for (metric, help, value) in OF_IMAGE {
+        text.family(metric, "counter", help);
+        for disk in disks {
+            for (depth, image) in disk.stats.disk.images.iter().enumerate() {
+                let ReadWrite { read, write } = value(image);
+                for (operation, count) in [("read", read), ("write", write)] {
+                    let labels = format!(r#"{},depth="{depth}",operation="{operation}""#, name(disk));
+                    text.sample(metric, &labels, count);
+                }
             }
         }
     }

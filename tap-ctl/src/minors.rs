@@ -11,8 +11,10 @@ use std::path::Path;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
+use crate::client::Client;
 use crate::dir::ControlDir;
 use crate::error::Error;
+use crate::inflight::Folder;
 use crate::proto::Minor;
 
 fn file_error(action: &'static str, path: &Path, source: impl Into<io::Error>) -> Error {
@@ -42,7 +44,7 @@ pub fn allocate(dir: &ControlDir) -> Result<Minor, Error> {
     Err(Error::NoFreeMinor)
 }
 
-/// Frees a minor that no tapdisk serves.
+/// Frees a minor that no tapdisk serves, and forgets what a dead one has left of its disk.
 ///
 /// # Errors
 ///
@@ -50,8 +52,27 @@ pub fn allocate(dir: &ControlDir) -> Result<Minor, Error> {
 pub fn free(dir: &ControlDir, minor: Minor) -> Result<(), Error> {
     // The lock is held over the removal, so that no tapdisk can claim the marker in between.
     let _claim = claim(dir, minor)?;
+    clean_up(dir, minor);
+    let left = Folder::of(dir, minor);
+    left.remove().map_err(|error| file_error("remove", left.path(), error))?;
     let marker = dir.marker(minor);
     fs::remove_file(&marker).map_err(|error| file_error("remove", &marker, error))
+}
+
+/// Removes the sockets that tapdisks have left that were killed. Who has the claim knows that nobody serves the minor.
+fn clean_up(dir: &ControlDir, minor: Minor) {
+    let names =
+        fs::read_dir(dir.root()).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path());
+    for path in names {
+        let Some((pid, _)) = dir.parse_vbd_path(&path).filter(|(_, served)| *served == minor) else {
+            continue;
+        };
+        // Whether it can be removed or not, it says nothing any more.
+        let _ = fs::remove_file(path);
+        if matches!(Client::connect(dir, pid), Err(error) if error.is_dead()) {
+            let _ = fs::remove_file(dir.control_socket(pid));
+        }
+    }
 }
 
 /// A minor in use by this process, until dropped.
@@ -157,6 +178,22 @@ mod tests {
         free(&dir, minor).unwrap();
         assert_eq!(free(&dir, minor).unwrap_err().errno(), 2);
         assert_eq!(claim(&dir, minor).unwrap_err().errno(), 2);
+    }
+
+    #[test]
+    fn sockets_of_the_dead_go_with_the_minor_and_those_of_the_living_stay() {
+        use std::os::unix::net::UnixListener;
+        let (_folder, dir) = dir();
+        let minors = [allocate(&dir).unwrap(), allocate(&dir).unwrap()];
+        let dead = [dir.vbd_path(7, minors[0]), dir.vbd_path(8, minors[0]), dir.control_socket(7)];
+        for path in &dead {
+            drop(UnixListener::bind(path).unwrap());
+        }
+        let living = [dir.vbd_path(8, minors[1]), dir.control_socket(8)];
+        let _listening: Vec<_> = living.iter().map(|path| UnixListener::bind(path).unwrap()).collect();
+        free(&dir, minors[0]).unwrap();
+        assert_eq!(dead.map(|path| path.exists()), [false; 3]);
+        assert_eq!(living.map(|path| path.exists()), [true; 2]);
     }
 
     #[test]

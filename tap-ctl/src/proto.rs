@@ -96,6 +96,10 @@ pub enum Request {
         #[serde(flatten)]
         change: Reopen,
     },
+    /// Let everything in flight end on every disk, close the images, and end, so that another tapdisk goes on with the disks
+    /// (`tapdisk --take-over`). Frontends stay connected and wait. Answered before the end. EBUSY if a minor has no image open,
+    /// EINVAL if a disk cannot be taken over. After a failure everything is as it was.
+    Leave,
     /// Make a new image that takes all writes from now on, with the present one, which is written no more, as its parent.
     /// After a failure the disk is as it was.
     Snapshot {

@@ -30,12 +30,14 @@ const OUTPUT_MAX: usize = 8192;
 const SYSTEMD: &str = "/run/systemd/system";
 
 /// Makes the scope of its own process and becomes the tapdisk, so that the process id stays that of our child.
-/// `systemd-run` needs the scope's name in advance, hence the shell, whose process id is the same too.
+/// `systemd-run` needs the scope's name in advance, hence the shell, whose process id is the same too. The empty line says
+/// that the scope is there.
 const SCOPE: &str = "exec systemd-run --scope --quiet --collect --no-ask-password --slice=xenio-tapdisk.slice \
-                     --unit=\"tapdisk-$$\" --description=\"Disk of a Xen guest (tapdisk $$)\" -- \"$0\" \"$@\"";
+                     --unit=\"tapdisk-$$\" --description=\"Disk of a Xen guest (tapdisk $$)\" -- \
+                     sh -c 'echo && exec \"$0\" \"$@\"' \"$0\" \"$@\"";
 
-/// Starts `program` and returns once it listens on its control socket. Its process id is that of the child. `engine`: the
-/// word for its `--engine` option.
+/// Starts `program` and returns once it listens on its control socket. Its process id is that of the child. `options`
+/// are its own.
 ///
 /// The child inherits no descriptor of ours beyond the standard three: all others are close-on-exec.
 ///
@@ -43,16 +45,26 @@ const SCOPE: &str = "exec systemd-run --scope --quiet --collect --no-ask-passwor
 ///
 /// [`Error::Start`] when the program cannot be executed, [`Error::Startup`] with its own words when it gives up or is
 /// not ready in 20 s; then it is no longer running.
-pub fn spawn(dir: &ControlDir, program: &Path, engine: Option<&str>) -> Result<Child, Error> {
+pub fn spawn(dir: &ControlDir, program: &Path, options: &[&str]) -> Result<Child, Error> {
     if Path::new(SYSTEMD).is_dir() && nix::unistd::geteuid().is_root() {
         let mut command = Command::new("sh");
         command.args(["-c", SCOPE]).arg(program);
-        match launch(command, dir, program, engine) {
-            Ok(child) => return Ok(child),
-            Err(error) => log::warn!("a tapdisk in a scope of its own: {error}; starting it without"),
+        match launch(command, dir, program, options) {
+            Err(Unready { error, scoped: false }) => {
+                log::warn!("a tapdisk in a scope of its own: {error}; starting it without");
+            }
+            ready => return ready.map_err(|unready| unready.error),
         }
     }
-    launch(Command::new(program), dir, program, engine)
+    launch(Command::new(program), dir, program, options).map_err(|unready| unready.error)
+}
+
+/// A tapdisk that did not become ready.
+#[derive(Debug)]
+struct Unready {
+    error: Error,
+    /// It had a scope, so it was not for want of one.
+    scoped: bool,
 }
 
 /// Starts the command, which becomes `program`, and waits until it is ready.
@@ -60,13 +72,13 @@ fn launch(
     mut command: Command,
     dir: &ControlDir,
     program: &Path,
-    engine: Option<&str>,
-) -> Result<Child, Error> {
-    if let Some(engine) = engine {
-        command.args(["--engine", engine]);
-    }
-    let (mut reader, mut child) =
-        start(command).map_err(|source| Error::Start { program: program.to_owned(), source })?;
+    options: &[&str],
+) -> Result<Child, Unready> {
+    command.args(options);
+    let (mut reader, mut child) = start(command).map_err(|source| {
+        let error = Error::Start { program: program.to_owned(), source };
+        Unready { error, scoped: false }
+    })?;
     let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
     let ready_line = dir.control_socket(pid);
     let mut output = Output::default();
@@ -81,7 +93,9 @@ fn launch(
         let _ = child.kill();
     }
     let end = child.wait().map_or_else(|error| error.to_string(), |end| end.to_string());
-    Err(Error::Startup { program: program.to_owned(), status: status.unwrap_or(end), output: output.words() })
+    let scoped = output.has_line(Path::new(""));
+    let (status, output) = (status.unwrap_or(end), output.words());
+    Err(Unready { error: Error::Startup { program: program.to_owned(), status, output }, scoped })
 }
 
 /// The child, and the reading end of the pipe that is its standard output and error.
@@ -178,7 +192,7 @@ mod tests {
             // moment (ETXTBSY); that is no property of what is tested here.
             let program = self.program(body);
             loop {
-                match spawn(&self.dir, &program, Some("pool")) {
+                match spawn(&self.dir, &program, &["--engine", "pool"]) {
                     Err(Error::Start { source, .. })
                         if source.kind() == io::ErrorKind::ExecutableFileBusy => {}
                     other => return other,
@@ -199,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_engine_is_passed_on() {
+    fn options_are_passed_on() {
         let stage = Stage::new();
         let mut child = stage.spawn("echo \"$*\" >\"$DIR/args\"\nprintf \"$DIR/ctl$$\\n\"").unwrap();
         child.wait().unwrap();
@@ -222,9 +236,21 @@ mod tests {
     }
 
     #[test]
+    fn who_gave_up_in_a_scope_is_told_from_who_got_none() {
+        let stage = Stage::new();
+        for (body, scoped) in [("echo; echo no such image", true), ("echo no such bus", false)] {
+            let mut command = Command::new("sh");
+            command.args(["-c", body]);
+            let unready = launch(command, &stage.dir, Path::new("tapdisk"), &[]).unwrap_err();
+            assert_eq!(unready.scoped, scoped);
+            assert!(unready.error.to_string().contains(": no such"), "{}", unready.error);
+        }
+    }
+
+    #[test]
     fn a_missing_program_is_named() {
         let stage = Stage::new();
-        let error = spawn(&stage.dir, Path::new("/nonexistent/tapdisk"), None).unwrap_err();
+        let error = spawn(&stage.dir, Path::new("/nonexistent/tapdisk"), &[]).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/tapdisk"), "{error}");
         assert_eq!(error.errno(), 2);
     }

@@ -13,7 +13,7 @@ use lexopt::prelude::*;
 use nix::sys::stat;
 use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
-use tap_ctl::proto::null_size;
+use tap_ctl::proto::{Minor, null_size};
 
 use crate::confine;
 use crate::image::cache;
@@ -22,7 +22,8 @@ use crate::server::Server;
 use crate::xen::Xen;
 
 const HELP: &str = "\
-usage: tapdisk [-D] [--engine uring|pool|auto] [--parent-cache SIZE] [-h] [--version]
+usage: tapdisk [-D] [--engine uring|pool|auto] [--parent-cache SIZE] [--take-over MINOR]
+               [-h] [--version]
 
 Serves the disks that tap-ctl opens and xenio connects. Started by `tap-ctl spawn`;
 it ends when its last disk is detached.
@@ -34,12 +35,14 @@ it ends when its last disk is detached.
              how much memory the disks of this process share for what they read
              from parents: bytes, or a number with K, M or G. None without it,
              or without XENIO_PARENT_CACHE in the environment, which tap-ctl hands on
+  --take-over
+             go on with a disk whose tapdisk has died, or made room for this one
   -h         this help
 ";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
-    Serve { foreground: bool, engine: EngineChoice, parent_cache: Option<u64> },
+    Serve { foreground: bool, engine: EngineChoice, parent_cache: Option<u64>, take_over: Option<Minor> },
     Help,
     Version,
 }
@@ -53,19 +56,20 @@ fn parse(
     environment: Option<OsString>,
 ) -> Result<Action, lexopt::Error> {
     let mut parser = lexopt::Parser::from_args(args);
-    let (mut foreground, mut engine) = (false, EngineChoice::default());
+    let (mut foreground, mut engine, mut take_over) = (false, EngineChoice::default(), None);
     let mut parent_cache = environment.map(|value| size(&value)).transpose()?;
     while let Some(arg) = parser.next()? {
         match arg {
             Short('D') => foreground = true,
             Long("engine") => engine = parser.value()?.parse()?,
             Long("parent-cache") => parent_cache = Some(size(&parser.value()?)?),
+            Long("take-over") => take_over = Some(parser.value()?.parse()?),
             Short('h') | Long("help") => return Ok(Action::Help),
             Long("version") => return Ok(Action::Version),
             other => return Err(other.unexpected()),
         }
     }
-    Ok(Action::Serve { foreground, engine, parent_cache })
+    Ok(Action::Serve { foreground, engine, parent_cache, take_over })
 }
 
 fn size(value: &OsString) -> Result<u64, lexopt::Error> {
@@ -89,9 +93,13 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
         Action::Version => {
             writeln!(std::io::stdout(), "tapdisk {}", env!("CARGO_PKG_VERSION")).context("cannot print")
         }
-        Action::Serve { foreground, engine, parent_cache } => {
+        Action::Serve { foreground, engine, parent_cache, take_over } => {
             parent_cache.into_iter().for_each(cache::turn_on);
-            serve(xen, dir, foreground, engine)
+            start(foreground).and_then(|()| {
+                let server = Server::bind(xen, dir.clone(), engine, parent_cache)
+                    .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
+                serve(server, foreground, take_over)
+            })
         }
     };
     match result {
@@ -104,7 +112,7 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
     }
 }
 
-fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool, engine: EngineChoice) -> anyhow::Result<()> {
+fn start(foreground: bool) -> anyhow::Result<()> {
     if !foreground {
         close_inherited();
         // Fails only for a process group leader, which a spawned tapdisk is not.
@@ -115,10 +123,18 @@ fn serve<X: Xen>(xen: X, dir: &ControlDir, foreground: bool, engine: EngineChoic
     // The control socket's mode is its lock: whoever started us may have allowed others to write.
     stat::umask(stat::Mode::S_IWGRP | stat::Mode::S_IWOTH);
     confine::this_thread().context("cannot give up what a tapdisk does not need")?;
-    let mut server = Server::bind(xen, dir.clone(), engine)
-        .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
-    writeln!(std::io::stdout(), "{}", server.socket().display())
-        .context("cannot report the control socket")?;
+    Ok(())
+}
+
+fn serve<X: Xen>(mut server: Server<X>, foreground: bool, take_over: Option<Minor>) -> anyhow::Result<()> {
+    if let Some(minor) = take_over {
+        server.take_over(minor)?;
+    }
+    let told = writeln!(std::io::stdout(), "{}", server.socket().display());
+    // Guests are served now, whether or not the one who started us still lives to hear of it.
+    if take_over.is_none() {
+        told.context("cannot report the control socket")?;
+    }
     if !foreground {
         let null = std::fs::File::options().write(true).open("/dev/null").context("cannot open /dev/null")?;
         nix::unistd::dup2_stdout(&null).context("cannot give up stdout")?;
@@ -153,7 +169,8 @@ mod tests {
 
     #[test]
     fn options_are_read_and_unknown_ones_refused() {
-        let serve = |foreground, engine| Action::Serve { foreground, engine, parent_cache: None };
+        let serve =
+            |foreground, engine| Action::Serve { foreground, engine, parent_cache: None, take_over: None };
         assert_eq!(parsed(&[]).unwrap(), serve(false, EngineChoice::Auto));
         assert_eq!(parsed(&["-D"]).unwrap(), serve(true, EngineChoice::Auto));
         assert_eq!(parsed(&["--engine", "pool"]).unwrap(), serve(false, EngineChoice::Pool));
@@ -163,10 +180,19 @@ mod tests {
             foreground: false,
             engine: EngineChoice::Auto,
             parent_cache: Some(bytes),
+            take_over: None,
         };
         assert_eq!(parsed(&["--parent-cache", "64M"]).unwrap(), cached(64 << 20));
         assert_eq!(parse([], Some("1M".into())).unwrap(), cached(1 << 20));
         assert!(parsed(&["--parent-cache", "much"]).is_err());
+        let next = Action::Serve {
+            foreground: false,
+            engine: EngineChoice::Pool,
+            parent_cache: None,
+            take_over: Some(Minor(3)),
+        };
+        assert_eq!(parsed(&["--engine", "pool", "--take-over", "3"]).unwrap(), next);
+        assert!(parsed(&["--take-over", "16384"]).is_err());
         assert_eq!(parsed(&["-D", "-h"]).unwrap(), Action::Help);
         assert!(parsed(&["-x"]).is_err());
         assert!(parsed(&["image"]).is_err());

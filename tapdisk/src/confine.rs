@@ -167,6 +167,7 @@ const OLDER: &[i64] = &[
     libc::SYS_access,
     libc::SYS_chmod,
     libc::SYS_readlink,
+    libc::SYS_symlink,
     libc::SYS_rename,
     libc::SYS_unlink,
     libc::SYS_mkdir,

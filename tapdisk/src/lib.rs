@@ -12,6 +12,7 @@
 //! | [`cli`] | the process: options, start-up, the hand-shake with `tap-ctl spawn` |
 //! | [`confine`] | what the process gives up first |
 //! | [`server`], [`vbd`] | the control socket |
+//! | [`journal`] | requests in memory that outlives the process |
 //! | [`worker`] | a disk's thread: its loop, rings, and the way from a request to its answer |
 //! | [`nbd`] | the disk's NBD server |
 //! | [`image`] | chains of layers, and opening them |
@@ -34,6 +35,7 @@ pub mod executor;
 pub mod flight;
 pub mod image;
 pub mod io;
+pub mod journal;
 pub mod nbd;
 pub mod reactor;
 pub mod server;

@@ -4,7 +4,10 @@
 //! answers, and meanwhile everybody else is served. Nor does it wait for a client.
 
 mod client;
+mod history;
+mod leave;
 mod parent;
+mod takeover;
 
 use std::collections::HashMap;
 use std::io;
@@ -20,14 +23,17 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use tap_ctl::inflight::Folder;
 use tap_ctl::proto::{DiskInfo, Minor, OpenParams, RingEntry};
 use tap_ctl::{ControlDir, Reply, Request};
 
 use self::client::{Broken, Client};
+use self::leave::Leaving;
 use crate::nbd::door::Door;
 use crate::reactor::EngineChoice;
 use crate::vbd::{Open, Vbd};
-use crate::worker::{Answer, Command, Notice, Source, Worker};
+use crate::worker::keeper::{Identity, Keeper};
+use crate::worker::{Answer, Begin, Command, Notice, Source, Worker};
 use crate::xen::Xen;
 
 const LISTENER: Token = Token(0);
@@ -46,6 +52,8 @@ enum Event {
     Opened(Minor, Token, Result<DiskInfo, Reply>),
     /// An image was closed.
     Closed(Minor, Token, Reply),
+    /// A disk is ready to be taken over, or is not.
+    Left(Reply),
     /// An answer to pass on.
     Answer(Token, Reply),
     /// A worker's disk is not what it was.
@@ -57,6 +65,8 @@ pub struct Server<X: Xen> {
     xen: X,
     /// For every image.
     engine: EngineChoice,
+    /// For all images, in bytes.
+    parent_cache: Option<u64>,
     dir: ControlDir,
     socket: PathBuf,
     pid: i32,
@@ -74,6 +84,10 @@ pub struct Server<X: Xen> {
     vbds: Vec<Vbd>,
     /// The process ends when it has no VBD and this is set: by the last detach, or a signal.
     ending: bool,
+    /// Somebody waits for all disks to be ready to be taken over.
+    leaving: Option<Leaving>,
+    /// All disks are, and the process ends.
+    left: bool,
 }
 
 impl<X: Xen> std::fmt::Debug for Server<X> {
@@ -87,7 +101,12 @@ impl<X: Xen> std::fmt::Debug for Server<X> {
 
 impl<X: Xen> Server<X> {
     /// Binds the control socket. Blocks SIGINT and SIGTERM for this and all later threads and takes them as events.
-    pub fn bind(xen: X, dir: ControlDir, engine: EngineChoice) -> io::Result<Server<X>> {
+    pub fn bind(
+        xen: X,
+        dir: ControlDir,
+        engine: EngineChoice,
+        parent_cache: Option<u64>,
+    ) -> io::Result<Server<X>> {
         let pid = nix::unistd::getpid().as_raw();
         let socket = dir.control_socket(pid);
         std::fs::create_dir_all(dir.root())?;
@@ -113,6 +132,7 @@ impl<X: Xen> Server<X> {
         Ok(Server {
             xen,
             engine,
+            parent_cache,
             dir,
             socket,
             pid,
@@ -127,6 +147,8 @@ impl<X: Xen> Server<X> {
             unaccepted: false,
             vbds: Vec::new(),
             ending: false,
+            leaving: None,
+            left: false,
         })
     }
 
@@ -138,7 +160,7 @@ impl<X: Xen> Server<X> {
     /// Serves until the last VBD is detached or a signal asks to end.
     pub fn run(&mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(64);
-        while !(self.ending && self.vbds.is_empty() && self.clients.values().all(Client::is_content)) {
+        while !self.is_done() {
             match self.poll.poll(&mut events, self.unaccepted.then_some(ACCEPT_AGAIN)) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result?,
@@ -157,6 +179,11 @@ impl<X: Xen> Server<X> {
             }
         }
         Ok(())
+    }
+
+    fn is_done(&self) -> bool {
+        let idle = self.ending && self.vbds.is_empty();
+        (idle || self.left) && self.clients.values().all(Client::is_content)
     }
 
     /// Lets in who waits at the control socket. A host short of descriptors or memory makes them wait longer, and nothing else:
@@ -202,10 +229,14 @@ impl<X: Xen> Server<X> {
         let token = Token(self.next_token);
         self.next_token += 1;
         match Door::open(path.clone(), token, self.poll.registry()) {
-            Ok(door) => {
-                if let Ok(open) = self.open_vbd(minor) {
-                    open.door = Some(door);
+            Ok(mut door) => {
+                let Ok(open) = self.open_vbd(minor) else { return };
+                if let Some(name) = open.known_as.take()
+                    && let Err(error) = door.also_at(name.clone())
+                {
+                    log::warn!("minor {minor}: no NBD at {}: {error}", name.display());
                 }
+                open.door = Some(door);
             }
             Err(error) => log::warn!("minor {minor}: no NBD at {}: {error}", path.display()),
         }
@@ -314,6 +345,7 @@ impl<X: Xen> Server<X> {
             Request::Unpause { minor, change } => {
                 self.command(token, minor, |answer| Command::Unpause(change, answer))
             }
+            Request::Leave => self.leave(token),
             Request::Snapshot { minor, image, within } => {
                 self.command(token, minor, |answer| Command::Snapshot(image, until(within), answer))
             }
@@ -326,7 +358,7 @@ impl<X: Xen> Server<X> {
                 None
             }
             Request::Connect { minor, ring } => {
-                self.command(token, minor, |answer| Command::Connect(ring, answer))
+                self.command(token, minor, |answer| Command::Connect(ring, Begin::Anew, answer))
             }
             Request::Disconnect { minor, domid, vdev } => {
                 self.command(token, minor, |answer| Command::Disconnect(RingEntry { domid, vdev }, answer))
@@ -395,21 +427,39 @@ impl<X: Xen> Server<X> {
             params.image,
             if params.readonly { " read-only" } else { "" }
         );
-        let image = params.image.clone();
+        let identity = Identity {
+            pid: self.pid,
+            socket: self.dir.vbd_path(self.pid, minor),
+            engine: self.engine.to_string(),
+            parent_cache: self.parent_cache,
+        };
+        let keeper = Arc::new(Keeper::new(Folder::of(&self.dir, minor)));
+        self.start_worker(token, minor, Source::Open { params, identity, keeper }, None)
+    }
+
+    /// Starts the thread of a disk; the outcome comes as an event. An error: it could not be started.
+    fn start_worker(
+        &mut self,
+        token: Token,
+        minor: Minor,
+        source: Source,
+        known_as: Option<PathBuf>,
+    ) -> Option<Reply> {
         let tell = self.teller();
         let opened = Box::new(move |result| tell(Event::Opened(minor, token, result)));
         let tell = self.teller();
         let noticed = Arc::new(move |notice| tell(Event::Noticed(minor, notice)));
-        match Worker::start(self.xen.clone(), Source::Open(params), self.engine, opened, noticed) {
+        match Worker::start(self.xen.clone(), source, self.engine, opened, noticed) {
             Ok(worker) => {
                 if let Ok(vbd) = self.vbd(minor) {
-                    vbd.open = Some(Open { worker, info: None, failed: None, degraded: None, door: None });
+                    vbd.open =
+                        Some(Open { worker, info: None, failed: None, degraded: None, door: None, known_as });
                 }
                 None
             }
             Err(error) => Some(refuse(
                 Errno::from_raw(error.raw_os_error().unwrap_or(libc::EAGAIN)),
-                format!("cannot start a thread for {image}: {error}"),
+                format!("minor {minor}: cannot start a thread for its image: {error}"),
             )),
         }
     }
@@ -459,17 +509,16 @@ impl<X: Xen> Server<X> {
         while let Ok(event) = self.receiver.try_recv() {
             let (token, reply) = match event {
                 Event::Answer(token, reply) => (token, reply),
+                Event::Left(reply) => {
+                    self.disk_left(reply);
+                    continue;
+                }
                 Event::Noticed(minor, notice) => {
                     self.notice(minor, notice);
                     continue;
                 }
                 Event::Opened(minor, token, Ok(info)) => {
-                    if let Ok(open) = self.open_vbd(minor) {
-                        open.info = Some(info);
-                    }
-                    self.open_door(minor);
-                    log::info!("minor {minor}: open, {} sectors", info.sectors);
-                    self.tell(minor);
+                    self.opened(minor, info);
                     (token, Reply::DiskInfo(info))
                 }
                 Event::Opened(minor, token, Err(reply)) => {
@@ -496,6 +545,15 @@ impl<X: Xen> Server<X> {
             self.next_requests(token);
             self.flush_client(token);
         }
+    }
+
+    fn opened(&mut self, minor: Minor, info: DiskInfo) {
+        if let Ok(open) = self.open_vbd(minor) {
+            open.info = Some(info);
+        }
+        self.open_door(minor);
+        log::info!("minor {minor}: open, {} sectors", info.sectors);
+        self.tell(minor);
     }
 
     fn notice(&mut self, minor: Minor, notice: Notice) {

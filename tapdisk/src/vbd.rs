@@ -1,5 +1,7 @@
 //! The VBDs of a tapdisk: which minors it has charge of, and what is open on each.
 
+use std::path::PathBuf;
+
 use nix::errno::Errno;
 use tap_ctl::minors::{Claim, claim};
 use tap_ctl::proto::{DiskInfo, Minor, VbdEntry};
@@ -28,6 +30,8 @@ pub struct Open {
     pub degraded: Option<String>,
     /// Where NBD clients come in, once it is open.
     pub door: Option<Door>,
+    /// An older name of that place, by which clients know it.
+    pub known_as: Option<PathBuf>,
 }
 
 /// A minor in our charge.
@@ -62,6 +66,13 @@ impl Vbd {
         let open = self.open.as_ref()?;
         let (failed, degraded) = (open.failed.clone(), open.degraded.clone());
         Some(Reply::Changed { minor: self.minor, info: open.info?, failed, degraded })
+    }
+
+    /// Whether its image is open and guests are served.
+    pub fn is_running(&self) -> bool {
+        self.open
+            .as_ref()
+            .is_some_and(|open| open.info.is_some() && open.worker.status().phase == Phase::Running)
     }
 
     /// The line of `tap-ctl list`.

@@ -25,6 +25,9 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 pub struct Words {
     base: NonNull<AtomicU64>,
     count: usize,
+    /// Every store, in its order, for tests that stop after each.
+    #[cfg(test)]
+    pub stores: std::cell::RefCell<Vec<(usize, u64)>>,
 }
 
 impl Words {
@@ -61,7 +64,12 @@ impl Words {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: the kernel picks a free range of addresses, so no existing mapping changes.
         let base = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, file, 0) }?;
-        Ok(Words { base: base.cast(), count })
+        Ok(Words {
+            base: base.cast(),
+            count,
+            #[cfg(test)]
+            stores: std::cell::RefCell::default(),
+        })
     }
 
     fn at(&self, index: usize) -> &AtomicU64 {
@@ -72,8 +80,15 @@ impl Words {
         unsafe { at.as_ref() }
     }
 
+    /// The word at `index`.
+    pub fn load(&self, index: usize) -> u64 {
+        self.at(index).load(Ordering::Acquire)
+    }
+
     /// Stores a word, after everything that was stored before: who finds it finds that too.
     pub fn store(&self, index: usize, value: u64) {
+        #[cfg(test)]
+        self.stores.borrow_mut().push((index, value));
         self.at(index).store(value, Ordering::Release);
     }
 

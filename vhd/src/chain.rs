@@ -182,7 +182,8 @@ mod tests {
     #[test]
     fn m20_another_image_under_the_parents_name_is_noticed() {
         assert!(check_identity(&parent(&[]), Uuid([1; 16])).is_ok());
-        assert!(check_identity(&parent(&[]), Uuid([2; 16])).is_err());
+        let other = check_identity(&parent(&[]), Uuid([2; 16]));
+        assert_eq!(other.unwrap_err().errno(), libc::EINVAL);
     }
 
     #[test]

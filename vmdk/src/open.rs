@@ -50,7 +50,12 @@ pub fn open(mut source: Source<'_>, options: &OpenOptions) -> Result<Sparse, Err
         check_writable(source, &header)?;
     }
     let range = header.descriptor.clone();
-    let text = bytes(source, "descriptor", range.start, range.end.saturating_sub(range.start))?;
+    let mut text = bytes(source, "descriptor", range.start, range.end.saturating_sub(range.start))?;
+    if text.iter().all(|byte| *byte == 0) {
+        // A part of an image in several files: QEMU leaves room for a descriptor there, and none in it (block/vmdk.c,
+        // vmdk_init_extent).
+        text.clear();
+    }
     let descriptor = (!text.is_empty()).then(|| Descriptor::parse(&text)).transpose()?;
     let mut directory =
         |what, offset| bytes(source, what, offset, header.directory_bytes()).map(|b| words(&b));

@@ -74,13 +74,16 @@ pub struct Options {
 pub struct Places {
     /// The tapdisks' runtime folder.
     pub control_dir: ControlDir,
+    /// The tapdisk program, for disks whose tapdisk died.
+    pub tapdisk: PathBuf,
     /// Locked while a xenio runs.
     pub lock: PathBuf,
 }
 
 impl Default for Places {
     fn default() -> Places {
-        Places { control_dir: ControlDir::default(), lock: PathBuf::from("/run/xenio.lock") }
+        let tap_ctl::cli::Config { dir, tapdisk, .. } = tap_ctl::cli::Config::installed(false);
+        Places { control_dir: dir, tapdisk, lock: PathBuf::from("/run/xenio.lock") }
     }
 }
 
@@ -160,8 +163,13 @@ fn serve(options: &Options, places: &Places) -> anyhow::Result<()> {
     let _pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
     let signals = end_signals().context("cannot take signals")?;
     log::info!("xenio {} starts", env!("CARGO_PKG_VERSION"));
-    let control_dir = places.control_dir.clone();
-    let config = Config { kind: options.kind.clone(), control_dir, store: None, offer: offer(options) };
+    let config = Config {
+        kind: options.kind.clone(),
+        control_dir: places.control_dir.clone(),
+        tapdisk: places.tapdisk.clone(),
+        store: None,
+        offer: offer(options),
+    };
     run(&config, signals.as_fd())?;
     log::info!("xenio ends; disks go on without it");
     Ok(())

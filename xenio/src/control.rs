@@ -13,12 +13,13 @@ use xenstore::{Client, Error, TxId};
 use crate::connect::{self, Terms};
 use crate::device::{Device, Pending};
 use crate::features::{self, Disk, Offer};
-use crate::input::{self, Backend};
+use crate::input::{self, Backend, Named};
 use crate::leftovers;
 use crate::machine::{Action, Frontend, Own, Phase, View, decide};
 use crate::paths::{self, DeviceId, Paths};
 use crate::problem::Problem;
 use crate::publish::{self, Change, Outcome, Place};
+use crate::revive::Revivals;
 use crate::tapdisk::{LinkError, Links, News, Ticket};
 
 /// After so many actions in a row a device waits for its next turn: others have theirs in between.
@@ -32,6 +33,7 @@ pub struct Control {
     own_domid: u16,
     offer: Offer,
     links: Links,
+    revivals: Revivals,
     /// What the tapdisks told last of each of their disks. It may come before a device asks, or belong to several.
     heard: HashMap<(i32, Minor), News>,
     devices: BTreeMap<DeviceId, Device>,
@@ -63,13 +65,14 @@ pub enum Rest {
 
 impl Control {
     /// No devices yet.
-    pub fn new(paths: Paths, dir: ControlDir, offer: Offer, links: Links) -> Control {
+    pub fn new(paths: Paths, dir: ControlDir, offer: Offer, links: Links, revivals: Revivals) -> Control {
         Control {
             paths,
             dir,
             own_domid: 0,
             offer,
             links,
+            revivals,
             heard: HashMap::new(),
             devices: BTreeMap::new(),
             tickets: HashMap::new(),
@@ -198,7 +201,7 @@ impl Control {
         touched
     }
 
-    /// A tapdisk is gone: so are all its rings and disks.
+    /// A tapdisk is gone: others go on with its disks, where that is possible; else they are gone too, with their rings.
     fn bury(&mut self, pid: i32, reason: &LinkError) -> Vec<DeviceId> {
         self.heard.retain(|(teller, _), _| *teller != pid);
         leftovers::remove(&self.dir, pid.cast_unsigned());
@@ -206,10 +209,37 @@ impl Control {
         let served = |device: &&mut Device| device.vbd().is_some_and(|vbd| vbd.pid == pid);
         let mut touched = Vec::new();
         for device in self.devices.values_mut().filter(served) {
-            device.died(pid, problem.clone());
+            let revived = reason.is_death() && device.vbd().is_some_and(|vbd| self.revivals.begin(vbd));
+            if revived {
+                device.waits_for_successor();
+            } else {
+                device.died(pid, problem.clone());
+            }
             touched.push(device.id());
         }
         self.tickets.retain(|_, id| !touched.contains(id));
+        touched
+    }
+
+    /// Takes in what came of disks whose tapdisks died; gives the devices to look at.
+    pub fn take_revivals(&mut self) -> Vec<DeviceId> {
+        let mut touched = Vec::new();
+        for outcome in self.revivals.outcomes() {
+            let vbd = outcome.vbd;
+            for device in self.devices.values_mut().filter(|device| device.vbd() == Some(vbd)) {
+                match &outcome.next {
+                    Ok(next) => {
+                        if *next != vbd.pid {
+                            let (id, pid) = (device.id(), vbd.pid);
+                            log::warn!("device {id}: tapdisk {next} goes on after tapdisk {pid}");
+                        }
+                        device.succeeded(*next);
+                    }
+                    Err(problem) => device.died(vbd.pid, problem.clone()),
+                }
+                touched.push(device.id());
+            }
+        }
         touched
     }
 
@@ -236,8 +266,9 @@ impl Control {
 
     /// `None`: there is nothing to decide about.
     fn look(&mut self, store: &mut Client, id: DeviceId) -> Result<Option<Look>, Error> {
-        let backend = input::backend(store, &self.paths.device(id), id, &self.dir)?;
-        let offer = self.offer;
+        let mut backend = input::backend(store, &self.paths.device(id), id, &self.dir)?;
+        self.rename(store, id, &mut backend)?;
+        let (offer, place) = (self.offer, self.place(id));
         if backend.own == Own::Absent && !self.knows(id) {
             // It went before this xenio had looked at it; the sweep at the beginning may have found it there still.
             remove_error(store, &self.paths.error(id))?;
@@ -260,6 +291,11 @@ impl Control {
             _ => (Vec::new(), Frontend::Gone),
         };
         device.observe(&backend, frontend);
+        if let (Some(reason), Own::Is(_)) = (device.to_note(), backend.own)
+            && publish::note(store, &place, reason)? == Outcome::Done
+        {
+            device.noted();
+        }
         let moved = device.returned(frontend)
             || match device.params() {
                 // It may be in operation already when its new ring is first seen: NetBSD's waits for nothing.
@@ -280,6 +316,24 @@ impl Control {
             log::debug!("device {id}: {view}");
         }
         Ok(Some(Look { backend, frontend_path, frontend, view }))
+    }
+
+    /// Has XenStore name the tapdisk that goes on with a device's disk.
+    fn rename(&mut self, store: &mut Client, id: DeviceId, backend: &mut Backend) -> Result<(), Error> {
+        let Some(device) = self.devices.get_mut(&id) else { return Ok(()) };
+        let Some((former, vbd)) = device.renamed() else { return Ok(()) };
+        if backend.named == Named::Tapdisk(former, vbd.minor) {
+            let path = |pid| self.dir.vbd_path(pid, vbd.minor).display().to_string();
+            let (old, new) = (path(former), path(vbd.pid));
+            let dir = self.paths.device(id);
+            if publish::rename(store, &dir, (&old, former), (&new, vbd.pid))? == Outcome::Stale {
+                // Whoever changed it meanwhile makes us look again.
+                return Ok(());
+            }
+            backend.named = Named::Tapdisk(vbd.pid, vbd.minor);
+        }
+        device.is_named();
+        Ok(())
     }
 
     /// The record of a device, a new one if it appears.
@@ -461,7 +515,7 @@ impl Control {
             }
             Err(reason) => {
                 log::info!("device {id}: {reason}");
-                device.died(vbd.pid, Problem::new(Errno::ENXIO, reason.to_string()));
+                self.bury(vbd.pid, &reason);
             }
         }
     }
@@ -506,9 +560,7 @@ fn tell(device: &mut Device, news: &News) {
     if device.told(news) {
         log::info!("device {}: the disk has grown to {} sectors", device.id(), news.info.sectors);
     }
-    if device.degrades(news)
-        && let Some(reason) = &news.degraded
-    {
+    if let Some(reason) = device.degrades(news) {
         log::warn!("device {}: the disk {reason}", device.id());
     }
 }

@@ -25,10 +25,12 @@ use crate::leftovers;
 use crate::limit::Bucket;
 use crate::notify::Manager;
 use crate::paths::{DeviceId, Paths, Touched};
+use crate::revive::Revivals;
 use crate::tapdisk::{FIRST_TOKEN, Links};
 
 const STOP: Token = Token(0);
 const STORE: Token = Token(1);
+const REVIVED: Token = Token(2);
 
 /// Limit of evaluations that a guest can cause for a device: the time between two.
 const GUEST_INTERVAL: Duration = Duration::from_millis(50);
@@ -46,6 +48,8 @@ pub struct Config {
     pub kind: String,
     /// The tapdisks' runtime folder.
     pub control_dir: ControlDir,
+    /// The program that goes on with the disks of tapdisks that died.
+    pub tapdisk: PathBuf,
     /// XenStore's socket; `None` for the usual places.
     pub store: Option<PathBuf>,
     /// What every frontend is offered.
@@ -82,7 +86,9 @@ pub fn run(config: &Config, stop: BorrowedFd<'_>) -> Result<(), RunError> {
     poll.registry().register(&mut SourceFd(&stop.as_raw_fd()), STOP, Interest::READABLE)?;
     leftovers::sweep(&config.control_dir);
     let links = Links::new(poll.registry().try_clone()?, config.control_dir.clone());
-    let control = Control::new(paths.clone(), config.control_dir.clone(), config.offer, links);
+    let revivals =
+        Revivals::new(poll.registry(), REVIVED, config.control_dir.clone(), config.tapdisk.clone())?;
+    let control = Control::new(paths.clone(), config.control_dir.clone(), config.offer, links, revivals);
     Daemon {
         store_path: config.store.clone(),
         paths,
@@ -143,6 +149,7 @@ impl Daemon {
                         return Ok(());
                     }
                     STORE => self.store_ready = true,
+                    REVIVED => self.dirty.extend(self.control.take_revivals()),
                     token if token.0 >= FIRST_TOKEN => self.stirred.extend(self.control.link_ready(token)),
                     _ => {}
                 }

@@ -15,7 +15,7 @@ use crate::tapdisk::{News, Ticket};
 use blkif::XenbusState;
 
 /// A VBD of a tapdisk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Vbd {
     /// The tapdisk's process id.
     pub pid: i32,
@@ -62,6 +62,8 @@ pub struct Device {
     pub written: Option<Phase>,
     seen: bool,
     vbd: Option<Vbd>,
+    /// The process id by which XenStore names the tapdisk, if another one goes on in its place.
+    former: Option<i32>,
     disk: Disk,
     ring: Ring,
     /// The connected ring, unless an earlier xenio connected it.
@@ -71,8 +73,10 @@ pub struct Device {
     greeted: bool,
     published: bool,
     problem: Option<Problem>,
-    /// Why the disk is not as it was asked for, as far as it was told.
-    degraded: Option<String>,
+    /// Why the disk is not as it was asked for, if so; `None`: it was not told yet.
+    degraded: Option<Option<String>>,
+    /// XenStore says the same.
+    noted: bool,
     failed: bool,
     pending: Option<(Ticket, Pending)>,
     shown: Option<(Own, Frontend, Ring)>,
@@ -90,6 +94,7 @@ impl Device {
             written: None,
             seen: false,
             vbd: None,
+            former: None,
             disk: Disk::Unnamed,
             ring: Ring::Down,
             params: None,
@@ -97,6 +102,7 @@ impl Device {
             greeted: false,
             published: false,
             degraded: None,
+            noted: true,
             problem: None,
             failed: false,
             pending: None,
@@ -136,6 +142,7 @@ impl Device {
         if backend.own == Own::Is(Phase::Initialising) {
             // The directory is new, whatever there was before it.
             self.published = false;
+            self.noted = self.degraded.is_none();
             self.failed = false;
         }
         if self.ring == Ring::Down && self.differs(&backend.named) {
@@ -156,6 +163,9 @@ impl Device {
 
     fn differs(&self, named: &Named) -> bool {
         match named {
+            Named::Tapdisk(pid, minor) if self.former == Some(*pid) => {
+                self.vbd.is_none_or(|vbd| vbd.minor != *minor)
+            }
             Named::Nobody => self.vbd.is_some() || self.disk != Disk::Unnamed,
             Named::Tapdisk(pid, minor) => self.vbd != Some(Vbd { pid: *pid, minor: *minor }),
             Named::Malformed(_) => self.disk != malformed(named),
@@ -168,6 +178,7 @@ impl Device {
             Named::Tapdisk(pid, minor) => (Some(Vbd { pid: *pid, minor: *minor }), Disk::New),
             Named::Malformed(_) => (None, malformed(named)),
         };
+        self.former = None;
         self.pending = None;
         self.problem = None;
         self.published = false;
@@ -297,13 +308,24 @@ impl Device {
         grown
     }
 
-    /// Whether the news are others than before of how far the disk is what it was asked to be.
-    pub fn degrades(&mut self, news: &News) -> bool {
-        let other = self.degraded != news.degraded;
-        if other {
-            self.degraded.clone_from(&news.degraded);
+    /// Takes in how far the disk is what it was asked to be. Returns why it is not, if that is news.
+    pub fn degrades<'a>(&mut self, news: &'a News) -> Option<&'a str> {
+        if self.degraded.as_ref() == Some(&news.degraded) {
+            return None;
         }
-        other
+        self.degraded = Some(news.degraded.clone());
+        self.noted = false;
+        news.degraded.as_deref()
+    }
+
+    /// What XenStore is to say of that, if it does not yet: a reason, or nothing at all.
+    pub fn to_note(&self) -> Option<Option<&str>> {
+        self.degraded.as_ref().filter(|_| !self.noted).map(Option::as_deref)
+    }
+
+    /// XenStore says it.
+    pub fn noted(&mut self) {
+        self.noted = true;
     }
 
     /// The tapdisk `pid` is not there any more; with it all it held.
@@ -311,6 +333,38 @@ impl Device {
         if self.vbd.is_some_and(|vbd| vbd.pid == pid) {
             self.lose(problem);
         }
+    }
+
+    /// Another tapdisk is going to go on with the disk: until then nothing can be asked, and the ring is as it is.
+    pub fn waits_for_successor(&mut self) {
+        self.disk = Disk::Asking;
+        if self.ring != Ring::Down {
+            self.ring = Ring::Busy;
+        }
+        self.pending = None;
+    }
+
+    /// Another tapdisk goes on with the disk, or the same one still does. It knows which rings it serves.
+    pub fn succeeded(&mut self, pid: i32) {
+        let Some(vbd) = &mut self.vbd else { return };
+        if vbd.pid != pid {
+            self.former.get_or_insert(vbd.pid);
+            vbd.pid = pid;
+        }
+        self.disk = Disk::New;
+        if self.ring == Ring::Busy {
+            self.ring = Ring::Unknown;
+        }
+    }
+
+    /// XenStore names a tapdisk that is not there any more: which one, and which is there.
+    pub fn renamed(&self) -> Option<(i32, Vbd)> {
+        Some((self.former?, self.vbd?))
+    }
+
+    /// XenStore names the tapdisk that is there, or another one that the toolstack has written.
+    pub fn is_named(&mut self) {
+        self.former = None;
     }
 
     fn lose(&mut self, problem: Problem) {

@@ -15,7 +15,7 @@ pub const PERSISTENT: bool = true;
 
 /// Process id of the one who serves the device; xentop finds the disk's statistics by it. Absent from Xen's headers:
 /// a convention between XenServer's tapback and xentop (tools/libs/stat/xenstat_linux.c).
-const KTHREAD_PID: &str = "kthread-pid";
+pub const KTHREAD_PID: &str = "kthread-pid";
 
 /// A key and the value it is to have.
 pub type Entry = (&'static str, String);

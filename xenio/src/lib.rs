@@ -11,6 +11,7 @@
 //! | [`connect`] | look: the frontend's ring |
 //! | [`publish`] | act: guarded writes to the backend's directory |
 //! | [`features`] | what is published |
+//! | [`revive`] | act: other tapdisks for disks whose tapdisks died |
 //! | [`tapdisk`] | act: control connections that never block |
 //! | [`leftovers`] | statistics of tapdisks that have crashed |
 //! | [`limit`] | how much work a guest may cause |
@@ -36,6 +37,7 @@ pub mod notify;
 pub mod paths;
 pub mod problem;
 pub mod publish;
+pub mod revive;
 pub mod tapdisk;
 
 pub use daemon::{Config, RunError, run};

@@ -8,7 +8,7 @@
 use blkif::keys;
 use xenstore::{Access, Client, Error, Permission, TxId};
 
-use crate::features::Entry;
+use crate::features::{Entry, KTHREAD_PID};
 use crate::input::optional;
 use crate::machine::Phase;
 use crate::paths::DeviceId;
@@ -46,6 +46,15 @@ pub struct Change {
     pub only_news: bool,
 }
 
+/// Where Xen's `block-tap` script keeps the tapdisk's process id (tools/hotplug/Linux/block-tap).
+const HOTPLUG_PID: &str = "pid";
+
+/// Why a disk is not as it was asked for. A key of our own.
+const DEGRADED: &str = "degraded";
+
+/// Characters of a reason that have room in a node whatever they are.
+const MOST_CHARACTERS: usize = 800;
+
 /// What ends the transaction without a commit.
 enum Stop {
     Stale,
@@ -65,6 +74,68 @@ impl From<Error> for Stop {
 /// Those of XenStore.
 pub fn apply(store: &mut Client, place: &Place, expected: Phase, change: &Change) -> Result<Outcome, Error> {
     match store.transact(|store, tx| attempt(store, tx, place, expected, change)) {
+        Ok(()) => Ok(Outcome::Done),
+        Err(Stop::Stale) => Ok(Outcome::Stale),
+        Err(Stop::Store(error)) => Err(error),
+    }
+}
+
+/// Names another tapdisk in a device's directory, if it names the `old` one: in `physical-device-path`, by which everybody
+/// finds it, and in `pid` and `kthread-pid` if they are there. `old` and `new`: path and process id.
+///
+/// # Errors
+///
+/// Those of XenStore.
+pub fn rename(store: &mut Client, dir: &str, old: (&str, i32), new: (&str, i32)) -> Result<Outcome, Error> {
+    let (old_pid, new_pid) = (old.1.to_string(), new.1.to_string());
+    let renamed = store.transact(|store, tx| {
+        let key = |name: &str| format!("{dir}/{name}");
+        let path = optional(store, tx, key(keys::PHYSICAL_DEVICE_PATH))?;
+        if optional(store, tx, key(keys::FRONTEND))?.is_none() || path.as_deref() != Some(old.0.as_bytes()) {
+            return Err(Stop::Stale);
+        }
+        store.write(tx, key(keys::PHYSICAL_DEVICE_PATH), new.0)?;
+        for name in [HOTPLUG_PID, KTHREAD_PID].map(key) {
+            if optional(store, tx, &name)?.as_deref() == Some(old_pid.as_bytes()) {
+                store.write(tx, &name, &new_pid)?;
+            }
+        }
+        Ok(())
+    });
+    match renamed {
+        Ok(()) => Ok(Outcome::Done),
+        Err(Stop::Stale) => Ok(Outcome::Stale),
+        Err(Stop::Store(error)) => Err(error),
+    }
+}
+
+/// Notes in a device's directory why its disk is not as it was asked for, or takes the note away. Only our own domain may read
+/// it, and dom0, which may read everything: it names images.
+///
+/// # Errors
+///
+/// Those of XenStore.
+pub fn note(store: &mut Client, place: &Place, reason: Option<&str>) -> Result<Outcome, Error> {
+    let path = format!("{}/{}", place.dir, DEGRADED);
+    let reason: Option<String> = reason.map(|reason| reason.chars().take(MOST_CHARACTERS).collect());
+    let noted = store.transact(|store, tx| {
+        if optional(store, tx, format!("{}/{}", place.dir, keys::FRONTEND))?.is_none() {
+            return Err(Stop::Stale);
+        }
+        let known = optional(store, tx, &path)?;
+        if known.as_deref() == reason.as_deref().map(str::as_bytes) {
+            return Ok(());
+        }
+        match &reason {
+            Some(reason) => {
+                store.write(tx, &path, reason)?;
+                store.set_perms(tx, &path, &[Permission::new(place.own_domid, Access::None)])?;
+            }
+            None => store.rm(tx, &path)?,
+        }
+        Ok(())
+    });
+    match noted {
         Ok(()) => Ok(Outcome::Done),
         Err(Stop::Stale) => Ok(Outcome::Stale),
         Err(Stop::Store(error)) => Err(error),

@@ -99,6 +99,17 @@ pub enum LinkError {
 }
 
 impl LinkError {
+    /// Whether it says that there is no such tapdisk any more.
+    pub fn is_death(&self) -> bool {
+        match self {
+            LinkError::Ended { .. } => true,
+            LinkError::Unreachable { source, .. } => {
+                matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
+            }
+            LinkError::Io { .. } | LinkError::Frame { .. } | LinkError::Unasked { .. } => false,
+        }
+    }
+
     /// Whether this host had no descriptors or memory left, or too many wait to be let in by the tapdisk: it may be as well as
     /// ever.
     pub fn is_scarcity(&self) -> bool {

@@ -7,5 +7,10 @@ use xenio::cli::{Places, main as run};
 
 fn main() -> ExitCode {
     let host = SimHost::from_environment();
-    ExitCode::from(run(&Places { control_dir: host.control(), lock: host.dir().join("xenio.lock") }))
+    let here = std::env::current_exe().unwrap_or_default();
+    ExitCode::from(run(&Places {
+        control_dir: host.control(),
+        tapdisk: here.with_file_name("tapdisk-sim"),
+        lock: host.dir().join("xenio.lock"),
+    }))
 }

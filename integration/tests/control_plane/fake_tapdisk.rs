@@ -18,6 +18,8 @@ pub struct Vbd {
     pub info: DiskInfo,
     /// Its flush has failed.
     pub failed: bool,
+    /// It is not as it was asked for.
+    pub degraded: bool,
 }
 
 #[derive(Default)]
@@ -55,8 +57,12 @@ impl State {
 
 fn changed(minor: u16, vbd: &Vbd) -> Vec<u8> {
     let failed = vbd.failed.then(|| FAILURE.to_owned());
-    frame::encode(&Reply::Changed { minor: Minor(minor), info: vbd.info, failed, degraded: None }).unwrap()
+    let degraded = vbd.degraded.then(|| DEGRADATION.to_owned());
+    frame::encode(&Reply::Changed { minor: Minor(minor), info: vbd.info, failed, degraded }).unwrap()
 }
+
+/// What a disk without its second image is told with.
+pub const DEGRADATION: &str = "goes on without its second image: aio:/srv/y.img: writing failed: EIO";
 
 /// What a failed disk is told with.
 pub const FAILURE: &str = "vhd:/srv/x.vhd: writing it back failed: EIO";
@@ -101,7 +107,7 @@ impl FakeTapdisk {
     /// Opens an image as `minor`.
     pub fn open(&self, minor: u16, info: DiskInfo) {
         self.with(|state| {
-            state.vbds.insert(minor, Vbd { info, failed: false });
+            state.vbds.insert(minor, Vbd { info, failed: false, degraded: false });
             state.change(minor);
         });
     }
@@ -127,9 +133,17 @@ impl FakeTapdisk {
         });
     }
 
+    /// The second image of the disk open as `minor` fails, or it is given another one.
+    pub fn degrade(&self, minor: u16, degraded: bool) {
+        self.with(|state| {
+            state.vbds.get_mut(&minor).unwrap().degraded = degraded;
+            state.change(minor);
+        });
+    }
+
     /// Tells news that are none of the present.
     pub fn tell(&self, minor: u16, info: DiskInfo) {
-        let news = changed(minor, &Vbd { info, failed: false });
+        let news = changed(minor, &Vbd { info, failed: false, degraded: false });
         self.with(|state| state.followers.retain_mut(|stream| stream.write_all(&news).is_ok()));
     }
 

@@ -3,8 +3,9 @@
 use integration::sim::store::TreeAfter;
 use tap_ctl::proto::DiskInfo;
 use tap_ctl::{Minor, Request};
+use xenstore::{Access, Permission};
 
-use crate::fake_tapdisk::{FAILURE, disk};
+use crate::fake_tapdisk::{DEGRADATION, FAILURE, disk};
 use crate::rig::{DISK, Disk, PID, Rig};
 
 const SECOND: Disk = Disk { domid: 6, vdev: 51712 };
@@ -303,4 +304,34 @@ fn the_next_tapdisk_is_followed_when_one_has_died() {
     rig.wait_state(DISK, "4");
     other.resize(3, 4096);
     rig.wait(&DISK.back("sectors"), "4096");
+}
+
+#[test]
+fn a_disk_that_lost_its_mirror_has_a_note_in_its_directory_until_it_has_one_again() {
+    let mut rig = Rig::new();
+    rig.connected(DISK);
+    rig.settle();
+    let note = DISK.back("degraded");
+    assert_eq!(rig.value(&note), None);
+    let mut spy = rig.spy(DISK);
+    rig.tapdisk.degrade(0, true);
+    rig.wait(&note, DEGRADATION);
+    rig.settle();
+    assert!(spy.changes().iter().all(|path| *path == note), "nothing that a guest looks at");
+    let ours = [Permission::new(0, Access::None)];
+    assert_eq!(
+        rig.store.perms(&note).as_deref(),
+        Some(&ours[..]),
+        "it names images, which no guest is to know"
+    );
+    // Another xenio finds it, and takes it away although it has not written it.
+    rig.stop_xenio();
+    rig.start_xenio();
+    rig.settle();
+    assert_eq!(rig.value(&note).as_deref(), Some(DEGRADATION));
+    rig.stop_xenio();
+    rig.tapdisk.degrade(0, false);
+    rig.start_xenio();
+    rig.wait_gone(&note);
+    assert_eq!((rig.value(&DISK.back("state")).as_deref(), rig.tapdisk.disconnects()), (Some("4"), 0));
 }

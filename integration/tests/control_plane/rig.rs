@@ -101,6 +101,7 @@ impl Rig {
         let config = Config {
             kind: "vbd3".into(),
             control_dir: self.dir.clone(),
+            tapdisk: "/nonexistent".into(),
             store: Some(self.socket.clone()),
             offer: self.offer,
         };
@@ -202,6 +203,10 @@ impl Rig {
     pub fn wait(&self, path: &str, expected: &str) {
         let seen = self.store.wait_for(path, PATIENCE, |value| value == Some(expected.as_bytes()));
         assert!(seen, "{path} is {:?}, expected {expected}", self.value(path));
+    }
+
+    pub fn wait_gone(&self, path: &str) {
+        assert!(self.store.wait_for(path, PATIENCE, |value| value.is_none()), "{path} stays");
     }
 
     pub fn wait_state(&self, disk: Disk, state: &str) {

@@ -1,10 +1,12 @@
 //! vhd-util changes an image.
 
+use std::cell::RefCell;
 use std::path::Path;
+use std::rc::Rc;
 
 use format::testing::{Memory, Op, Parent, Random, Subject, Turns, crash_states, stamps};
 use tempfile::TempDir;
-use vhd::{OpenOptions, Uuid, Vhd};
+use vhd::{NewParent, OpenOptions, Uuid, Vhd};
 
 use crate::recorder::{Recorder, changes_of};
 use crate::skipped;
@@ -66,11 +68,74 @@ fn a_coalesce_never_changes_what_the_child_shows() {
             let mut alone = Turns::open(&shape, parent.image.storage().clone(), Vec::new());
             assert!(alone.contents() == contents, "in the end the parent has all of it");
         }
-        let parents: Vec<Parent> = vec![std::rc::Rc::new(std::cell::RefCell::new(parent.image))];
+        let parents: Vec<Parent> = vec![Rc::new(RefCell::new(parent.image))];
         assert!(
             Turns::open(&shape, child.clone(), parents).contents() == contents,
             "after {done} operations"
         );
+    });
+}
+
+/// An image over others, the nearest first, with these writes.
+fn over(
+    shape: &Shape,
+    image: Memory,
+    below: &[&Memory],
+    writes: Vec<(u64, Vec<u8>)>,
+    random: &mut Random,
+) -> Memory {
+    let mut disk = Turns::open(shape, image, parents(shape, below));
+    disk.write(writes, random);
+    let image = disk.close().0;
+    Memory::of(image.bytes, true)
+}
+
+fn parents(shape: &Shape, below: &[&Memory]) -> Vec<Parent> {
+    let open = |image: &&Memory| Turns::open(shape, (*image).clone(), Vec::new()).image;
+    below.iter().map(|image| -> Parent { Rc::new(RefCell::new(open(image))) }).collect()
+}
+
+#[test]
+fn a_coalesce_into_an_ancestor_never_changes_what_the_child_shows() {
+    if skipped() {
+        return;
+    }
+    let (folder, shape, mut random) = (TempDir::new().unwrap(), Shape::default(), Random::new(6));
+    let named = |number: u8, name: &str| {
+        let (name, path) = (name.to_owned(), format!("./{name}"));
+        Some(NewParent { uuid: Uuid([number; 16]), timestamp: 1, name, path })
+    };
+    let base = shape.image(SECTORS, 1, None);
+    let base = over(&shape, base, &[], vec![(0, stamps(0, 5000, 1))], &mut random);
+    // What lies between has all of a block, of which the child then has a part.
+    let middle = shape.image(SECTORS, 2, named(1, "base.vhd"));
+    let writes = vec![(0, stamps(0, 4096, 2)), (9000, stamps(9000, 100, 3))];
+    let middle = over(&shape, middle, &[&base], writes, &mut random);
+    let child = shape.image(SECTORS, 3, named(2, "middle.vhd"));
+    let writes = vec![(100, stamps(100, 60, 4)), (9050, stamps(9050, 500, 5))];
+    let child = over(&shape, child, &[&middle, &base], writes, &mut random);
+    let shows = |base: &Memory, middle: &Memory| {
+        Turns::open(&shape, child.clone(), parents(&shape, &[middle, base])).contents()
+    };
+    let expected = shows(&base, &middle);
+    for (name, image) in [("base.vhd", &base), ("middle.vhd", &middle), ("child.vhd", &child)] {
+        std::fs::write(folder.path().join(name), &image.bytes).unwrap();
+    }
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let args = ["coalesce", "-n", &path("child.vhd"), "-a", &path("base.vhd")];
+    let (start, log, trace) = record(folder.path(), "base.vhd", &args);
+    let between = changes_of(&trace, &folder.path().join("middle.vhd"));
+    assert!(!between.is_empty(), "what is between gives way");
+    crash_states(&start, &operations(&log), 3, &mut random, |done, state, _| {
+        shape.check(&state, false);
+        let untouched = between.first().is_none_or(|(first, _)| moment(&log, done) <= *first);
+        // Later the two are compared the other way round.
+        assert!(!untouched || shows(&state, &middle) == expected, "after {done} operations on the ancestor");
+    });
+    crash_states(&middle, &operations(&between), 3, &mut random, |done, state, _| {
+        shape.check(&state, false);
+        let base = durable(start.clone(), &log, moment(&between, done));
+        assert!(shows(&base, &state) == expected, "after {done} operations on what is between");
     });
 }
 
@@ -90,7 +155,7 @@ fn another_parent_is_named_entirely_or_not_at_all() {
     let journal = folder.path().join("child.vhd.relink-journal");
     let journal_log = changes_of(&trace, &journal);
     crash_states(&start, &operations(&log), 4, &mut random, |done, state, _| {
-        let saved = durable(&journal_log, moment(&log, done));
+        let saved = durable(Memory::file(), &journal_log, moment(&log, done)).bytes;
         // Whatever opens the image to write finds the journal by itself.
         let undo = ["set", "-n", child.to_str().unwrap(), "-f", "hidden", "-v", "0"];
         let state = intact_or_undone(state, (&child, &journal), &saved, &undo);
@@ -156,7 +221,7 @@ fn resize_and_revert(mebibytes: u64) {
         record(folder.path(), "a.vhd", &["resize", "-n", name, "-s", &size, "-j", saved]);
     let journal_log = changes_of(&trace, &journal);
     crash_states(&start, &operations(&log), 4, &mut random, |done, state, _| {
-        let saved = durable(&journal_log, moment(&log, done));
+        let saved = durable(Memory::file(), &journal_log, moment(&log, done)).bytes;
         let undo = ["revert", "-n", path.to_str().unwrap(), "-j", journal.to_str().unwrap()];
         let state = intact_or_undone(state, (&path, &journal), &saved, &undo);
         shape.check(&state, false);
@@ -166,13 +231,12 @@ fn resize_and_revert(mebibytes: u64) {
     });
 }
 
-/// What of a file is certainly on the disk at some moment.
-fn durable(log: &[(u64, Op)], now: u64) -> Vec<u8> {
+/// What of a file, which was like this at first, is certainly on the disk at some moment.
+fn durable(mut file: Memory, log: &[(u64, Op)], now: u64) -> Memory {
     let before = &log[..log.partition_point(|(moment, _)| *moment < now)];
     let flushed = before.iter().rposition(|(_, op)| *op == Op::Flush).map_or(0, |at| at + 1);
-    let mut file = Memory::file();
     before[..flushed].iter().for_each(|(_, op)| file.apply(op));
-    file.bytes
+    Memory::of(file.bytes, file.regular)
 }
 
 /// The moment before which so many operations had been done.
@@ -185,6 +249,8 @@ fn intact_or_undone(state: Memory, (path, journal): (&Path, &Path), saved: &[u8]
     if open(&state, &OpenOptions { writable: true, ..OpenOptions::default() }).is_ok() {
         return state;
     }
+    // A new file: the one before may be open still, and locked, in a process that another test is just starting.
+    std::fs::remove_file(path).unwrap();
     std::fs::write(path, &state.bytes).unwrap();
     std::fs::write(journal, saved).unwrap();
     let mut text = Vec::new();

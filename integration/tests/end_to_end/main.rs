@@ -5,8 +5,10 @@
 /// The engine that tapdisks are told to use; `None`: the one that they choose.
 const ENGINE: Option<&str> = None;
 
+mod caches;
 mod control;
 mod dirty_log;
+mod encrypted;
 mod failures;
 mod frontends;
 mod guest;
@@ -22,6 +24,7 @@ mod nbd;
 mod old_formats;
 mod pause;
 mod protocol;
+mod qcow2;
 mod ram;
 mod resize;
 mod scarcity;
@@ -30,3 +33,4 @@ mod snapshot;
 mod standby;
 mod stats;
 mod support;
+mod takeover;

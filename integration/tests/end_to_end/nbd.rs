@@ -1,13 +1,17 @@
 //! A tapdisk's NBD server under other people's clients, its client under a guest, and both under a malicious peer.
 
 use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use blkif::DomId;
+use blkif::{DomId, Sector};
 use integration::rig::{PATIENCE, Rig};
 use integration::sim::frontend::Shape;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tap_ctl::inflight::Folder;
 
 use crate::support::{MIB, Storm, guest, pattern, raw, rig, unplug, vhd_util};
 
@@ -191,6 +195,31 @@ fn whole_disks_are_copied_in_and_out() {
     }
 }
 
+/// The kernel tells of a loss once: whoever took over would flush in good faith, and promise a guest what is lost.
+#[test]
+fn nobody_goes_on_with_a_disk_that_has_failed_a_client() {
+    let mut rig = rig();
+    // Threads, because a filter does not see what io_uring does.
+    rig.spawn_options = vec!["--engine".into(), "pool".into()];
+    rig.refuse = format!("fdatasync={}", libc::EIO);
+    let (_, params) = raw(&rig, "disk.img", MIB);
+    let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
+    frontend.write(Sector(8), &pattern(1, 4096)).unwrap();
+    let kept = Folder::of(&rig.host.control(), device.minor);
+    assert!(kept.read().unwrap().is_some());
+    let socket = rig.host.control().vbd_path(device.pid, device.minor);
+    let Some(output) = run("qemu-io", &["-f", "raw", "-c", "flush", &uri(&socket)]) else { return };
+    assert!(!output.status.success(), "{output:?}");
+    assert_eq!(kept.read().unwrap(), None);
+    let refused = rig.tap_ctl(&["upgrade", "--all"]);
+    assert_eq!((refused.code, refused.out.as_str()), (libc::EINVAL, ""), "{}", refused.err);
+    assert!(refused.err.contains("cannot be taken over"), "{}", refused.err);
+    kill(Pid::from_raw(device.pid), Signal::SIGKILL).unwrap();
+    rig.wait_value(&format!("{}/state", device.backend), "5");
+    rig.destroy(&device);
+    rig.assert_clean();
+}
+
 #[test]
 fn a_guest_lives_on_another_tapdisk_by_nbd() {
     let rig = rig();
@@ -203,6 +232,66 @@ fn a_guest_lives_on_another_tapdisk_by_nbd() {
     drop(frontend);
     unplug(&rig, &device);
     assert!(std::fs::read(&image).unwrap() == storm.model, "the image differs from the model");
+}
+
+/// A TCP port of an address behind which a server with a socket is, for so many connections. `None` where there is no such address.
+fn forwarded(address: &str, socket: &Path, connections: usize) -> Option<u16> {
+    let listener = match TcpListener::bind((address, 0)) {
+        Ok(listener) => listener,
+        Err(error) => {
+            eprintln!("{address}: {error}: nothing is tested");
+            return None;
+        }
+    };
+    let (port, socket) = (listener.local_addr().unwrap().port(), socket.to_owned());
+    std::thread::spawn(move || {
+        for client in listener.incoming().take(connections) {
+            let (client, server) = (client.unwrap(), UnixStream::connect(&socket).unwrap());
+            let (mut from, mut to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Both);
+            });
+            let (mut from, mut to) = (server, client);
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut from, &mut to);
+                let _ = to.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    Some(port)
+}
+
+#[test]
+fn servers_of_other_hosts_are_named_by_addresses_names_and_uris() {
+    let rig = rig();
+    let (image, params) = raw(&rig, "a.img", 8 * MIB);
+    let (socket, _) = serve(&rig, &["-a", &params]);
+    let mut model = vec![0; 8 * MIB];
+    let forms: [(&str, &[&str]); 2] = [
+        ("127.0.0.1", &["nbd:127.0.0.1:PORT", "nbd:localhost:PORT:disk", "nbd://127.0.0.1:PORT/disk"]),
+        ("::1", &["nbd:[::1]:PORT:disk", "nbd://[::1]:PORT/"]),
+    ];
+    let mut domid = 0;
+    for (address, forms) in forms {
+        let Some(port) = forwarded(address, &socket, forms.len()) else { continue };
+        for form in forms {
+            domid += 1;
+            let params = form.replace("PORT", &port.to_string());
+            let (device, mut frontend) = guest(&rig, domid, &params, Shape::simple(DomId(domid)));
+            let mut storm = Storm::new(model, u64::from(domid), false);
+            storm.blow(&mut frontend, 300);
+            storm.verify(&mut frontend);
+            unplug(&rig, &device);
+            model = storm.model;
+        }
+    }
+    assert!(domid >= 3 && std::fs::read(&image).unwrap() == model, "the image differs from the model");
+    // A port where nobody listens.
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let refused = rig.tap_ctl(&["create", "-a", &format!("nbd:{closed}")]);
+    assert_eq!(refused.code, libc::ECONNREFUSED, "{}", refused.err);
+    assert!(refused.err.contains(&closed.to_string()), "{}", refused.err);
 }
 
 #[test]
@@ -346,6 +435,7 @@ fn well(socket: &Path, what: &str, hello: &[u8], go: &[u8], request: &dyn Fn(u16
         errors.push(u32::from_be_bytes(reply[4..8].try_into().unwrap()));
     }
     errors.sort_unstable();
+    // The protocol has Linux's numbers: NBD_EINVAL twice, NBD_ENOSPC.
     assert_eq!(errors, [0, 22, 22, 28], "{what}");
     good.write_all(&request(0, 0, 512, 512)).unwrap();
     let mut answer = [0; 16 + 512];

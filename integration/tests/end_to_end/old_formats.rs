@@ -1,10 +1,8 @@
 //! Guests on qcow images of version 1 and on VMDKs.
 
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use blkif::DomId;
-use format::MetaWrite;
 use format::blocking::with_source;
 use integration::rig::Rig;
 use integration::sim::frontend::Shape;
@@ -14,14 +12,6 @@ use super::support::*;
 
 const SIZE: usize = 8 * MIB;
 const SECTORS: u64 = (SIZE / 512) as u64;
-
-fn put(path: &Path, len: u64, writes: &[MetaWrite]) {
-    let file = std::fs::File::create(path).unwrap();
-    file.set_len(len).unwrap();
-    for write in writes {
-        file.write_all_at(&write.bytes, write.offset).unwrap();
-    }
-}
 
 fn make_qcow(path: &Path, backing: Option<&str>) {
     let backing = backing.map(|name| Backing { name: name.into(), mtime: 0 });

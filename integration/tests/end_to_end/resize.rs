@@ -109,6 +109,30 @@ fn a_vhd_grows_as_far_as_its_block_table_reaches_and_no_further() {
 }
 
 #[test]
+fn a_qcow2_grows_beyond_its_tables_and_over_a_smaller_backing_file() {
+    let rig = rig();
+    let (_, below) = raw(&rig, "base.img", 4 * MIB);
+    for (domid, backing) in [(1, None), (2, Some(("base.img", "raw")))] {
+        let (path, params) = qcow2(&rig, &format!("{domid}.qcow2"), 4, backing);
+        grows_under_io(&rig, &params, Shape::simple(DomId(domid)), 4 * MIB, 24 * MIB, |device| {
+            assert_eq!(tap_ctl_resize(&rig, device, &["-s", "24"]), 0);
+        });
+        check_qcow2(&path, false);
+        let (device, mut frontend) = guest(&rig, 10 + domid, &params, Shape::simple(DomId(10 + domid)));
+        // One table reaches over 512 MiB, and the directory had one entry.
+        assert_eq!(tap_ctl_resize(&rig, &device, &["-s", "1100"]), 0);
+        wait_sectors(&rig, &device, 1100 * MIB);
+        let far = Sector(1099 * MIB as u64 / 512);
+        frontend.write(far, &pattern(1, 4096)).unwrap();
+        assert!(frontend.read(far, 4096).unwrap() == pattern(1, 4096));
+        unplug(&rig, &device);
+        check_qcow2(&path, false);
+    }
+    assert!(std::fs::read(below.strip_prefix("aio:").unwrap()).unwrap() == vec![0; 4 * MIB]);
+    rig.assert_clean();
+}
+
+#[test]
 fn a_disk_does_not_shrink() {
     let rig = rig();
     let (path, params) = raw(&rig, "a.img", 4 * MIB);

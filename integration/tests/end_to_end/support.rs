@@ -1,12 +1,15 @@
 //! What the tests of this binary share: images, guests, and a storm of requests that is compared with a model.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use blkif::{DomId, Sector, keys};
+use format::blocking::with_source;
 use integration::programs;
 use integration::rig::{Device, PATIENCE, Rig};
 use integration::sim::frontend::{Completion, Frontend, Io, MAX_TRANSFER, Shape};
+use qcow::v2::{self, Backing};
 
 pub const XVDA: u32 = 51712;
 pub const MIB: usize = 1 << 20;
@@ -49,6 +52,33 @@ pub fn vhd(rig: &Rig, name: &str, mib: usize) -> (PathBuf, String) {
     vhd_util(&["create", "-n", path.to_str().unwrap(), "-s", &mib.to_string()]);
     let params = format!("vhd:{}", path.display());
     (path, params)
+}
+
+/// Writes a new image's parts into a new file.
+pub fn put(path: &Path, len: u64, writes: &[format::MetaWrite]) {
+    let file = std::fs::File::create(path).unwrap();
+    file.set_len(len).unwrap();
+    for write in writes {
+        file.write_all_at(&write.bytes, write.offset).unwrap();
+    }
+}
+
+/// An empty qcow2 image and its parameters.
+pub fn qcow2(rig: &Rig, name: &str, mib: usize, backing: Option<(&str, &str)>) -> (PathBuf, String) {
+    let path = rig.path(name);
+    let backing = backing.map(|(name, format)| Backing { name: name.into(), format: Some(format.into()) });
+    let new = v2::NewImage { backing, ..v2::NewImage::new((mib * MIB / 512) as u64) }.build().unwrap();
+    put(&path, new.len, &new.writes);
+    let params = format!("qcow2:{}", path.display());
+    (path, params)
+}
+
+/// A qcow2 image whose metadata are in order; `leaks`: clusters may be lost, as after a crash.
+pub fn check_qcow2(path: &Path, leaks: bool) {
+    let file = std::fs::File::open(path).unwrap();
+    let report = with_source(&file, v2::check).unwrap().unwrap();
+    let fine = report.corruptions == 0 && (leaks || report.leaks == 0);
+    assert!(fine, "{}: {:?}", path.display(), report.problems);
 }
 
 pub fn pattern(seed: u8, len: usize) -> Vec<u8> {

@@ -21,3 +21,5 @@ mod scene;
 mod snapshot;
 #[path = "../end_to_end/support.rs"]
 mod support;
+#[path = "../end_to_end/takeover.rs"]
+mod takeover;

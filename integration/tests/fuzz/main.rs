@@ -39,6 +39,29 @@ fn images<S: Subject>(subject: &S) -> Vec<Memory> {
     images
 }
 
+/// Images that QEMU makes, where it is installed: what we only read, such as compressed clusters, is in these alone.
+fn of_qemu(ways: &[(&str, &[&str])]) -> Vec<Memory> {
+    let folder = tempfile::tempdir().unwrap();
+    let (raw, image) = (folder.path().join("raw"), folder.path().join("image"));
+    let data = [stamps(0, 200, 1), vec![0; 200 * 512], vec![7; 200 * 512]].concat();
+    std::fs::write(&raw, data).unwrap();
+    let make = |(kind, options): &(&str, &[&str])| {
+        let mut program = std::process::Command::new("qemu-img");
+        program.args(["convert", "-f", "raw", "-O", kind]).args(*options).args([&raw, &image]);
+        match program.output() {
+            Ok(output) => {
+                assert!(output.status.success(), "{program:?}: {}", String::from_utf8_lossy(&output.stderr));
+                Some(Memory::of(std::fs::read(&image).unwrap(), true))
+            }
+            Err(error) => {
+                eprintln!("without images of QEMU: {error}");
+                None
+            }
+        }
+    };
+    ways.iter().filter_map(make).collect()
+}
+
 /// Opens, reads and writes malformed images.
 fn fuzz<F: Format>(
     images: &[Memory],
@@ -88,7 +111,8 @@ fn fuzz_qcow() {
         qcow::Shape { xen: Some(1), ..qcow::Shape::new(9, 6) },
         qcow::Shape { encrypted: true, ..qcow::Shape::new(9, 6) },
     ];
-    let all = shapes.iter().flat_map(images).collect::<Vec<_>>();
+    let mut all = shapes.iter().flat_map(images).collect::<Vec<_>>();
+    all.extend(of_qemu(&[("qcow", &["-c"])]));
     let open = |source: Source<'_>, writable| {
         let key = (source.size.is_multiple_of(3)).then_some(qcow::KEY);
         ::qcow::v1::open(source, &::qcow::v1::OpenOptions { writable, key, ..Default::default() }).ok()
@@ -102,7 +126,13 @@ fn fuzz_qcow2() {
         [(9, 16, 3), (12, 1, 3), (12, 64, 3), (9, 16, 2)].map(|(cluster_bits, refcount_bits, version)| {
             qcow2::Shape { version, cluster_bits, refcount_bits, ..Default::default() }
         });
-    let all = shapes.iter().flat_map(images).collect::<Vec<_>>();
+    let mut all = shapes.iter().flat_map(images).collect::<Vec<_>>();
+    all.extend(of_qemu(&[
+        ("qcow2", &["-c", "-o", "cluster_size=4096"]),
+        ("qcow2", &["-c", "-o", "cluster_size=4096,compression_type=zstd"]),
+        ("qcow2", &["-o", "cluster_size=16k,extended_l2=on"]),
+        ("qcow2", &["-o", "cluster_size=4096,lazy_refcounts=on"]),
+    ]));
     let open = |source: Source<'_>, writable| {
         ::qcow::v2::open(source, &::qcow::v2::OpenOptions { writable, ..Default::default() }).ok()
     };
@@ -114,7 +144,11 @@ fn fuzz_vmdk() {
     let shapes = [(8, 512, true), (1, 512, false), (16, 512, false)].map(|(grain, entries, redundant)| {
         vmdk_support::Shape { grain, entries, redundant, tables: true, cache: 0 }
     });
-    let all = shapes.iter().flat_map(images).collect::<Vec<_>>();
+    let mut all = shapes.iter().flat_map(images).collect::<Vec<_>>();
+    all.extend(of_qemu(&[
+        ("vmdk", &["-o", "subformat=streamOptimized"]),
+        ("vmdk", &["-o", "subformat=monolithicSparse,zeroed_grain=on"]),
+    ]));
     let open = |source: Source<'_>, writable| {
         vmdk::open(source, &vmdk::OpenOptions { writable, ..Default::default() }).ok()
     };

@@ -1,5 +1,5 @@
-# build_images: makes what is missing in $CACHE and sets $WORLD, $BOOT, $DOM0 and $SERVICEDOM0 to the folders with the
-# results.
+# build_images: makes what is missing in $CACHE and sets $WORLD, $BOOT, $DOM0, $SERVICEDOM0 and $LIBXL to the folders with
+# the results.
 # shellcheck shell=bash
 
 # shellcheck source=integration/xen/images/lib.sh
@@ -16,8 +16,11 @@
 . "$HERE/images/dom0.sh"
 # shellcheck source=integration/xen/images/service.sh
 . "$HERE/images/service.sh"
+# shellcheck source=integration/xen/images/libxl.sh
+. "$HERE/images/libxl.sh"
+LIBXL=
 
-# build_images SCENARIO...: the disk of a Debian in full only if one of them wants it.
+# build_images SCENARIO...: the disk of a Debian in full and a patched libxl only if one of them wants it.
 build_images() {
     local in=$HERE/images
     mkdir -p "$CACHE"
@@ -34,6 +37,10 @@ build_images() {
     GRUB=$artefact
     artefact dom0 build_dom0 "$WORLD" "$BOOT" "$FIXTURES" "$GRUB" "$in/dom0.sh" "$in/lib.sh"
     DOM0=$artefact
+    if wants_libxl "$@"; then
+        artefact libxl build_libxl "$WORLD" "$in/libxl.sh" "$LIBXL_PATCHES"/*
+        LIBXL=$artefact
+    fi
     [ -n "$(of_kind service "$@")" ] || return 0
     artefact servicedom0 build_servicedom0 "$WORLD" "$BOOT" "$FIXTURES" "$in/service.sh" "$in/testbed.service" "$in/lib.sh"
     SERVICEDOM0=$artefact

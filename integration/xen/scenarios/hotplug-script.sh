@@ -1,5 +1,4 @@
 # about: our own hotplug script: names with blanks and colons, types that libxl does not know, who uses an image
-# extra: by name
 # limit: 180
 vhd_file='a disk: the first.vhd'
 qcow2_file='second, with "quotes".qcow2'

@@ -28,7 +28,7 @@ fn a_chain_behaves_like_a_vector_of_bytes() {
 
 #[test]
 fn a_stop_at_any_moment_loses_nothing_that_was_flushed() {
-    seeds(16, |random| crash(&Shape { may_leak: true, ..shape(random) }, &Size::small(), random));
+    seeds(60, |random| crash(&Shape { may_leak: true, ..shape(random) }, &Size::small(), random));
 }
 
 #[test]

@@ -6,7 +6,8 @@ use std::time::Duration;
 use lexopt::{Arg, Parser, ValueExt};
 
 use super::values::{
-    absolute, absolute_image, engine, image, mebibytes, minor, pid, seconds, sort, timeout, times,
+    absolute, absolute_image, absolute_of, engine, image, mebibytes, minor, pid, seconds, sort, timeout,
+    times,
 };
 use super::{Command, Opening, Target};
 use crate::list::Filter;
@@ -47,6 +48,7 @@ pub(super) struct Options {
     size: Option<u64>,
     engine: Option<&'static str>,
     full: bool,
+    all: bool,
     force: bool,
     json: bool,
     batch: bool,
@@ -111,6 +113,7 @@ impl Options {
                     options.listen = Some(text(&mut parser)?.parse()?);
                 }
                 Arg::Long("engine") if spawns => options.engine = Some(engine(&text(&mut parser)?)?),
+                Arg::Long("all") if command == "upgrade" => options.all = true,
                 Arg::Long("full") if command == "stats" => options.full = true,
                 other => return Err(other.unexpected().to_string()),
             }
@@ -175,6 +178,11 @@ impl Options {
                 Command::Snapshot(target, absolute_image(self.image.ok_or("-a TYPE:PATH is missing")?), limit)
             }
             "limit" => Command::Limit(self.target()?, self.limit),
+            "upgrade" => match (self.pid, self.all) {
+                (Some(pid), false) => Command::Upgrade(Some(pid)),
+                (None, true) if self.minor.is_none() => Command::Upgrade(None),
+                _ => return Err("either -p PID or --all".into()),
+            },
             "stats" => Command::Stats(self.target()?, self.full || self.json),
             "metrics" => Command::Metrics(self.listen),
             "top" => Command::Top(top::Options {
@@ -187,11 +195,7 @@ impl Options {
             _ => Command::List(Filter {
                 pid: self.pid,
                 minor: self.minor,
-                // What a null image has for a path is none.
-                path: match self.kind.as_deref() {
-                    Some("null") => self.file,
-                    _ => self.file.map(absolute),
-                },
+                path: self.file.map(|path| absolute_of(self.kind.as_deref(), path)),
                 kind: self.kind,
             }),
         })

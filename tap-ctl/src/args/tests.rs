@@ -142,8 +142,24 @@ fn the_size_of_a_null_image_is_no_path() {
         panic!()
     };
     assert_eq!(opening.params.image.path, "64G");
-    let Ok(Command::List(filter)) = line("list -t null -f 64G") else { panic!() };
-    assert_eq!(filter.path.as_deref(), Some("64G"));
+}
+
+#[test]
+fn what_is_looked_for_is_written_as_it_was_when_it_was_opened() {
+    let here = std::path::absolute("disk").unwrap().to_str().unwrap().to_owned();
+    for (options, path) in [
+        ("-t null -f 64G", "64G"),
+        ("-t ram -f 64M", "64M"),
+        ("-t ram -f disk", &here),
+        ("-t nbd -f unix:/s", "unix:/s"),
+        ("-t nbd -f host:10809:disk", "host:10809:disk"),
+        ("-t vhd -f disk", &here),
+        ("-t unknown -f disk", &here),
+        ("-f disk", &here),
+    ] {
+        let Ok(Command::List(filter)) = line(&format!("list {options}")) else { panic!("{options}") };
+        assert_eq!(filter.path.as_deref(), Some(path), "{options}");
+    }
 }
 
 #[test]

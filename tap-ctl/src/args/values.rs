@@ -55,6 +55,14 @@ pub(super) fn absolute_image(mut image: ImageSpec) -> ImageSpec {
     image
 }
 
+/// What names an image of a type, which may be unknown, as [`absolute_image`] would have it.
+pub(super) fn absolute_of(kind: Option<&str>, path: String) -> String {
+    match kind.and_then(ImageType::from_name) {
+        Some(kind) => absolute_image(ImageSpec { kind, path }).path,
+        None => absolute(path),
+    }
+}
+
 pub(super) fn image(text: &str) -> Result<ImageSpec, String> {
     text.parse().map_err(|error: crate::proto::ImageSpecError| error.to_string())
 }

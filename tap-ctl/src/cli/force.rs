@@ -3,55 +3,34 @@
 //! The tapdisk is killed. What it has in flight cannot be taken back: the kernel ends it when the storage answers, and keeps
 //! the image's lock until then, so nobody opens the image while an old write may still reach it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Failure, because, close_and_detach, with_target};
+use super::{DYING, Failure, close_and_detach, take_away};
 use crate::args::Target;
 use crate::client::{self, Client, QUICK};
 use crate::dir::ControlDir;
 use crate::error::Error;
-use crate::minors;
-use crate::proto::{Minor, Reply, Request};
+use crate::inflight::Folder;
+use crate::proto::{Reply, Request};
 
 /// How long a healthy disk is given to close, where the caller does not say.
 const CLOSING: Duration = Duration::from_secs(5);
 
-/// How long a killed tapdisk may take to be gone.
-const DYING: Duration = Duration::from_secs(5);
-
 /// close, detach, free; and if that takes too long, the tapdisk is killed.
 pub(super) fn destroy(dir: &ControlDir, target: Target, limit: Option<Duration>) -> Result<(), Failure> {
-    let what = || because(with_target("destroy", target));
-    match close_and_detach(dir, target, Some(limit.unwrap_or(CLOSING))) {
-        Err(Error::Timeout { .. }) => end(dir, target).map_err(what())?,
+    take_away(dir, target, |target| match close_and_detach(dir, target, Some(limit.unwrap_or(CLOSING))) {
+        Err(Error::Timeout { .. }) => end(dir, target),
         // EALREADY: somebody waits for the same.
-        Err(Error::Refused { errno, .. }) if errno == Errno::EALREADY as i32 => {
-            end(dir, target).map_err(what())?;
-        }
-        other => other.map_err(what())?,
-    }
-    free(dir, target.minor).map_err(what())
+        Err(Error::Refused { errno, .. }) if errno == Errno::EALREADY as i32 => end(dir, target),
+        other => other,
+    })
 }
 
-/// Frees a minor. The system closes a dead process's files one after the other: the marker may still be locked when the control
-/// socket is gone.
-fn free(dir: &ControlDir, minor: Minor) -> Result<(), Error> {
-    let end = Instant::now() + DYING;
-    loop {
-        match minors::free(dir, minor) {
-            Err(Error::MinorInUse { .. }) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(20))
-            }
-            other => return other,
-        }
-    }
-}
-
-/// Kills the tapdisk, and clears away what it would have cleared away itself.
+/// Kills the tapdisk. What it leaves of its disk is cleared away when the minor is freed.
 fn end(dir: &ControlDir, target: Target) -> Result<(), Error> {
     let Target { pid, minor } = target;
     let mut witness = match Client::connect(dir, pid) {
@@ -67,6 +46,13 @@ fn end(dir: &ControlDir, target: Target) -> Result<(), Error> {
     if witness.peer_pid() != Some(pid) {
         return Err(Error::Impostor { pid });
     }
+    // Else another tapdisk would go on with the disk.
+    let left = Folder::of(dir, minor);
+    left.forget().map_err(|source| Error::File {
+        action: "remove the record in",
+        path: left.path().into(),
+        source,
+    })?;
     match kill(Pid::from_raw(pid), Signal::SIGKILL) {
         Ok(()) | Err(Errno::ESRCH) => {}
         Err(errno) => return Err(Error::Kill { pid, errno }),
@@ -76,13 +62,13 @@ fn end(dir: &ControlDir, target: Target) -> Result<(), Error> {
         return Err(Error::Undead { pid });
     }
     log::warn!("tapdisk {pid} was killed: it did not close minor {minor} in time");
-    for path in [dir.control_socket(pid), dir.vbd_path(pid, minor)] {
-        match std::fs::remove_file(&path) {
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::File { action: "remove", path, source });
-            }
-            _ => {}
+    // The other sockets go with their minor.
+    let path = dir.control_socket(pid);
+    match std::fs::remove_file(&path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::File { action: "remove", path, source });
         }
+        _ => {}
     }
     Ok(())
 }

@@ -2,7 +2,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
 use super::*;
-use crate::proto::{CacheStats, Minor, RingEntry, RingStats};
+use crate::proto::{CacheStats, Minor, RingEntry, RingStats, StoreOperation};
 use crate::testing::some_stats;
 
 fn survey() -> Survey {
@@ -21,6 +21,19 @@ fn survey() -> Survey {
             failed: 0,
         };
         stats.rings = vec![ring];
+        stats.late = 4;
+        stats.oldest_ms = Some(12_500);
+        stats.store = Some(StoreOperation {
+            age_ms: 12_250,
+            operation: "read".to_owned(),
+            offset: 0,
+            bytes: 4096,
+            file: path.to_owned(),
+        });
+        if pid == 4711 {
+            let failed = Some("no space".to_owned());
+            stats.disk.mirror = Some(MirrorStats { copied: 512, total: 1024, failed, stuck_ms: Some(30) });
+        }
         stats.disk.cache = Some(CacheStats { hits: 9, misses: 1, bytes: 4096, limit: 8192 });
         Disk { pid, minor: Minor(3), stats }
     };
@@ -108,6 +121,13 @@ fn the_text_is_what_prometheus_reads() {
     assert_eq!(value("xenio_disk_requests_total", r#",operation="read""#), 3.0);
     assert_eq!(value("xenio_disk_bytes_total", r#",operation="read""#), 24.0 * 512.0);
     assert_eq!(value("xenio_disk_cache_sectors_total", r#",result="hit""#), 9.0);
+    assert_eq!(value("xenio_disk_late_requests", ""), 4.0);
+    assert_eq!(value("xenio_disk_oldest_request_seconds", ""), 12.5);
+    assert_eq!(value("xenio_disk_oldest_store_operation_seconds", ""), 12.25);
+    assert_eq!(value("xenio_disk_mirror_failed", ""), 1.0);
+    assert_eq!(value("xenio_disk_mirror_copied_bytes", ""), 512.0);
+    assert_eq!(value("xenio_disk_mirror_stuck_seconds", ""), 0.03);
+    assert!(!samples.contains_key(r#"xenio_disk_mirror_failed{pid="4712",minor="3"}"#), "it has no mirror");
     let latency = "xenio_disk_request_duration_seconds";
     // 100, 200 and 3000 µs.
     for (le, count) in

@@ -205,6 +205,11 @@ impl ImageFile {
         Ok(())
     }
 
+    /// Whether nobody could open it again: it has no name, or has lost it.
+    pub fn is_nameless(&self) -> bool {
+        self.regular && self.keep().file().metadata().is_ok_and(|metadata| metadata.nlink() == 0)
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path

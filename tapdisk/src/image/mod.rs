@@ -38,9 +38,10 @@ use tap_ctl::proto::{DiskStats, ImageSpec};
 use self::chain::Chain;
 pub use self::error::OpenError;
 use self::filter::Filters;
+pub use self::filter::Succession;
 pub use self::open::open;
 use self::share::Common;
-pub use self::share::DiskShare;
+pub use self::share::{DiskShare, OnFailure};
 pub use self::survey::{Holds, Run};
 use crate::buf::Buf;
 use crate::io::{Direction, Io, Transfer};
@@ -115,6 +116,23 @@ impl Disk {
     /// Whether writes are refused.
     pub fn is_readonly(&self) -> bool {
         self.readonly.get()
+    }
+
+    /// Who is told when the second image serves instead of the first; asked before anything is written to the second only.
+    pub fn tell_succession(&self, succession: Succession) {
+        if let Some(filters) = &self.filters {
+            filters.tell_succession(succession);
+        }
+    }
+
+    /// Who is told when a flush fails, on whichever handle, before anybody else learns of it.
+    pub fn tell_failure(&self, whom: OnFailure) {
+        self.common.tell_failure(whom);
+    }
+
+    /// Whether what is written is still there when this process has died: not so in a file without a name.
+    pub fn outlives_process(&self) -> bool {
+        self.chain.leaf.files().into_iter().all(|file| !file.is_nameless())
     }
 
     /// Physical block size of the store in bytes.

@@ -20,11 +20,25 @@ use crate::io::Io;
 pub(super) struct Common {
     sectors: AtomicU64,
     failure: OnceLock<String>,
+    heard: OnceLock<OnFailure>,
+}
+
+/// Who is told that the disk is about to be stopped for good.
+pub struct OnFailure(pub Box<dyn Fn() + Send + Sync>);
+
+impl std::fmt::Debug for OnFailure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnFailure")
+    }
 }
 
 impl Common {
     pub(super) fn new(sectors: u64) -> Arc<Common> {
-        Arc::new(Common { sectors: AtomicU64::new(sectors), failure: OnceLock::new() })
+        Arc::new(Common {
+            sectors: AtomicU64::new(sectors),
+            failure: OnceLock::new(),
+            heard: OnceLock::new(),
+        })
     }
 
     pub(super) fn sectors(&self) -> u64 {
@@ -40,7 +54,16 @@ impl Common {
         self.failure.get().map(String::as_str)
     }
 
+    /// The first one who wants to know it stays.
+    pub(super) fn tell_failure(&self, whom: OnFailure) {
+        let _ = self.heard.set(whom);
+    }
+
     pub(super) fn fail(&self, why: String) {
+        // Before any handle acts upon it.
+        if let Some(heard) = self.heard.get() {
+            (heard.0)();
+        }
         // The first reason stays: those after it follow from it.
         let _ = self.failure.set(why);
     }

@@ -29,6 +29,8 @@ pub struct Door {
     pub token: Token,
     listener: UnixListener,
     path: PathBuf,
+    /// An older name of the socket, by which clients know it.
+    alias: Option<PathBuf>,
     handshakes: Arc<AtomicUsize>,
 }
 
@@ -50,7 +52,21 @@ impl Door {
         }
         let mut listener = UnixListener::bind(&path)?;
         registry.register(&mut listener, token, Interest::READABLE)?;
-        Ok(Door { token, listener, path, handshakes: Arc::default() })
+        Ok(Door { token, listener, path, alias: None, handshakes: Arc::default() })
+    }
+
+    /// Lets clients in by another name too, in the same folder, where a dead process may have left a socket.
+    pub fn also_at(&mut self, alias: PathBuf) -> io::Result<()> {
+        let name = self.path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let draft = alias.with_extension("draft");
+        match std::fs::remove_file(&draft) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        std::os::unix::fs::symlink(name, &draft)?;
+        std::fs::rename(&draft, &alias)?;
+        self.alias = Some(alias);
+        Ok(())
     }
 
     /// Begins the handshakes of those who wait outside; `deliver` gets each client that comes to an agreement.
@@ -86,8 +102,10 @@ impl Door {
 
 impl Drop for Door {
     fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            log::warn!("cannot remove {}: {error}", self.path.display());
+        for path in self.alias.iter().chain([&self.path]) {
+            if let Err(error) = std::fs::remove_file(path) {
+                log::warn!("cannot remove {}: {error}", path.display());
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A parent that another disk of this host stands for (`tap-ctl open -e`): finding its NBD socket.
 //!
-//! Minors are unique on a host, so at most one tapdisk serves one; sockets of tapdisks that died may be left beside it.
+//! Minors are unique on a host, so at most one tapdisk serves one; sockets of tapdisks that died may be left beside it, and
+//! names by which clients know them that lead to a successor's.
 
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -21,6 +22,7 @@ pub(super) fn find(dir: &ControlDir, minor: Minor) -> Result<ImageSpec, (Errno, 
     })?;
     let mut found = names
         .filter_map(Result::ok)
+        .filter(|entry| entry.file_type().is_ok_and(|kind| !kind.is_symlink()))
         .map(|entry| entry.path())
         .filter(|path| dir.parse_vbd_path(path).is_some_and(|(_, served)| served == minor) && listens(path));
     match (found.next(), found.next()) {
@@ -40,7 +42,7 @@ pub(super) fn find(dir: &ControlDir, minor: Minor) -> Result<ImageSpec, (Errno, 
 }
 
 /// Whether somebody listens at a socket; never waits.
-fn listens(path: &Path) -> bool {
+pub(super) fn listens(path: &Path) -> bool {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let connected = || {
         let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
@@ -68,6 +70,8 @@ mod tests {
         let _this = UnixListener::bind(dir.vbd_path(12, Minor(7))).unwrap();
         let found = find(&dir, Minor(7)).unwrap();
         assert_eq!(found.to_string(), format!("nbd:{}", dir.vbd_path(12, Minor(7)).display()));
+        std::os::unix::fs::symlink("nbd12.7", dir.vbd_path(9, Minor(7))).unwrap();
+        assert_eq!(find(&dir, Minor(7)).unwrap(), found);
         let _second = UnixListener::bind(dir.vbd_path(13, Minor(7))).unwrap();
         assert_eq!(find(&dir, Minor(7)).unwrap_err().0, Errno::EINVAL);
     }

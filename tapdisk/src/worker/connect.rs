@@ -27,7 +27,7 @@ use super::served;
 use super::stats::Counted;
 use super::thread::{Devices, Served, State, failure, notify};
 use super::throttle::Gate;
-use super::{Answer, Command, Commands, Inbox, Notice, Phase, Shared, Source, Worker};
+use super::{Answer, Begin, Command, Commands, Inbox, Notice, Phase, Shared, Source, Worker, takeover};
 use crate::copier::Copier;
 use crate::flight::{Operation, What};
 use crate::io::errno_of;
@@ -65,7 +65,7 @@ impl Sibling {
 
 impl<X: Xen> State<X> {
     /// Connects all rings of a frontend, or none.
-    pub(super) fn connect(&mut self, params: &RingParams) -> Result<(), Failure> {
+    pub(super) fn connect(&mut self, params: &RingParams, begin: Begin) -> Result<(), Failure> {
         let (dom, vdev) = (params.dom(), params.device());
         let named = |(errno, what): Failure| (errno, format!("device {vdev} of domain {dom}: {what}"));
         if self.closing {
@@ -91,7 +91,7 @@ impl<X: Xen> State<X> {
         let own = if apart { std::slice::from_ref(first) } else { &params.queues[..] };
         let mut served = Vec::with_capacity(own.len());
         for queue in own {
-            match self.attach(params, queue) {
+            match self.attach(params, queue, begin) {
                 Ok(ring) => served.push(ring),
                 Err(error) => {
                     self.detach(served);
@@ -99,8 +99,16 @@ impl<X: Xen> State<X> {
                 }
             }
         }
+        // Threads of their own serve at once, and the record comes before.
+        if self.seat.is_first()
+            && let Err(error) = self.keeper.serves(params)
+        {
+            self.detach(served);
+            return Err(named((errno_of(&error), format!("cannot note it for a takeover: {error}"))));
+        }
         if apart && running {
-            if let Err(error) = self.start_siblings(params, rest) {
+            if let Err(error) = self.start_siblings(params, rest, begin) {
+                self.keeper.served(params.entry());
                 self.detach(served);
                 return Err(named(error));
             }
@@ -113,6 +121,9 @@ impl<X: Xen> State<X> {
                 served.ring.pause();
             }
             self.start_slots(served);
+        }
+        if begin == Begin::Again {
+            self.wake_frontends(&served);
         }
         log::info!(
             "device {vdev} of domain {dom}: connected, {} of {} slots{}",
@@ -149,8 +160,13 @@ impl<X: Xen> State<X> {
         self.devices.as_ref().ok_or((Errno::ENODEV, "Xen's devices are missing".into()))
     }
 
-    /// Maps a ring and binds its event channel. Nothing is served yet.
-    pub(super) fn attach(&mut self, params: &RingParams, queue: &QueueParams) -> Result<Served<X>, Failure> {
+    /// Maps a ring, takes its journal up and binds its event channel. Nothing is served yet.
+    pub(super) fn attach(
+        &mut self,
+        params: &RingParams,
+        queue: &QueueParams,
+        begin: Begin,
+    ) -> Result<Served<X>, Failure> {
         let (dom, vdev) = (params.dom(), params.device());
         let abi = Abi::from_protocol_key(Some(params.protocol.as_bytes()))
             .map_err(|e| (Errno::EPROTONOSUPPORT, e.to_string()))?;
@@ -168,6 +184,7 @@ impl<X: Xen> State<X> {
             discard_secure: disk.discard.is_some_and(|discard| discard.secure),
             max_indirect: MAX_INDIRECT_SEGMENTS,
         };
+        let journal = self.keeper.journal(params, queue);
         let Devices { copier, events } = self.devices()?;
         let (copier, events) = (copier.clone(), events.clone());
         let map = copier
@@ -175,12 +192,15 @@ impl<X: Xen> State<X> {
             .map(dom, &refs, Access::ReadWrite)
             .map_err(|e| (errno_of(&e), format!("cannot map the ring's pages: {e}")))?;
         let mapped = MappedRing::attach(map, abi, order).map_err(|e| (Errno::EIO, e.to_string()))?;
-        let port = events
-            .borrow_mut()
-            .bind(dom, queue.remote_port())
-            .map_err(|e| (errno_of(&e), format!("cannot bind event channel {}: {e}", queue.port)))?;
+        let attached = takeover::attached(mapped, &journal, begin)?;
+        let bind = || events.borrow_mut().bind(dom, queue.remote_port());
+        let port = match begin {
+            Begin::Anew => bind(),
+            Begin::Again => takeover::patiently(bind),
+        }
+        .map_err(|e| (errno_of(&e), format!("cannot bind event channel {}: {e}", queue.port)))?;
         let gate = Gate::new(self.throttle.clone());
-        let ring = Ring::new((dom, vdev), port, geometry, mapped, gate, self.io.scheduler.clone());
+        let ring = Ring::new((dom, vdev), port, geometry, attached, gate, self.io.scheduler.clone());
         let way = Way {
             dom,
             seat: self.seat.clone(),
@@ -225,9 +245,14 @@ impl<X: Xen> State<X> {
     }
 
     /// Starts a thread for each of `queues`. Waits for them: connecting takes no longer than mapping a ring does.
-    fn start_siblings(&mut self, params: &RingParams, queues: &[QueueParams]) -> Result<(), Failure> {
+    fn start_siblings(
+        &mut self,
+        params: &RingParams,
+        queues: &[QueueParams],
+        begin: Begin,
+    ) -> Result<(), Failure> {
         for queue in queues {
-            if let Err(error) = self.start_sibling(params.with_queue(queue)) {
+            if let Err(error) = self.start_sibling(params.with_queue(queue), begin) {
                 self.end_siblings(|sibling| sibling.entry() == params.entry());
                 return Err(error);
             }
@@ -235,7 +260,7 @@ impl<X: Xen> State<X> {
         Ok(())
     }
 
-    pub(super) fn start_sibling(&mut self, params: RingParams) -> Result<(), Failure> {
+    pub(super) fn start_sibling(&mut self, params: RingParams, begin: Begin) -> Result<(), Failure> {
         let refused = |reply: Reply| match reply {
             Reply::Error { errno, message } => (Errno::from_raw(errno), message),
             _ => (Errno::EIO, "a thread for a ring gave no sensible answer".to_owned()),
@@ -253,6 +278,7 @@ impl<X: Xen> State<X> {
                 disk: share,
                 throttle: self.throttle.clone(),
                 patience: self.seat.patience(),
+                keeper: self.keeper.clone(),
             }),
             self.engine,
             Box::new(move |result| drop(sender.send(result))),
@@ -261,7 +287,8 @@ impl<X: Xen> State<X> {
         .map_err(|e| (errno_of(&e), format!("cannot start a thread for a ring: {e}")))?;
         opened.recv().map_err(lost)?.map_err(refused)?;
         let (sender, connected) = channel();
-        worker.send(Command::Connect(params.clone(), Answer::new(move |reply| drop(sender.send(reply)))));
+        let answer = Answer::new(move |reply| drop(sender.send(reply)));
+        worker.send(Command::Connect(params.clone(), begin, answer));
         match connected.recv().map_err(lost)? {
             Reply::Done => {}
             reply => return Err(refused(reply)),
@@ -328,7 +355,7 @@ impl<X: Xen> State<X> {
         self.unpark(entry);
         let (rings, siblings, parked) = (self.rings.clone(), self.siblings.clone(), self.parked.clone());
         let past = self.past.clone();
-        let (inbox, seat) = (self.inbox.clone(), self.seat.clone());
+        let (inbox, seat, keeper) = (self.inbox.clone(), self.seat.clone(), self.keeper.clone());
         let events = self.devices.as_ref().map(|devices| devices.events.clone());
         async move {
             end_siblings(&siblings, &inbox, |sibling| sibling.entry() == entry);
@@ -345,6 +372,9 @@ impl<X: Xen> State<X> {
             while siblings.borrow().iter().any(|sibling| sibling.entry() == entry) {
                 inbox.siblings_changed.wait().await;
             }
+            if seat.is_first() {
+                keeper.served(entry);
+            }
             publish(&inbox, &seat, entries(&rings, &siblings, &parked));
             log::info!("device {vdev} of domain {dom}: disconnected");
         }
@@ -355,7 +385,7 @@ impl<X: Xen> State<X> {
             return answer.give(failure(Errno::EBUSY, format!("{}: is paused", self.seat.name())));
         };
         let rings = self.rings.clone();
-        let (siblings, tell) = (self.siblings.clone(), self.tell.clone());
+        let (siblings, tell, keeper) = (self.siblings.clone(), self.tell.clone(), self.keeper.clone());
         self.executor.spawn(async move {
             let disk = &work.disk;
             let before = disk.sectors();
@@ -366,6 +396,7 @@ impl<X: Xen> State<X> {
                         sibling.worker.send(Command::Grown);
                     }
                     if sectors != before {
+                        keeper.note(|record| record.info = info(disk));
                         log::info!("{}: has grown from {before} to {sectors} sectors", disk.name());
                         tell(Notice::Resized(info(disk)));
                     }
@@ -387,6 +418,7 @@ impl<X: Xen> State<X> {
         if limits != before {
             self.throttle.set(limits);
             self.seat.stay_limited(limits);
+            self.keeper.note(|record| record.params.limit = limits);
             self.renew_limits();
             for sibling in self.siblings.borrow().iter() {
                 sibling.worker.send(Command::Limited);
@@ -413,7 +445,7 @@ impl<X: Xen> State<X> {
         }
         self.send_clients_away();
         let ends: Vec<_> = self.entries().into_iter().map(|entry| self.end_of_frontend(entry)).collect();
-        let (seat, ended) = (self.seat.clone(), self.ended.clone());
+        let (seat, ended, keeper) = (self.seat.clone(), self.ended.clone(), self.keeper.clone());
         self.executor.spawn(async move {
             for end in ends {
                 end.await;
@@ -424,6 +456,9 @@ impl<X: Xen> State<X> {
                 Some(disk) => disk.close().await,
                 None => Ok(()),
             };
+            if seat.is_first() {
+                keeper.end();
+            }
             let reply = match closed {
                 Ok(()) => Reply::Done,
                 Err(errno) => failure(errno, format!("closing the image failed: {}", errno.desc())),

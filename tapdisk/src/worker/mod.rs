@@ -9,6 +9,7 @@
 
 mod clients;
 mod connect;
+pub mod keeper;
 mod late;
 mod limit;
 mod mapped;
@@ -20,6 +21,7 @@ mod seat;
 mod serve;
 mod served;
 mod stats;
+mod takeover;
 mod thread;
 mod throttle;
 
@@ -34,8 +36,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tap_ctl::Reply;
+use tap_ctl::inflight::Record;
 use tap_ctl::proto::{DiskInfo, ImageSpec, LimitChange, OpenParams, Reopen, RingEntry, RingParams};
 
+use self::keeper::{Identity, Keeper};
 use self::stats::{Counted, Gathering};
 pub use self::throttle::Throttle;
 use crate::image::DiskShare;
@@ -57,7 +61,21 @@ const HOUSEKEEPING: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub enum Source {
     /// It is opened.
-    Open(OpenParams),
+    Open {
+        /// How.
+        params: OpenParams,
+        /// By whom.
+        identity: Identity,
+        /// Keeps what is needed to go on with it.
+        keeper: Arc<Keeper>,
+    },
+    /// Another process had it open, and has died.
+    TakeOver {
+        /// What that one has left.
+        record: Record,
+        /// Keeps it.
+        keeper: Arc<Keeper>,
+    },
     /// Another thread has it open.
     Share(Shared),
 }
@@ -71,6 +89,17 @@ pub struct Shared {
     pub throttle: Arc<Throttle>,
     /// How long a request is tried again.
     pub patience: Duration,
+    /// What is kept of it.
+    pub keeper: Arc<Keeper>,
+}
+
+/// How a frontend's rings are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// Nobody has served them before.
+    Anew,
+    /// Another process may have served them, and died.
+    Again,
 }
 
 /// What a worker tells without being asked.
@@ -147,13 +176,15 @@ impl fmt::Debug for Answer {
 #[derive(Debug)]
 pub enum Command {
     /// Serve a frontend.
-    Connect(RingParams, Answer),
+    Connect(RingParams, Begin, Answer),
     /// Stop serving a frontend.
     Disconnect(RingEntry, Answer),
     /// Take a change of the image's size in; or, with a size in bytes, make it grow.
     Resize(Option<u64>, Answer),
     /// Close the image, and keep the frontends waiting; not if it takes longer than until then.
     Pause(Option<Instant>, Answer),
+    /// Close the image, so that another process can go on with everything.
+    Leave(Answer),
     /// Go on after a pause.
     Unpause(Reopen, Answer),
     /// Make a new image over the present one, and go on with that; not if what is in flight takes longer than until then.
@@ -223,13 +254,14 @@ impl Worker {
             Arc::new(EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let commands = Commands { queue, wake };
         let image = match &source {
-            Source::Open(params) => Some(params.image.clone()),
+            Source::Open { params, .. } => Some(params.image.clone()),
+            Source::TakeOver { record, .. } => Some(record.params.image.clone()),
             Source::Share(..) => None,
         };
         let status = Arc::new(Mutex::new(Status { image, ..Status::default() }));
         let legacy = Legacy::default();
         let (given, told, left) = (commands.clone(), status.clone(), legacy.clone());
-        let name = if matches!(source, Source::Open(_)) { "disk" } else { "ring" };
+        let name = if matches!(source, Source::Share(_)) { "ring" } else { "disk" };
         std::thread::Builder::new().name(name.into()).spawn(move || {
             // Built here: what waits for siblings belongs to the thread.
             let inbox = |scheduler| Inbox {

@@ -19,8 +19,9 @@ use tap_ctl::proto::{DiskInfo, ImageSpec, Reopen, RingEntry, RingParams};
 use super::connect::Failure;
 use super::seat::info;
 use super::thread::{Served, State, failure};
-use super::{Answer, Command, Notice, Phase};
+use super::{Answer, Begin, Command, Notice, Phase};
 use crate::image::{self, snapshot};
+use crate::io::errno_of;
 use crate::reactor::Timer;
 use crate::xen::Xen;
 
@@ -31,6 +32,15 @@ pub(super) enum Then {
     Stay,
     /// A new image is made, and opened.
     Snapshot(ImageSpec),
+    /// Another process goes on.
+    Leave,
+}
+
+impl Then {
+    /// Whether the disk is to be at rest. Such wishes go together, but not with a snapshot, after which the disk goes on.
+    fn is_rest(&self) -> bool {
+        matches!(self, Then::Stay | Then::Leave)
+    }
 }
 
 /// Somebody wants a pause.
@@ -58,17 +68,15 @@ impl<X: Xen> State<X> {
             return wish.refuse(Errno::ESHUTDOWN, "the image is being closed".into());
         }
         match (self.seat.phase(), &wish.then) {
-            (Phase::Paused, Then::Stay) => wish.answer.give(Reply::Done),
+            (Phase::Paused, Then::Stay | Then::Leave) => wish.answer.give(Reply::Done),
             (Phase::Paused, Then::Snapshot(_)) => wish.refuse(Errno::EBUSY, format!("{name}: is paused")),
             (Phase::Pausing, then) => {
-                // Who wants the disk to stay paused cannot have it together with a snapshot, which goes on.
-                let agrees = |other: &Wish| matches!((&other.then, then), (Then::Stay, Then::Stay));
                 if self.after_pause.is_empty() {
                     wish.refuse(
                         Errno::EBUSY,
                         format!("{name}: a pause that was given up is ending; try again"),
                     );
-                } else if self.after_pause.iter().all(agrees) {
+                } else if then.is_rest() && self.after_pause.iter().all(|other| other.then.is_rest()) {
                     self.want(wish);
                 } else {
                     wish.refuse(Errno::EBUSY, format!("{name}: is being paused"));
@@ -131,6 +139,9 @@ impl<X: Xen> State<X> {
             Ok(()) => {
                 self.seat.empty();
                 self.seat.enter(Phase::Paused);
+                if self.after_pause.iter().any(|wish| matches!(wish.then, Then::Stay)) {
+                    self.keeper.note(|record| record.paused = true);
+                }
                 log::info!("{name}: paused");
             }
             Err(_) => self.go_on(),
@@ -140,6 +151,7 @@ impl<X: Xen> State<X> {
         if wishes.is_empty() && closed.is_ok() && !self.closing {
             // Given up when the image was being closed already.
             if let Err((_, why)) = self.unpause(Reopen::default()) {
+                self.keeper.note(|record| record.paused = true);
                 log::error!("{name}: stays paused: {why}");
             }
         }
@@ -152,7 +164,7 @@ impl<X: Xen> State<X> {
                 (Ok(()), _) if self.closing => {
                     wish.answer.give(failure(Errno::ESHUTDOWN, format!("{name}: is being closed")));
                 }
-                (Ok(()), Then::Stay) => wish.answer.give(Reply::Done),
+                (Ok(()), Then::Stay | Then::Leave) => wish.answer.give(Reply::Done),
                 (Ok(()), Then::Snapshot(image)) => wish.answer.give(match self.snapshot(&image) {
                     Ok(()) => Reply::Done,
                     Err((errno, message)) => failure(errno, message),
@@ -226,8 +238,15 @@ impl<X: Xen> State<X> {
             return Err((Errno::EMEDIUMTYPE, message));
         }
         let after = info(&disk);
+        let kept = self.keeper.change(|record| {
+            record.paused = false;
+            record.params = params.clone();
+            record.info = after;
+        });
+        kept.map_err(|e| (errno_of(&e), format!("{}: cannot be noted for a takeover: {e}", params.image)))?;
         log::info!("{}: going on, {} sectors", params.image, after.sectors);
         self.seat.fill(disk, params);
+        self.seat.heed(&self.keeper);
         self.go_on();
         self.publish();
         (self.tell)(Notice::Reopened(after));
@@ -255,7 +274,8 @@ impl<X: Xen> State<X> {
     /// Serves a ring again that had a thread of its own. Its guest may have died meanwhile, which must not hold up others.
     fn serve_parked(&mut self, params: RingParams) {
         let shared = self.seat.disk().is_some_and(|disk| disk.share().is_some());
-        let served = if shared { self.start_sibling(params.clone()) } else { self.serve_here(&params) };
+        let served =
+            if shared { self.start_sibling(params.clone(), Begin::Again) } else { self.serve_here(&params) };
         if let Err((_, why)) = served {
             let (dom, vdev) = (DomId(params.domid), VdevId(params.vdev));
             log::error!(
@@ -266,7 +286,7 @@ impl<X: Xen> State<X> {
 
     fn serve_here(&mut self, params: &RingParams) -> Result<(), Failure> {
         for queue in &params.queues {
-            let served = self.attach(params, queue)?;
+            let served = self.attach(params, queue, Begin::Again)?;
             self.start_slots(&served);
             self.rings.borrow_mut().push(served);
         }
@@ -306,6 +326,7 @@ impl<X: Xen> State<X> {
         match self.unpause(Reopen::default()) {
             Ok(_) => Err((errno, why)),
             Err((_, also)) => {
+                self.keeper.note(|record| record.paused = true);
                 let message = format!(
                     "{why}; and the image before cannot be opened again, the disk stays paused: {also}"
                 );

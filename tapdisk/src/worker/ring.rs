@@ -17,7 +17,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use blkif::ids::{PAGE_SIZE, SECTOR_SIZE};
-use blkif::{BackRing, DomId, Geometry, Port, Rejection, Request, RequestKind, Status, VdevId};
+use blkif::{BackRing, DomId, Geometry, Port, RawRequest, Rejection, Request, RequestKind, Status, VdevId};
 use gntdev::GrantMap;
 use tap_ctl::proto::{RingEntry, RingStats};
 
@@ -25,6 +25,7 @@ use super::mapped::MappedRing;
 use super::throttle::Gate;
 use crate::executor::{Scheduler, TaskId};
 use crate::flight::{By, Flight, Taken, What};
+use crate::journal::{Entry, Journal, Replay};
 use crate::sync::WaitSet;
 use crate::tick::Tick;
 
@@ -57,6 +58,8 @@ pub enum Armed {
 struct Slot {
     task: Cell<Option<TaskId>>,
     request: Cell<Option<Request>>,
+    /// Where the request that the slot owns stands in the journal.
+    entry: Cell<Option<Entry>>,
     /// When its request was taken, and what it is; `None`: it has none that will be answered.
     taken: Cell<Option<(Tick, What)>>,
 }
@@ -76,6 +79,54 @@ fn count(counter: &Cell<u64>) {
     counter.set(counter.get() + 1);
 }
 
+/// A frontend's ring, mapped, and the journal of its requests.
+#[derive(Debug)]
+pub struct Attached<M> {
+    /// The ring, which counts the requests in `replay` as taken.
+    pub mapped: MappedRing<M>,
+    /// Its journal.
+    pub journal: Journal,
+    /// Requests that the process before us has left unanswered, oldest first.
+    pub replay: Replay,
+}
+
+/// What is there while the ring is mapped.
+struct Link<M> {
+    mapped: MappedRing<M>,
+    journal: Journal,
+    replay: Replay,
+}
+
+impl<M: GrantMap> Link<M> {
+    /// The next request: of those left to us, or of those on the ring. None is taken from the ring that could not be noted.
+    fn next(&mut self) -> Result<Option<(Entry, RawRequest)>, blkif::RingBroken> {
+        if let Some(left) = self.replay.pop_front() {
+            return Ok(Some(left));
+        }
+        if !self.journal.has_room() {
+            return Ok(None);
+        }
+        let ring = self.mapped.ring();
+        let index = ring.next_request();
+        let Some(raw) = ring.take()? else { return Ok(None) };
+        Ok(self.journal.take(index, &raw).map(|entry| (entry, raw)))
+    }
+
+    fn respond(&mut self, entry: Entry, (id, op, status): (u64, u8, Status)) {
+        let ring = self.mapped.ring();
+        self.journal.answer(entry, ring.next_response());
+        ring.respond(id, op, status);
+    }
+
+    fn push(&mut self) -> bool {
+        let ring = self.mapped.ring();
+        self.journal.publish(ring.next_response());
+        let notify = ring.push();
+        self.journal.published();
+        notify
+    }
+}
+
 /// A connected ring.
 pub struct Ring<M> {
     /// The frontend's domain.
@@ -86,7 +137,7 @@ pub struct Ring<M> {
     pub port: Port,
     geometry: Cell<Geometry>,
     /// `None` once it was unmapped.
-    mapped: RefCell<Option<MappedRing<M>>>,
+    link: RefCell<Option<Link<M>>>,
     scheduler: Rc<Scheduler>,
     slots: Vec<Slot>,
     idle: RefCell<Vec<usize>>,
@@ -126,19 +177,25 @@ impl<M: GrantMap> Ring<M> {
         (dom, vdev): (DomId, VdevId),
         port: Port,
         geometry: Geometry,
-        mut mapped: MappedRing<M>,
+        attached: Attached<M>,
         gate: Gate,
         scheduler: Rc<Scheduler>,
     ) -> Ring<M> {
+        let Attached { mut mapped, journal, replay } = attached;
         let slots = (mapped.ring().slots() as usize).min(MAX_SLOTS);
         Ring {
             dom,
             vdev,
             port,
             geometry: Cell::new(geometry),
-            mapped: RefCell::new(Some(mapped)),
+            link: RefCell::new(Some(Link { mapped, journal, replay })),
             slots: (0..slots)
-                .map(|_| Slot { task: Cell::default(), request: Cell::default(), taken: Cell::default() })
+                .map(|_| Slot {
+                    task: Cell::default(),
+                    request: Cell::default(),
+                    entry: Cell::default(),
+                    taken: Cell::default(),
+                })
                 .collect(),
             idle: RefCell::new((0..slots).rev().collect()),
             barrier: Cell::new(false),
@@ -161,7 +218,11 @@ impl<M: GrantMap> Ring<M> {
     }
 
     fn with_ring<T>(&self, access: impl FnOnce(&mut BackRing) -> T) -> Option<T> {
-        self.mapped.borrow_mut().as_mut().map(|mapped| access(mapped.ring()))
+        self.with_link(|link| access(link.mapped.ring()))
+    }
+
+    fn with_link<T>(&self, access: impl FnOnce(&mut Link<M>) -> T) -> Option<T> {
+        self.link.borrow_mut().as_mut().map(access)
     }
 
     /// How many slot tasks to start.
@@ -223,10 +284,11 @@ impl<M: GrantMap> Ring<M> {
         while self.awake.get() && !self.is_closed() && !self.barrier.get() {
             let Some(&slot) = self.idle.borrow().last() else { break };
             let Some(slot_place) = self.slots.get(slot) else { break };
-            if self.gate.is_limited() && !(self.has_unconsumed() && self.gate.admits()) {
+            // What was left to us has passed the gate before.
+            if self.gate.is_limited() && !self.has_left() && !(self.has_unconsumed() && self.gate.admits()) {
                 break;
             }
-            let Some(raw) = self.next_entry() else { break };
+            let Some((entry, raw)) = self.next_entry() else { break };
             took = true;
             count(&self.counts.taken);
             match blkif::request::parse(&raw, &self.geometry.get()) {
@@ -235,6 +297,7 @@ impl<M: GrantMap> Ring<M> {
                     self.gate.charge(most_bytes(&request));
                     self.idle.borrow_mut().pop();
                     let taken = (*now.get_or_insert_with(Tick::now), What::from(&request));
+                    slot_place.entry.set(Some(entry));
                     slot_place.request.set(Some(request));
                     slot_place.taken.set(Some(taken));
                     if let Some(task) = slot_place.task.get() {
@@ -244,7 +307,7 @@ impl<M: GrantMap> Ring<M> {
                 Err(Rejection { id, op, status, reason }) => {
                     log::debug!("{self:?}: request refused: {reason}");
                     count(&self.counts.malformed);
-                    self.send(id, op, status);
+                    self.send(entry, id, op, status);
                 }
             }
         }
@@ -254,8 +317,13 @@ impl<M: GrantMap> Ring<M> {
         took
     }
 
-    fn next_entry(&self) -> Option<blkif::RawRequest> {
-        match self.with_ring(BackRing::take)? {
+    /// Whether there are requests of the process before us.
+    fn has_left(&self) -> bool {
+        self.with_link(|link| !link.replay.is_empty()).unwrap_or(false)
+    }
+
+    fn next_entry(&self) -> Option<(Entry, RawRequest)> {
+        match self.with_link(Link::next)? {
             Ok(entry) => entry,
             Err(broken) => {
                 self.report_broken(&broken);
@@ -325,8 +393,8 @@ impl<M: GrantMap> Ring<M> {
         Armed::Unmask
     }
 
-    fn send(&self, id: u64, op: u8, status: Status) {
-        self.with_ring(|ring| ring.respond(id, op, status));
+    fn send(&self, entry: Entry, id: u64, op: u8, status: Status) {
+        self.with_link(|link| link.respond(entry, (id, op, status)));
         count(&self.counts.answered);
         if status == Status::Error {
             count(&self.counts.failed);
@@ -336,7 +404,7 @@ impl<M: GrantMap> Ring<M> {
 
     /// Publishes answers. Returns whether the frontend wants to be notified.
     pub fn push(&self) -> bool {
-        let notify = self.answered.replace(false) && self.with_ring(BackRing::push).unwrap_or(false);
+        let notify = self.answered.replace(false) && self.with_link(Link::push).unwrap_or(false);
         if notify {
             count(&self.counts.kicks);
         }
@@ -392,7 +460,9 @@ impl<M: GrantMap> Ring<M> {
 
     /// For a slot's task: answers its request and takes the slot back.
     pub fn complete(&self, slot: usize, request: &Request, status: Status) {
-        self.send(request.id, request.op, status);
+        if let Some(entry) = self.slots.get(slot).and_then(|place| place.entry.take()) {
+            self.send(entry, request.id, request.op, status);
+        }
         self.release(slot, request);
     }
 
@@ -449,9 +519,12 @@ impl<M: GrantMap> Ring<M> {
         self.with_ring(BackRing::nudge).unwrap_or(false)
     }
 
-    /// Gives the guest's pages back. Nothing may be in flight.
+    /// Gives the guest's pages back, and forgets its requests. Nothing may be in flight.
     pub fn unmap(&self) {
-        self.mapped.take();
+        if let Some(Link { mapped, journal, .. }) = self.link.take() {
+            drop(mapped);
+            journal.remove();
+        }
     }
 
     /// Takes no more requests; every slot's task ends when its request has.

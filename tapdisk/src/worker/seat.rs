@@ -5,14 +5,16 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tap_ctl::proto::{DiskInfo, ImageSpec, Limits, OpenParams};
 
 use super::Phase;
+use super::keeper::Keeper;
 use crate::executor::Scheduler;
 use crate::flight::{By, Flight, Taken, What};
-use crate::image::Disk;
+use crate::image::{Disk, OnFailure, Succession};
 use crate::sync::WaitSet;
 use crate::tick::Tick;
 
@@ -61,6 +63,22 @@ impl Seat {
             disk: RefCell::new(Some(Rc::new(disk))),
             params: RefCell::new(params),
             phase: Cell::new(Phase::Running),
+            works: RefCell::default(),
+            free: RefCell::default(),
+            changed: WaitSet::new(scheduler.clone()),
+            patience,
+            trying: Cell::new(0),
+            tries: WaitSet::new(scheduler),
+        }
+    }
+
+    /// The place of a disk that was paused when another process had it, and that guests know as `info`.
+    pub fn paused(params: OpenParams, info: DiskInfo, patience: Duration, scheduler: Rc<Scheduler>) -> Seat {
+        Seat {
+            seen: Cell::new(info),
+            disk: RefCell::new(None),
+            params: RefCell::new(Some(params)),
+            phase: Cell::new(Phase::Paused),
             works: RefCell::default(),
             free: RefCell::default(),
             changed: WaitSet::new(scheduler.clone()),
@@ -157,6 +175,11 @@ impl Seat {
         self.tries.wake_all();
     }
 
+    /// Whether it is the place of the thread that opened the disk.
+    pub fn is_first(&self) -> bool {
+        self.params.borrow().is_some()
+    }
+
     /// How the disk was opened.
     pub fn params(&self) -> Option<OpenParams> {
         self.params.borrow().clone()
@@ -208,6 +231,16 @@ impl Seat {
         if let Some(params) = &mut *self.params.borrow_mut() {
             params.limit = limit;
         }
+    }
+
+    /// What whoever takes over has to know of the disk itself: if its second image comes to serve instead of the first, only
+    /// that is to be opened; if a flush fails, nobody is to take over, who would find a disk that flushes.
+    pub fn heed(&self, keeper: &Arc<Keeper>) {
+        let (Some(disk), true) = (self.disk(), self.is_first()) else { return };
+        let told = keeper.clone();
+        disk.tell_succession(Succession(Box::new(move || told.leaves_first_image())));
+        let told = keeper.clone();
+        disk.tell_failure(OnFailure(Box::new(move || told.give_up())));
     }
 
     /// Lets go of the disk, which closes its files if nobody else has it.

@@ -16,17 +16,19 @@ use evtchn::EventChannel;
 use gntdev::Grants;
 use nix::errno::Errno;
 use tap_ctl::Reply;
-use tap_ctl::proto::{DiskInfo, RingParams};
+use tap_ctl::proto::{DiskInfo, OpenParams, RingParams};
 
 use super::connect::Sibling;
+use super::keeper::Keeper;
 use super::late::Watch;
 use super::pause::{Then, Wish};
 use super::poll::{Advice, Poller};
 use super::ring::{Armed, Ring};
-use super::seat::Seat;
+use super::seat::{Seat, info};
 use super::serve::Way;
 use super::served::Clock;
 use super::stats::Counted;
+use super::takeover::open_again;
 use super::{Answer, Command, HOUSEKEEPING, Inbox, Notice, PATIENCE, RETRY, Source, Throttle};
 use crate::buf::{MAX_DATA, Pool};
 use crate::copier::Copier;
@@ -78,6 +80,8 @@ pub(super) struct State<X: Xen> {
     /// Further rings of our frontends, of one queue each, that are served again after a pause.
     pub parked: Rc<RefCell<Vec<RingParams>>>,
     pub throttle: Arc<Throttle>,
+    /// What is kept for the case that we die.
+    pub keeper: Arc<Keeper>,
     /// The turn's time.
     pub clock: Rc<Clock>,
     /// Turns since the rings' numbers were shown.
@@ -115,10 +119,15 @@ pub(super) fn run<X: Xen>(
     opened: Box<dyn FnOnce(Result<DiskInfo, Reply>) + Send>,
     tell: Arc<dyn Fn(Notice) + Send + Sync>,
 ) {
+    let rings = match &source {
+        Source::TakeOver { record, .. } => record.rings.clone(),
+        Source::Open { .. } | Source::Share(_) => Vec::new(),
+    };
     let mut state = match set_up(xen, source, engine, inbox, tell) {
         Ok(ready) => ready,
         Err(reply) => return opened(Err(reply)),
     };
+    state.take_over(&rings);
     opened(Ok(state.seat.info()));
     while state.ended.borrow().is_none() {
         if let Err(error) = state.turn() {
@@ -155,19 +164,36 @@ fn set_up<X: Xen>(
     let pool = Pool::new(scheduler.clone(), DATA_BYTES).map_err(|e| system("buffers", &e))?;
     reactor.watch_commands(inbox.fd()).map_err(|e| system("the I/O engine", &e))?;
     let io = Io::new(reactor, pool, scheduler.clone());
-    let (disk, params, throttle, patience) = match source {
-        Source::Open(params) => {
+    let (seat, throttle, keeper) = match source {
+        Source::Open { params, identity, keeper } => {
             let disk =
                 image::open(&params, &io).map_err(|error| failure(error.errno(), error.to_string()))?;
-            let throttle = Throttle::new(params.limit);
-            let patience = params.timeout.filter(|&seconds| seconds > 0);
-            let patience = patience.map_or(PATIENCE, |seconds| Duration::from_secs(seconds.into()));
-            (disk, Some(params), throttle, patience)
+            let kept = keeper.begin(identity, &params, info(&disk), disk.outlives_process());
+            kept.map_err(|e| system("the record of the disk", &e))?;
+            let (throttle, patience) = (Throttle::new(params.limit), patience(&params));
+            (Seat::new(disk, Some(params), patience, scheduler.clone()), throttle, keeper)
         }
-        Source::Share(shared) => (shared.disk.open(io.clone()), None, shared.throttle, shared.patience),
+        Source::TakeOver { record, keeper } => {
+            let patience = patience(&record.params);
+            let throttle = Throttle::new(record.params.limit);
+            let seat = match record.paused {
+                true => Seat::paused(record.params, record.info, patience, scheduler.clone()),
+                false => {
+                    let disk = open_again(&record, &io)
+                        .map_err(|error| failure(error.errno(), error.to_string()))?;
+                    Seat::new(disk, Some(record.params), patience, scheduler.clone())
+                }
+            };
+            (seat, throttle, keeper)
+        }
+        Source::Share(shared) => {
+            let disk = shared.disk.open(io.clone());
+            (Seat::new(disk, None, shared.patience, scheduler.clone()), shared.throttle, shared.keeper)
+        }
     };
-    let executor = Executor::new(scheduler.clone());
-    let seat = Rc::new(Seat::new(disk, params, patience, scheduler));
+    let executor = Executor::new(scheduler);
+    let seat = Rc::new(seat);
+    seat.heed(&keeper);
     if let Some(work) = seat.disk().and_then(|disk| disk.background()) {
         executor.spawn(work);
     }
@@ -183,6 +209,7 @@ fn set_up<X: Xen>(
         siblings: Rc::default(),
         parked: Rc::default(),
         throttle,
+        keeper,
         clock: Rc::default(),
         unshown: Cell::new(0),
         past: Rc::default(),
@@ -199,6 +226,12 @@ fn set_up<X: Xen>(
         closing: false,
         housekeeping: Cell::new(false),
     })
+}
+
+/// How long a request of a disk is tried again.
+fn patience(params: &OpenParams) -> Duration {
+    let patience = params.timeout.filter(|&seconds| seconds > 0);
+    patience.map_or(PATIENCE, |seconds| Duration::from_secs(seconds.into()))
 }
 
 impl<X: Xen> State<X> {
@@ -425,8 +458,8 @@ impl<X: Xen> State<X> {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Connect(params, answer) => {
-                answer.give(match self.connect(&params) {
+            Command::Connect(params, begin, answer) => {
+                answer.give(match self.connect(&params, begin) {
                     Ok(()) => Reply::Done,
                     Err((errno, message)) => failure(errno, message),
                 });
@@ -434,6 +467,7 @@ impl<X: Xen> State<X> {
             Command::Disconnect(entry, answer) => self.disconnect(entry, answer),
             Command::Resize(size, answer) => self.resize(size, answer),
             Command::Pause(until, answer) => self.pause(Wish { then: Then::Stay, until, answer }),
+            Command::Leave(answer) => self.leave(answer),
             Command::Unpause(change, answer) => answer.give(match self.unpause(change) {
                 Ok(info) => Reply::DiskInfo(info),
                 Err((errno, message)) => failure(errno, message),

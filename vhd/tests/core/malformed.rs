@@ -203,7 +203,8 @@ fn m11_blocks_beyond_the_end() {
     assert_eq!(errno(open_writable(&store)), libc::EINVAL);
     let vhd = open(&store).unwrap();
     let results = (0..3).map(|block| vhd.map(block * 4096, 1)).collect::<Vec<_>>();
-    assert!(results.iter().any(|result| matches!(result, Err(Error::Corrupt { .. }))));
+    assert!(results.iter().flat_map(|result| result.as_ref().err()).all(|error| error.errno() == libc::EIO));
+    assert!(results.iter().any(Result::is_err));
     assert!(results.iter().any(Result::is_ok));
 }
 
@@ -387,12 +388,12 @@ fn m29_short_footers_and_short_files() {
     for len in [0, 20, 100, 510] {
         let mut store = image();
         store.bytes.truncate(len);
-        assert!(matches!(open(&store), Err(Error::TooShort { .. })), "{len}");
+        assert_eq!(errno(open(&store)), libc::EIO, "{len}");
     }
     for len in [511, 512, 513, 1024, 1535, 1536, 2047] {
         let mut store = image();
         store.bytes.truncate(len);
-        assert!(open(&store).is_err(), "{len}");
+        assert_eq!(errno(open(&store)), libc::EINVAL, "{len}");
     }
 }
 

@@ -89,12 +89,15 @@ fn m70_places() {
 
 #[test]
 fn m71_descriptors_within() {
-    for text in ["", "# Disk DescriptorFile\n", "x"] {
-        let mut file = image();
-        file.bytes[512..1536].fill(0);
+    let mut empty = image();
+    empty.bytes[512..1536].fill(0);
+    for text in ["# Disk DescriptorFile\n", "x"] {
+        let mut file = empty.clone();
         put(&mut file.bytes, 512, text.as_bytes());
         refused(&file, libc::EINVAL);
     }
+    // Room for one, and none in it: a part of an image in several files.
+    assert!(open(&empty, true).unwrap().descriptor().is_none());
     let parent =
         String::from_utf8(image().bytes[512..1536].to_vec()).unwrap().replace("ffffffff", "00000001");
     refused(&with(512, parent.as_bytes()), libc::ENOTSUP);

@@ -308,9 +308,48 @@ fn a_frontend_has_returned_when_it_was_in_operation_and_waits_again() {
 }
 
 #[test]
-fn a_disk_that_lost_its_mirror_is_told_of_once() {
+fn a_device_whose_tapdisk_died_waits_for_the_next_and_asks_it() {
+    for (ring, expected) in [(true, Ring::Unknown), (false, Ring::Down)] {
+        let mut device = device(if ring { Phase::Connected } else { Phase::Initialising });
+        let before = tap_and_ring(&device).1;
+        assert_eq!(before, expected);
+        device.waits_for_successor();
+        let busy = if ring { Ring::Busy } else { Ring::Down };
+        assert_eq!(tap_and_ring(&device), (Tap::Asking, busy));
+        device.succeeded(8);
+        assert_eq!(tap_and_ring(&device), (Tap::New, expected));
+        let next = Vbd { pid: 8, minor: Minor(3) };
+        assert_eq!(device.renamed(), Some((7, next)));
+        // XenStore still names the dead one, which does not bring it back.
+        device.observe(&backend(Phase::Connected), CONNECTED);
+        assert_eq!(device.vbd(), Some(next));
+        // Nor does a second death change who is named there.
+        device.waits_for_successor();
+        device.succeeded(9);
+        assert_eq!(device.renamed(), Some((7, Vbd { pid: 9, minor: Minor(3) })));
+        device.is_named();
+        assert_eq!(device.renamed(), None);
+        // It was not dead at all.
+        device.waits_for_successor();
+        device.succeeded(9);
+        assert_eq!((tap_and_ring(&device), device.renamed()), ((Tap::New, expected), None));
+    }
+}
+
+#[test]
+fn a_disk_that_lost_its_mirror_is_told_of_and_noted_once() {
     let mut device = device(Phase::Connected);
+    assert_eq!(device.to_note(), None, "nothing is known");
     let lost = News { degraded: Some("without".into()), ..news(100, None) };
-    let told = [&news(100, None), &lost, &lost, &news(100, None)].map(|news| device.degrades(news));
-    assert_eq!(told, [false, true, false, true]);
+    for (news, told, noted) in [
+        // An earlier xenio may have noted something else.
+        (&news(100, None), None, Some(None)),
+        (&lost, Some("without"), Some(Some("without"))),
+        (&lost, None, None),
+        (&news(100, None), None, Some(None)),
+    ] {
+        assert_eq!(device.degrades(news), told);
+        assert_eq!(device.to_note(), noted);
+        device.noted();
+    }
 }

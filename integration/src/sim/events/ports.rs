@@ -148,6 +148,11 @@ impl PortTable {
         }
     }
 
+    /// Whether a port has fired, or is just firing, and was not unmasked since.
+    pub fn is_masked(&self, port: Port) -> bool {
+        self.word(port, 3).load(Ordering::SeqCst) & MASKED != 0
+    }
+
     /// Lets a port fire. True: an event waited for that; it is to be delivered, and the port stays masked.
     pub fn unmask(&self, port: Port) -> bool {
         let next = |flags: u32| if flags & PENDING == 0 { 0 } else { MASKED };

@@ -60,6 +60,17 @@ pub struct Mirror {
     waiting: Cell<(u32, Instant)>,
     /// The first image was full: the secondary serves alone.
     alone: Cell<bool>,
+    /// Hears of that before anything is written to the secondary only.
+    succession: OnceCell<Succession>,
+}
+
+/// Who is told that the first image is left; false: it must not be.
+pub struct Succession(pub Box<dyn Fn() -> bool>);
+
+impl std::fmt::Debug for Succession {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Succession")
+    }
 }
 
 /// What is copied and what is not.
@@ -138,6 +149,7 @@ impl Mirror {
             failed: OnceCell::new(),
             waiting: Cell::new((0, Instant::now())),
             alone: Cell::new(false),
+            succession: OnceCell::new(),
         })
     }
 
@@ -237,7 +249,7 @@ impl Mirror {
             return first;
         }
         match first {
-            Err(Errno::ENOSPC | Errno::EDQUOT) if self.is_complete() => {
+            Err(Errno::ENOSPC | Errno::EDQUOT) if self.is_complete() && self.may_succeed() => {
                 self.take_over();
                 Ok(())
             }
@@ -258,6 +270,17 @@ impl Mirror {
     /// Whether the secondary has everything that the first image has.
     fn is_complete(&self) -> bool {
         self.progress.borrow().left(self.total) == 0
+    }
+
+    /// Who is told when the first image is left.
+    pub fn tell_succession(&self, succession: Succession) {
+        // The first one who wants to know it stays.
+        let _ = self.succession.set(succession);
+    }
+
+    /// Whether the first image may be left: whoever opens the disk next has to know it.
+    fn may_succeed(&self) -> bool {
+        self.alone.get() || self.succession.get().is_none_or(|succession| succession.0())
     }
 
     fn take_over(&self) {

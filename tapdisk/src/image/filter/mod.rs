@@ -27,6 +27,7 @@ use tap_ctl::proto::{DiskStats, ImageSpec, OpenParams};
 use self::dirty_log::DirtyLog;
 use self::local_cache::LocalCache;
 use self::mirror::Mirror;
+pub use self::mirror::Succession;
 use self::standby::Standby;
 use super::OpenError;
 use super::chain::Chain;
@@ -95,6 +96,13 @@ impl Filters {
     /// The image that has become the disk for good, where the one that was opened has not everything any more.
     pub fn heir(&self) -> Option<&ImageSpec> {
         self.mirror.as_ref().and_then(Mirror::heir)
+    }
+
+    /// Who is told when another image than at first serves.
+    pub fn tell_succession(&self, succession: Succession) {
+        if let Some(mirror) = &self.mirror {
+            mirror.tell_succession(succession);
+        }
     }
 
     /// Whether each write goes to two images.

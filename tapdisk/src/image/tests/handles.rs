@@ -1,6 +1,8 @@
 //! Disks of all kinds as their users handle them: discarded, grown, shared between threads, stopped.
 
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 
@@ -157,7 +159,11 @@ fn a_disk_that_was_stopped_says_why_and_stops_its_other_handles() {
         let disk = open(&params(ImageType::Aio, &path, false), &io).unwrap();
         let other = disk.share().unwrap().open(io.clone());
         assert_eq!(other.failure(), None);
-        disk.common.fail("first".into());
+        let told = Arc::new(AtomicBool::new(false));
+        let whom = told.clone();
+        disk.tell_failure(OnFailure(Box::new(move || whom.store(true, Ordering::Relaxed))));
+        other.common.fail("first".into());
+        assert!(told.load(Ordering::Relaxed), "whichever handle it is");
         disk.common.fail("second".into());
         assert_eq!(other.failure().as_deref(), Some("first"));
         assert_eq!(other.flush().await, Err(Errno::EIO));

@@ -159,3 +159,76 @@ fn extents_for_reading_only_and_extents_of_zeros_are_not_written() {
     });
     drop(dir);
 }
+
+/// Runs qemu-img; false if it is not installed.
+fn qemu_img(arguments: &[&std::ffi::OsStr]) -> bool {
+    match std::process::Command::new("qemu-img").args(arguments).output() {
+        Ok(output) => {
+            let words = [output.stdout, output.stderr].concat();
+            assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&words));
+            true
+        }
+        Err(error) => {
+            eprintln!("skipped: qemu-img: {error}");
+            false
+        }
+    }
+}
+
+/// Flat and sparse, in one file and in several, beside a raw file with the same content.
+#[test]
+fn images_of_qemu_of_every_kind_are_read_and_written() {
+    const GIB: u64 = 1 << 30;
+    for (kind, size, files) in [
+        ("monolithicSparse", 24 << 20, 1),
+        ("monolithicFlat", 24 << 20, 2),
+        ("twoGbMaxExtentSparse", 2 * GIB + (1 << 20), 3),
+        ("twoGbMaxExtentFlat", 2 * GIB + (1 << 20), 3),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (raw, folder) = (dir.path().join("raw"), dir.path().join("image"));
+        std::fs::create_dir(&folder).unwrap();
+        let image = folder.join("disk.vmdk");
+        let file = std::fs::File::create_new(&raw).unwrap();
+        file.set_len(size).unwrap();
+        // Around the middle, where the second extent of the large ones begins, and at both ends.
+        let middle = if size > 2 * GIB { 2 * GIB } else { size / 2 } / 512;
+        let places = [0, 77, middle - 100, middle + 300, size / 512 - 256];
+        for (place, byte) in places.into_iter().zip(1..) {
+            file.write_all_at(&[byte; 200 * 512], place * 512).unwrap();
+        }
+        let option = format!("subformat={kind}");
+        let convert = ["convert", "-f", "raw", "-O", "vmdk", "-o", &option];
+        let paths = [raw.as_os_str(), image.as_os_str()];
+        if !qemu_img(&[&convert.map(AsRef::as_ref)[..], &paths].concat()) {
+            return;
+        }
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), files, "{kind}");
+        run(move |io| async move {
+            let disk = open(&params(ImageType::Vmdk, &image, false), &io).unwrap();
+            assert_eq!(disk.sectors(), size / 512, "{kind}");
+            let mut seen = vec![0; 200 * 512];
+            for shift in [0, 50, 0] {
+                for place in places.map(|place| place.saturating_sub(shift)) {
+                    file.read_exact_at(&mut seen, place * 512).unwrap();
+                    assert!(read(&disk, &io, place, 200).await == seen, "{kind}: {place}");
+                }
+                for (place, byte) in places.into_iter().zip(shift as u8 + 10..) {
+                    let (at, data) = (place.saturating_sub(20), vec![byte; 120 * 512]);
+                    write(&disk, &io, at, &data).await.unwrap();
+                    file.write_all_at(&data, at * 512).unwrap();
+                }
+            }
+            disk.flush().await.unwrap();
+            disk.close().await.unwrap();
+            drop(disk);
+            if kind == "twoGbMaxExtentSparse" {
+                let part = folder.join("disk-s001.vmdk");
+                assert_eq!(errno_of(&part, false, &io), Errno::EINVAL, "a part alone is no disk");
+            }
+            let compare = ["compare", "-f", "raw", "-F", "vmdk"];
+            qemu_img(&[&compare.map(AsRef::as_ref)[..], &[raw.as_os_str(), image.as_os_str()]].concat());
+        });
+        drop(dir);
+    }
+}

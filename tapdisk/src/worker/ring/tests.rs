@@ -1,3 +1,4 @@
+use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,7 +11,8 @@ use tap_ctl::proto::Limits;
 
 use super::*;
 use crate::executor::Executor;
-use crate::worker::Throttle;
+use crate::worker::takeover::attached;
+use crate::worker::{Begin, Throttle};
 
 /// A page that the test, as the guest, shares with the ring.
 #[repr(align(4096))]
@@ -55,13 +57,19 @@ impl Guest {
     }
 }
 
+fn attach(page: &Rc<Page>, journal: &Path, begin: Begin) -> Attached<TestMap> {
+    let mapped = MappedRing::attach(TestMap(page.clone()), Abi::X86_64, RingOrder::default()).unwrap();
+    attached(mapped, journal, begin).unwrap()
+}
+
 fn connect() -> (Guest, Rc<Ring<TestMap>>, Rc<Scheduler>) {
     connect_limited(Throttle::new(Limits::default()))
 }
 
 fn connect_limited(throttle: Arc<Throttle>) -> (Guest, Rc<Ring<TestMap>>, Rc<Scheduler>) {
     let page = Rc::new(Page(std::array::from_fn(|_| AtomicU32::new(0))));
-    let mapped = MappedRing::attach(TestMap(page.clone()), Abi::X86_64, RingOrder::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let attached = attach(&page, &folder.path().join("ring"), Begin::Anew);
     let scheduler = Rc::new(Scheduler::default());
     let geometry = Geometry {
         capacity: 1 << 20,
@@ -73,7 +81,7 @@ fn connect_limited(throttle: Arc<Throttle>) -> (Guest, Rc<Ring<TestMap>>, Rc<Sch
         max_indirect: 0,
     };
     let gate = Gate::new(throttle);
-    let ring = Ring::new((DomId(1), VdevId(51712)), Port(1), geometry, mapped, gate, scheduler.clone());
+    let ring = Ring::new((DomId(1), VdevId(51712)), Port(1), geometry, attached, gate, scheduler.clone());
     (Guest { page, produced: 0 }, Rc::new(ring), scheduler)
 }
 

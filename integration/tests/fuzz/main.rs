@@ -50,7 +50,10 @@ fn of_qemu(ways: &[(&str, &[&str])]) -> Vec<Memory> {
         program.args(["convert", "-f", "raw", "-O", kind]).args(*options).args([&raw, &image]);
         match program.output() {
             Ok(output) => {
-                assert!(output.status.success(), "{program:?}: {}", String::from_utf8_lossy(&output.stderr));
+                let words = String::from_utf8_lossy(&output.stderr);
+                // QEMU 7.2 and 10.0 say nothing and exit with 1 after they have made a good compressed qcow.
+                let good = output.status.success() || (options.contains(&"-c") && words.is_empty());
+                assert!(good, "{program:?}: {words}");
                 Some(Memory::of(std::fs::read(&image).unwrap(), true))
             }
             Err(error) => {

@@ -63,4 +63,5 @@ type_to g1 stop
 finish g1 90
 assert_nothing_left
 vhd-util check -n disk.vhd
-qemu-img check -q -f qcow2 disk.qcow2
+# Status 3: clusters that nothing refers to, which is what a stopped process may leave, and no errors.
+qemu-img check -q -f qcow2 disk.qcow2 || [ $? = 3 ]

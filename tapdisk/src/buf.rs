@@ -268,7 +268,7 @@ impl GuestBytes {
         // SAFETY: both are mapped (invariant 1), and a mapping of a guest's pages overlaps none of ours. No Rust reference to either
         // exists (invariant 4). A guest that writes at the same time is outside of this program; the bytes are plain data to us, and
         // nothing is decided from them twice.
-        unsafe { self.base.copy_to_nonoverlapping(to.ptr, self.len) };
+        unsafe { copy(self.base, to.ptr, self.len) };
         true
     }
 
@@ -277,8 +277,25 @@ impl GuestBytes {
     pub fn fill_from(&self, buf: &Buf, at: usize) -> bool {
         let Some(from) = buf.piece(at..at.saturating_add(self.len)) else { return false };
         // SAFETY: as in `copy_to`, the other way.
-        unsafe { from.ptr.copy_to_nonoverlapping(self.base, self.len) };
+        unsafe { copy(from.ptr, self.base, self.len) };
         true
+    }
+}
+
+/// Copies `len` bytes, a page at a time: the C library copies longer runs by a string instruction, which emulators, and processors
+/// without fast strings, carry out byte by byte.
+///
+/// # Safety
+///
+/// As for [`NonNull::copy_to_nonoverlapping`].
+unsafe fn copy(from: NonNull<u8>, to: NonNull<u8>, len: usize) {
+    for at in (0..len).step_by(PAGE_SIZE) {
+        // SAFETY: `at < len`, so it lies inside what the caller vouches for.
+        let from = unsafe { from.add(at) };
+        // SAFETY: the same.
+        let to = unsafe { to.add(at) };
+        // SAFETY: the same, because no more than `len - at` bytes are copied.
+        unsafe { from.copy_to_nonoverlapping(to, PAGE_SIZE.min(len - at)) };
     }
 }
 

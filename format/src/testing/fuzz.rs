@@ -6,6 +6,9 @@ use super::{Memory, Random, SECTOR, stamps};
 use crate::Format;
 use crate::blocking::{Blocking, nothing};
 
+/// A malformed image that keeps us busy for so long is a fault of ours. Only looked at when fuzzing for a time.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// Calls `round` with one generator after another: `rounds` times, or, if the environment variable `FUZZ_SECONDS` is set, for
 /// so long and with other seeds each time. A seed with which it panics, or takes longer than 20 seconds, is named; `SEED=n`
 /// runs only that one.
@@ -17,7 +20,9 @@ pub fn fuzz_for(rounds: u64, mut round: impl FnMut(&mut Random)) {
         std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() << 32;
     let first = seed;
     while Instant::now() < end {
+        let begun = Instant::now();
         super::random::named(seed, &mut round);
+        assert!(begun.elapsed() < PATIENCE, "SEED={seed} took {:?}", begun.elapsed());
         seed += 1;
     }
     eprintln!("{} rounds", seed - first);

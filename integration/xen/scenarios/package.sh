@@ -36,6 +36,10 @@ show() {
 another_main() {
     [ "$(show ActiveState)" = active ] && [ "$(show MainPID)" != "$main" ]
 }
+has_scope() {
+    grep -q "/xenio.slice/xenio-tapdisk.slice/tapdisk-$tapdisk.scope$" "/proc/$tapdisk/cgroup" ||
+        fail "the tapdisk has no scope of its own: $(cat "/proc/$tapdisk/cgroup")"
+}
 # Nothing is asked, and there is no terminal to show progress on. To look for questions costs as much as the rest.
 rm -f /etc/apt/apt.conf.d/70debconf
 mkdir -p /etc/apt/sources.list.d
@@ -48,7 +52,8 @@ step "install"
 apt install /testbed/deb/xenio_*.deb
 expect "the service's state" active show ActiveState
 expect "what the service says" "serving disks" show StatusText
-systemd-analyze verify --man=no xenio.service xenio-tapdisk.slice
+systemd-analyze verify --man=no xenio.service xenio-metrics.service xenio-tapdisk.slice
+expect "whether the statistics are served" disabled sh -c 'systemctl is-enabled xenio-metrics || true'
 
 qemu-img convert -f raw -O vpc "$SRV/small.raw" first.vhd
 qemu-img convert -f raw -O vpc "$SRV/small.raw" "./second: a disk.vhd"
@@ -56,16 +61,29 @@ tick_job | guest g1 pv "$(vhd xvda first.vhd)"
 create g1
 wait_console g1 'GUEST TICK' 60
 tapdisk=$(pgrep -x tapdisk)
-grep -q "/xenio.slice/xenio-tapdisk.slice/tapdisk-$tapdisk.scope$" "/proc/$tapdisk/cgroup" ||
-    fail "the tapdisk has no scope of its own: $(cat "/proc/$tapdisk/cgroup")"
+has_scope
 systemctl show --value --property Before "tapdisk-$tapdisk.scope" | grep -q xendomains.service ||
     fail "at shutdown nothing keeps the disk until its guest has ended"
+
+step "statistics"
+systemctl start xenio-metrics
+metrics() {
+    perl -MIO::Socket::UNIX -e '$s = IO::Socket::UNIX->new("/run/xenio-metrics/socket") or exit 1;
+        print $s "GET /metrics HTTP/1.0\r\n\r\n"; print while <$s>' >metrics.txt && grep -q '^xenio_disk_info{.*first.vhd"} 1$' metrics.txt
+}
+within 20 "the disk in the statistics" metrics
+grep '^xenio_disk_requests_total' metrics.txt
 
 step "upgrade"
 main=$(show MainPID)
 apt install /testbed/deb/next.deb | tee upgrade.log
-grep -q '1 disk(s) in use go on' upgrade.log
+grep -q 'the 1 disk(s) in use are served by the new version' upgrade.log
 another_main || fail "the service was not restarted"
+[ "$(pgrep -x tapdisk)" != "$tapdisk" ] || fail "the old tapdisk has stayed"
+tapdisk=$(pgrep -x tapdisk)
+[ "$(stat -L -c %i "/proc/$tapdisk/exe")" = "$(stat -c %i /usr/libexec/xenio/tapdisk)" ] ||
+    fail "the disk is served by a program that is not the one installed"
+has_scope
 goes_on "with the next version"
 
 step "a xenio that hangs"
@@ -95,4 +113,5 @@ vhd-util check -n first.vhd
 step "remove"
 apt remove xenio
 ! pgrep -x xenio || fail "xenio has stayed"
+! pgrep -x tap-ctl || fail "the statistics have stayed"
 [ ! -e /usr/sbin/xenio ]

@@ -1,6 +1,6 @@
 # about: a guest's disks come from another domain, where xenio reaches XenStore by the kernel and xl devd runs the scripts
 # extra: make test-full
-# limit: 480
+# limit: 900
 . /testbed/dom0/driver-domain.sh
 mkdir images mnt
 qemu-img convert -f raw -O vpc "$SRV/small.raw" images/first.vhd
@@ -50,7 +50,7 @@ guest g2 pv "$(from_store vhd xvda first.vhd)" <<'JOB'
 while true; do dd if=/dev/xvda of=/dev/xvda bs=64k oflag=direct 2>/dev/null; echo "GUEST GOES ON"; done
 JOB
 create g2
-wait_console g2 'GUEST GOES ON' 90
+wait_console g2 'GUEST GOES ON' 240
 timeout 60 xl destroy g2
 
 step "the driver domain ends"

@@ -48,7 +48,7 @@ rm -f "$CONSOLES"/guest-*.log /var/log/xen/{xl,qemu-dm}-*.log*
 : >"$HOTPLUG_LOG"
 # What is suspended would keep everything that waits for it.
 export DM_DISABLE_UDEV=1
-for device in $(dmsetup ls --noheadings -o name 2>/dev/null | grep -v '^No devices'); do
+for device in $(dmsetup info -c --noheadings -o name 2>/dev/null | grep -v '^No devices'); do
     dmsetup resume "$device" && dmsetup remove "$device"
 done
 losetup -D

@@ -40,6 +40,21 @@ impl Operation {
     }
 }
 
+impl From<&Request> for Operation {
+    fn from(request: &Request) -> Operation {
+        match &request.kind {
+            RequestKind::Read { .. } | RequestKind::Indirect { transfer: Transfer::Read, .. } => {
+                Operation::Read
+            }
+            RequestKind::Write { .. }
+            | RequestKind::Barrier { .. }
+            | RequestKind::Indirect { transfer: Transfer::Write, .. } => Operation::Write,
+            RequestKind::Flush => Operation::Flush,
+            RequestKind::Discard { .. } => Operation::Discard,
+        }
+    }
+}
+
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct What {
@@ -53,22 +68,17 @@ pub struct What {
 
 impl From<&Request> for What {
     fn from(request: &Request) -> What {
-        let (operation, sector, sectors) = match &request.kind {
-            RequestKind::Read { sector, segments } => (Operation::Read, sector.0, segments.sectors().into()),
-            RequestKind::Write { sector, segments } | RequestKind::Barrier { sector, segments } => {
-                (Operation::Write, sector.0, segments.sectors().into())
-            }
-            RequestKind::Flush => (Operation::Flush, 0, 0),
-            RequestKind::Discard { sector, count, .. } => (Operation::Discard, sector.0, *count),
-            RequestKind::Indirect { transfer, sector, count, .. } => {
-                let operation = match transfer {
-                    Transfer::Read => Operation::Read,
-                    Transfer::Write => Operation::Write,
-                };
-                (operation, sector.0, u64::from(*count) * (PAGE_SIZE as u64 / 512))
+        let (sector, sectors) = match &request.kind {
+            RequestKind::Read { sector, segments }
+            | RequestKind::Write { sector, segments }
+            | RequestKind::Barrier { sector, segments } => (sector.0, segments.sectors().into()),
+            RequestKind::Flush => (0, 0),
+            RequestKind::Discard { sector, count, .. } => (sector.0, *count),
+            RequestKind::Indirect { sector, count, .. } => {
+                (sector.0, u64::from(*count) * (PAGE_SIZE as u64 / 512))
             }
         };
-        What { operation, sector, sectors }
+        What { operation: Operation::from(request), sector, sectors }
     }
 }
 

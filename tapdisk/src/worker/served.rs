@@ -7,11 +7,11 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use blkif::request::Transfer;
-use blkif::{Request, RequestKind};
+use blkif::Request;
 use tap_ctl::proto::latency::{BUCKETS, bucket};
 use tap_ctl::proto::{Histogram, Latencies, ReadWrite};
 
+use crate::flight::Operation;
 use crate::xentop::{Counters, Moved};
 
 /// The time of a turn.
@@ -32,29 +32,7 @@ impl Clock {
     }
 }
 
-/// The kinds of requests that are told apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Read,
-    Write,
-    Flush,
-    Discard,
-}
-
-impl From<&Request> for Kind {
-    fn from(request: &Request) -> Kind {
-        match &request.kind {
-            RequestKind::Read { .. } | RequestKind::Indirect { transfer: Transfer::Read, .. } => Kind::Read,
-            RequestKind::Write { .. }
-            | RequestKind::Barrier { .. }
-            | RequestKind::Indirect { transfer: Transfer::Write, .. } => Kind::Write,
-            RequestKind::Flush => Kind::Flush,
-            RequestKind::Discard { .. } => Kind::Discard,
-        }
-    }
-}
-
-/// Of one kind.
+/// Of one kind of requests.
 #[derive(Debug)]
 struct Tally {
     begun: Cell<u64>,
@@ -130,11 +108,12 @@ pub struct Served {
 
 impl Served {
     fn of(&self, request: &Request) -> &Tally {
-        match Kind::from(request) {
-            Kind::Read => &self.read,
-            Kind::Write => &self.write,
-            Kind::Flush => &self.flush,
-            Kind::Discard => &self.discard,
+        match Operation::from(request) {
+            Operation::Read => &self.read,
+            Operation::Write => &self.write,
+            Operation::Flush => &self.flush,
+            // Nothing on a ring asks for the last two.
+            Operation::Discard | Operation::Survey | Operation::Resize => &self.discard,
         }
     }
 
@@ -188,7 +167,8 @@ impl Served {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use blkif::Sector;
+    use blkif::request::Transfer;
+    use blkif::{RequestKind, Sector};
 
     fn request(kind: RequestKind) -> Request {
         Request { id: 1, op: 0, kind }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use nix::errno::Errno;
 use tap_ctl::Reply;
-use tap_ctl::proto::{DiskStats, Latencies, ReadWrite, RingStats, Stats, StoreOperation};
+use tap_ctl::proto::{DiskStats, ImageSpec, Latencies, Limits, ReadWrite, RingStats, Stats, StoreOperation};
 
 use super::served::Served;
 use super::thread::{State, failure};
@@ -105,10 +105,21 @@ fn sum(one: ReadWrite, other: ReadWrite) -> ReadWrite {
     ReadWrite { read: one.read + other.read, write: one.write + other.write }
 }
 
+/// What is told of a disk that is not counted.
+#[derive(Debug)]
+pub struct About {
+    /// The image.
+    pub image: ImageSpec,
+    /// The disk is paused.
+    pub paused: bool,
+    /// What it may do in a second.
+    pub limit: Limits,
+}
+
 /// A question that goes from thread to thread. Wherever it ends, it is answered with what was counted so far: a thread that
 /// is ending has nothing to add.
 pub struct Gathering {
-    about: Option<Box<Stats>>,
+    about: Option<About>,
     counted: Counted,
     next: Vec<Commands>,
     answer: Option<Answer>,
@@ -122,9 +133,8 @@ impl fmt::Debug for Gathering {
 
 impl Gathering {
     /// A question about the disk that `about` describes, which is to be put to the threads `next` too.
-    pub fn new(about: Stats, next: Vec<Commands>, answer: Answer) -> Box<Gathering> {
-        let about = Some(Box::new(about));
-        Box::new(Gathering { about, counted: Counted::default(), next, answer: Some(answer) })
+    pub fn new(about: About, next: Vec<Commands>, answer: Answer) -> Box<Gathering> {
+        Box::new(Gathering { about: Some(about), counted: Counted::default(), next, answer: Some(answer) })
     }
 
     /// Takes a thread's part in, and passes the question on.
@@ -138,31 +148,37 @@ impl Gathering {
 
 impl Drop for Gathering {
     fn drop(&mut self) {
-        if let (Some(mut stats), Some(answer)) = (self.about.take(), self.answer.take()) {
-            std::mem::take(&mut self.counted).tell(&mut stats);
-            answer.give(Reply::Stats(stats));
+        if let (Some(about), Some(answer)) = (self.about.take(), self.answer.take()) {
+            let stats = std::mem::take(&mut self.counted).tell(about);
+            answer.give(Reply::Stats(Box::new(stats)));
         }
     }
 }
 
 impl Counted {
-    fn tell(self, stats: &mut Stats) {
-        stats.sectors = self.sectors;
-        stats.requests = self.requests;
-        stats.latency = self.latency;
-        stats.outstanding = self.flight.requests;
-        stats.held = self.flight.held;
-        stats.late = self.flight.late;
-        stats.oldest = self.flight.oldest.map(|taken| taken.tell(Tick::now()));
-        stats.oldest_ms = stats.oldest.as_ref().map(|oldest| oldest.age_ms);
-        stats.store = self.store;
-        stats.throttled = self.throttled;
-        stats.rings = self.rings;
-        stats.disk = self.disk;
+    fn tell(mut self, About { image, paused, limit }: About) -> Stats {
         // Which layer a failed request was about is not known any more.
-        if let Some(leaf) = stats.disk.images.first_mut() {
-            leaf.image = stats.image.clone();
+        if let Some(leaf) = self.disk.images.first_mut() {
+            leaf.image = image.clone();
             leaf.fail = self.failed;
+        }
+        let oldest = self.flight.oldest.map(|taken| taken.tell(Tick::now()));
+        Stats {
+            image,
+            paused,
+            sectors: self.sectors,
+            requests: self.requests,
+            latency: self.latency,
+            outstanding: self.flight.requests,
+            held: self.flight.held,
+            oldest_ms: oldest.as_ref().map(|oldest| oldest.age_ms),
+            late: self.flight.late,
+            oldest,
+            store: self.store,
+            throttled: self.throttled,
+            limit,
+            rings: self.rings,
+            disk: self.disk,
         }
     }
 }
@@ -173,23 +189,8 @@ impl<X: Xen> State<X> {
         let Some(image) = self.seat.image() else {
             return answer.give(failure(Errno::EINVAL, "the disk belongs to another thread".into()));
         };
-        let about = Stats {
-            image,
-            paused: self.seat.phase() == Phase::Paused,
-            sectors: ReadWrite::default(),
-            requests: ReadWrite::default(),
-            latency: Latencies::default(),
-            outstanding: 0,
-            held: 0,
-            oldest_ms: None,
-            late: 0,
-            oldest: None,
-            store: None,
-            throttled: 0,
-            limit: self.throttle.limits(),
-            rings: Vec::new(),
-            disk: DiskStats::default(),
-        };
+        let paused = self.seat.phase() == Phase::Paused;
+        let about = About { image, paused, limit: self.throttle.limits() };
         Gathering::new(about, self.sibling_commands(), answer).pass(self.counted());
     }
 
@@ -215,7 +216,7 @@ impl<X: Xen> State<X> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tap_ctl::proto::{Limits, RingEntry};
+    use tap_ctl::proto::RingEntry;
 
     fn ring(domid: u16, taken: u64) -> RingStats {
         let entry = RingEntry { domid, vdev: 51712 };
@@ -236,23 +237,7 @@ mod tests {
     #[test]
     fn a_question_is_answered_even_where_a_thread_has_ended() {
         let (sender, answer) = std::sync::mpsc::channel();
-        let about = Stats {
-            image: "aio:/a".parse().unwrap(),
-            paused: false,
-            sectors: ReadWrite::default(),
-            requests: ReadWrite::default(),
-            latency: Latencies::default(),
-            outstanding: 0,
-            held: 0,
-            oldest_ms: None,
-            late: 0,
-            oldest: None,
-            store: None,
-            throttled: 0,
-            limit: Limits::default(),
-            rings: Vec::new(),
-            disk: DiskStats::default(),
-        };
+        let about = About { image: "aio:/a".parse().unwrap(), paused: false, limit: Limits::default() };
         let (queue, ended) = std::sync::mpsc::channel();
         drop(ended);
         let next = Commands::for_test(queue);

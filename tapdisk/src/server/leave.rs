@@ -29,15 +29,14 @@ impl<X: Xen> Server<X> {
         if let Some(vbd) = self.vbds.iter().find(|vbd| vbd.news().is_none()) {
             return Some(refuse(Errno::EBUSY, format!("minor {} has no image open", vbd.minor)));
         }
+        if self.vbds.is_empty() {
+            return Some(refuse(Errno::ENODEV, "this tapdisk serves no disk".into()));
+        }
         let running = self.vbds.iter().filter(|vbd| vbd.is_running()).map(|vbd| vbd.minor).collect();
         self.leaving = Some(Leaving { token, running, waiting: self.vbds.len(), failed: None });
         for open in self.vbds.iter().filter_map(|vbd| vbd.open.as_ref()) {
             let tell = self.teller();
             open.worker.send(Command::Leave(Answer::new(move |reply| tell(Event::Left(reply)))));
-        }
-        if self.vbds.is_empty() {
-            self.leaving = None;
-            return Some(refuse(Errno::ENODEV, "this tapdisk serves no disk".into()));
         }
         None
     }

@@ -370,6 +370,13 @@ impl Rig {
         ]);
     }
 
+    /// Takes a disk away with the guest's help.
+    pub fn unplug(&self, device: &Device) {
+        self.ask_to_close(device);
+        self.close_frontend(device);
+        self.finish_removal(device);
+    }
+
     /// Takes a disk away as libxl does when it destroys a guest: frontend gone first, then 5, wait for 6, hotplug remove.
     pub fn destroy(&self, device: &Device) {
         self.store.rm(&device.frontend);

@@ -117,8 +117,8 @@ fn text(text: &str) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::{CacheStats, MirrorStats, RingEntry, StandbyStats};
-    use crate::testing::some_stats;
+    use crate::proto::{CacheStats, MirrorStats, StandbyStats};
+    use crate::testing::{some_ring, some_stats};
 
     #[test]
     fn the_storage_manager_finds_the_names_it_knows() {
@@ -137,17 +137,7 @@ mod tests {
     #[test]
     fn frontends_mirrors_and_caches_have_their_places() {
         let mut stats = some_stats();
-        let ring = RingStats {
-            entry: RingEntry { domid: 7, vdev: 51712 },
-            queues: 2,
-            taken: 5,
-            answered: 3,
-            kicked: 4,
-            kicks: 2,
-            malformed: 1,
-            failed: 0,
-        };
-        stats.rings = vec![ring];
+        stats.rings = vec![RingStats { queues: 2, ..some_ring() }];
         stats.disk.mirror =
             Some(MirrorStats { copied: 1, total: 2, failed: Some("gone".into()), stuck_ms: None });
         stats.disk.cache = Some(CacheStats::default());

@@ -9,7 +9,10 @@ use std::thread;
 use crate::dir::ControlDir;
 use crate::frame;
 use crate::proto::latency::{BUCKETS, bucket};
-use crate::proto::{DiskStats, Histogram, ImageStats, Latencies, Limits, ReadWrite, Reply, Request, Stats};
+use crate::proto::{
+    DiskStats, Histogram, ImageStats, Latencies, Limits, ReadWrite, Reply, Request, RingEntry, RingStats,
+    Stats,
+};
 
 /// What the stand-in does with requests.
 pub(crate) enum Script {
@@ -85,6 +88,12 @@ fn converse(stream: UnixStream, script: &mut Script, record: &Mutex<Vec<Request>
             return None;
         }
     }
+}
+
+/// The statistics of a frontend's rings.
+pub(crate) fn some_ring() -> RingStats {
+    let entry = RingEntry { domid: 7, vdev: 51712 };
+    RingStats { entry, queues: 1, taken: 5, answered: 3, kicked: 4, kicks: 2, malformed: 1, failed: 0 }
 }
 
 /// The statistics of a disk with an image over another, of which three reads took 100, 200 and 3000 µs.

@@ -209,9 +209,7 @@ fn a_guest_uses_the_room_that_its_disk_gained_without_a_restart() {
     frontend.write(Sector(4088), &[7; 4096]).unwrap();
     assert_eq!(frontend.read(Sector(4088), 4096).unwrap(), [7; 4096]);
     assert!(frontend.write(Sector(4089), &[7; 4096]).is_err(), "beyond the new end");
-    rig.ask_to_close(&device);
-    rig.close_frontend(&device);
-    rig.finish_removal(&device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 

@@ -1,12 +1,13 @@
 //! A guest writes, discards and flushes through tapdisk.
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::process::Command;
 
 use blkif::{DomId, Sector};
 use format::testing::{Allowed, History, Job, Memory, Op, Parent, Random, Size, Subject, crash_states, jobs};
 use integration::programs;
-use integration::rig::{PATIENCE, Rig};
+use integration::rig::{Device, PATIENCE, Rig};
 use integration::sim::frontend::{Frontend, Io, Shape};
 use vhd::DiskType;
 
@@ -35,23 +36,24 @@ fn record<S: Subject>(subject: &S, kind: &str, random: &mut Random) -> History {
 }
 
 fn record_on<S: Subject>(rig: &Rig, subject: &S, kind: &str, random: &mut Random) -> History {
-    let start = subject.create(SECTORS, 1, None);
-    let path = rig.path(kind);
-    std::fs::write(&path, &start.bytes).unwrap();
-    rig.create_domain(1);
-    let device = rig.plug(1, XVDA, &format!("{kind}:{}", path.display()), "w").unwrap();
-    let recorder = Recorder::attach(&path, start, device.pid);
-    let mut frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(1))).unwrap();
-    rig.connect(&device, &frontend);
-
-    let allowed = Allowed::exactly(&contents(&mut frontend));
-    let mut guest = Use { allowed: allowed.clone(), moments: vec![(0, allowed)], value: 0 };
+    let (device, mut frontend, recorder) = plug_new(rig, subject, kind, &rig.path(kind));
+    let mut guest = Use::begin(Allowed::exactly(&contents(&mut frontend)), 0);
     guest.go_on(&mut frontend, &recorder, BATCHES, random);
-    rig.ask_to_close(&device);
-    rig.close_frontend(&device);
-    rig.finish_removal(&device);
+    rig.unplug(&device);
     let (start, log) = recorder.stop();
     guest.history(start, Vec::new(), log)
+}
+
+/// Makes an image at `path`, and gives it to a guest; what is written to it is recorded.
+pub fn plug_new<S: Subject>(rig: &Rig, subject: &S, kind: &str, path: &Path) -> (Device, Frontend, Recorder) {
+    let start = subject.create(SECTORS, 1, None);
+    std::fs::write(path, &start.bytes).unwrap();
+    rig.create_domain(1);
+    let device = rig.plug(1, XVDA, &format!("{kind}:{}", path.display()), "w").unwrap();
+    let recorder = Recorder::attach(path, start, device.pid);
+    let frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(1))).unwrap();
+    rig.connect(&device, &frontend);
+    (device, frontend, recorder)
 }
 
 /// What a guest has done so far.
@@ -65,6 +67,11 @@ pub struct Use {
 }
 
 impl Use {
+    /// The disk holds this; `value` was the last to be written.
+    pub fn begin(allowed: Allowed, value: u8) -> Use {
+        Use { allowed: allowed.clone(), moments: vec![(0, allowed)], value }
+    }
+
     /// The guest sends so many batches of requests.
     pub fn go_on(
         &mut self,

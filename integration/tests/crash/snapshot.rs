@@ -4,13 +4,11 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use blkif::DomId;
 use format::testing::{Allowed, Memory, Op, Parent, Random, Subject, Turns};
-use integration::sim::frontend::{Frontend, Shape};
 use vhd::DiskType;
 
-use crate::guest::{SECTORS, Use, XVDA, carry_out, contents, rig};
-use crate::recorder::{Recorder, changes_of};
+use crate::guest::{Use, carry_out, contents, plug_new, rig};
+use crate::recorder::changes_of;
 use crate::{qcow2_support, skipped, vhd_support};
 
 /// Batches of requests before the snapshot, and after it.
@@ -21,17 +19,9 @@ fn snapshot_under_load<S: Subject<Core: 'static> + 'static>(
     random: &mut Random,
 ) {
     let rig = rig();
-    let start = parent.create(SECTORS, 1, None);
     let (path, new) = (rig.path(&format!("p.{kind}")), rig.path(&format!("child.{kind}")));
-    std::fs::write(&path, &start.bytes).unwrap();
-    rig.create_domain(1);
-    let device = rig.plug(1, XVDA, &format!("{kind}:{}", path.display()), "w").unwrap();
-    let recorder = Recorder::attach(&path, start, device.pid);
-    let mut frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(1))).unwrap();
-    rig.connect(&device, &frontend);
-
-    let allowed = Allowed::exactly(&contents(&mut frontend));
-    let mut before = Use { allowed: allowed.clone(), moments: vec![(0, allowed)], value: 0 };
+    let (device, mut frontend, recorder) = plug_new(&rig, &parent, kind, &path);
+    let mut before = Use::begin(Allowed::exactly(&contents(&mut frontend)), 0);
     before.go_on(&mut frontend, &recorder, BATCHES, random);
     let meanwhile = before.next_jobs(&recorder, random);
     let order = ["-a", &format!("{kind}:{}", new.display())];
@@ -41,12 +31,9 @@ fn snapshot_under_load<S: Subject<Core: 'static> + 'static>(
         rig.tap_ctl(&[&["snapshot", "-p", &pid, "-m", &minor], &order[..]].concat())
     });
     assert_eq!(taken.code, 0, "{}", taken.err);
-    let allowed = before.allowed.clone();
-    let mut after = Use { allowed: allowed.clone(), moments: vec![(0, allowed)], value: before.value };
+    let mut after = Use::begin(before.allowed.clone(), before.value);
     after.go_on(&mut frontend, &recorder, BATCHES, random);
-    rig.ask_to_close(&device);
-    rig.close_frontend(&device);
-    rig.finish_removal(&device);
+    rig.unplug(&device);
 
     let trace = recorder.trace();
     let (start, log) = recorder.stop();

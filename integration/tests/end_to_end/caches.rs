@@ -69,9 +69,9 @@ fn what_one_disk_has_read_of_a_parent_another_finds_in_the_cache() {
     one_storm.verify(&mut first);
     two_storm.verify(&mut second);
     assert!(number(&rig, &two, "cache", "bytes") <= 4 << 20);
-    unplug(&rig, &one);
+    rig.unplug(&one);
     two_storm.verify(&mut second);
-    unplug(&rig, &two);
+    rig.unplug(&two);
     assert!(std::fs::read(rig.path("base.img")).unwrap() == pattern(7, SIZE));
     rig.assert_clean();
 }
@@ -95,13 +95,13 @@ fn what_was_read_of_a_parent_is_in_the_leaf_and_what_was_written_stays() {
         }
     });
     assert!(number(&rig, &device, "local_cache", "kept") > 0);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     let leaf = rig.path("leaf.vhd");
     assert!(vhd_util(&["check", "-n", leaf.to_str().unwrap()]).contains("is valid"));
     // Without the cache the disk is the same, and it does not need the parent for what was kept.
     rig.open_options.clear();
     let (device, mut frontend) = guest(&rig, 2, &params[0], Shape::simple(DomId(2)));
     storm.verify(&mut frontend);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }

@@ -54,7 +54,7 @@ fn a_log_holds_what_a_storm_has_written_and_a_quiet_disk_adds_nothing() {
         frontend.write(Sector(1000), &pattern(1, 512)).unwrap();
         storm[1000 * 512..1001 * 512].copy_from_slice(&pattern(1, 512));
         assert!(frontend.read(Sector(0), SIZE).unwrap() == storm);
-        unplug(&rig, &device);
+        rig.unplug(&device);
         let later = found(&second);
         assert_eq!((later.count(), later.header().consistent), (1, 1));
     }

@@ -63,7 +63,7 @@ fn a_disk_is_opened_with_its_key_and_its_file_shows_nothing_of_it() {
             frontend.write(blkif::Sector(5), &sector).unwrap();
             storm.model[5 * 512..6 * 512].copy_from_slice(&sector);
             storm.verify(&mut frontend);
-            unplug(&rig, &device);
+            rig.unplug(&device);
         }
         assert!(!found(&path), "{kind}: it is in the file as it is");
     }

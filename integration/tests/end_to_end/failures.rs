@@ -43,7 +43,7 @@ fn a_flush_that_fails_is_never_answered_and_ends_the_device() {
     }
     honest.write(Sector(0), &pattern(2, 8192)).unwrap();
     honest.flush().unwrap();
-    unplug(&rig, &good);
+    rig.unplug(&good);
     rig.assert_clean();
 }
 
@@ -58,7 +58,7 @@ fn without_io_uring_threads_do_the_work_unless_it_was_demanded() {
         let mut storm = Storm::new(vec![0; 4 * MIB], 3, true);
         storm.blow(&mut frontend, 300);
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
     }
     rig.spawn_options = vec!["--engine".into(), "uring".into()];
     rig.create_domain(3);
@@ -84,7 +84,7 @@ fn a_guest_may_go_while_its_tapdisk_is_dying() {
     // Another one can serve the same image, and finds what was acknowledged.
     let (device, mut frontend) = guest(&rig, 2, &params, Shape::simple(DomId(2)));
     assert!(frontend.read(Sector(0), 4096).unwrap() == pattern(1, 4096));
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 

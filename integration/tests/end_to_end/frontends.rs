@@ -150,7 +150,7 @@ impl Guest {
 
     /// Takes the disk away with the guest's help, and looks whether anything is left.
     fn unplug(self, rig: &Rig) {
-        unplug(rig, &self.device);
+        rig.unplug(&self.device);
         let mut frontend = self.frontend;
         assert_eq!(frontend.domain().mapped_pages(), 0);
         assert!(!frontend.is_connected());

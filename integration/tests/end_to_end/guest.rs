@@ -24,7 +24,7 @@ fn every_abi_and_ring_size_moves_the_same_bytes() {
             frontend.write(Sector(5), &data).unwrap();
             frontend.flush().unwrap();
             assert!(frontend.read(Sector(5), data.len()).unwrap() == data, "{abi:?} {order:?}");
-            unplug(&rig, &device);
+            rig.unplug(&device);
             assert!(std::fs::read(path).unwrap()[5 * 512..][..data.len()] == data);
         }
     }
@@ -54,7 +54,7 @@ fn a_full_ring_of_requests_is_answered_each_once() {
         answered.sort_unstable();
         assert_eq!(answered, ids);
     }
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -78,7 +78,7 @@ fn flushes_and_barriers_are_answered_in_any_mix() {
         let read = answers.iter().find(|c| !c.data.is_empty()).unwrap();
         assert!(read.data == pattern(99, 4096), "the read came after the barrier");
     }
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -88,7 +88,7 @@ fn a_guest_on_a_snapshot_leaves_its_parents_alone_and_an_independent_reader_agre
     let (base, params) = vhd(&rig, "base.vhd", 8);
     let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
     frontend.write(Sector(0), &pattern(1, 3 * MIB)).unwrap();
-    unplug(&rig, &device);
+    rig.unplug(&device);
     let before = std::fs::read(&base).unwrap();
 
     let leaf = rig.path("leaf.vhd");
@@ -97,7 +97,7 @@ fn a_guest_on_a_snapshot_leaves_its_parents_alone_and_an_independent_reader_agre
     frontend.write(Sector(100), &pattern(9, 512)).unwrap();
     frontend.write(Sector(10_000), &pattern(9, MIB)).unwrap();
     let seen = frontend.read(Sector(0), 8 * MIB).unwrap();
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(&base).unwrap() == before, "the parent's bytes");
     assert!(seen[..512 * 100] == pattern(1, 3 * MIB)[..512 * 100]);
     assert!(seen[512 * 100..][..512] == pattern(9, 512));
@@ -157,12 +157,12 @@ fn a_second_disk_comes_and_goes_while_the_first_is_busy() {
             let mut frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(2))).unwrap();
             rig.connect(&other, &frontend);
             frontend.write(Sector(1), &pattern(5, 4096)).unwrap();
-            unplug(&rig, &other);
+            rig.unplug(&other);
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         assert!(busy.join().unwrap() > 0);
     });
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -182,8 +182,8 @@ fn xenio_killed_and_started_again_is_not_noticed() {
     for (sector, seed) in [(0, 1), (4096, 2), (8192, 3)] {
         assert!(frontend.read(Sector(sector), MIB).unwrap() == pattern(seed, MIB));
     }
-    unplug(&rig, &other);
-    unplug(&rig, &device);
+    rig.unplug(&other);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -211,7 +211,7 @@ fn a_killed_tapdisk_loses_no_acknowledged_write_and_leaves_a_valid_image() {
             let data = reader.read(place(id - 1), MAX_TRANSFER).unwrap();
             assert!(data == pattern(id as u8, MAX_TRANSFER), "write {id} of round {round}");
         }
-        unplug(&rig, &device);
+        rig.unplug(&device);
     }
 }
 
@@ -223,7 +223,7 @@ fn dom0_is_a_guest_like_any_other() {
     let (device, mut frontend) = guest(&rig, 0, &params, Shape::simple(DomId(0)));
     frontend.write(Sector(3), &pattern(1, 4096)).unwrap();
     assert!(frontend.read(Sector(3), 4096).unwrap() == pattern(1, 4096));
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -243,7 +243,7 @@ fn two_frontends_share_one_disk() {
     rig.wait_value(&format!("{}/state", second.backend), "6");
     rig.store.rm(&second.backend);
     assert!(one.read(Sector(0), 4096).unwrap() == pattern(2, 4096), "the other ring goes on");
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -272,7 +272,7 @@ fn a_read_only_disk_refuses_a_forged_write_and_stays_as_it_was() {
             assert_eq!(i32::from_str_radix(flags, 8).unwrap() & libc::O_ACCMODE, libc::O_RDONLY);
         }
     }
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(&path).unwrap() == pattern(3, MIB));
     rig.assert_clean();
 }
@@ -331,14 +331,14 @@ proptest! {
                 }
                 Step::Flush => frontend.flush().unwrap(),
                 Step::Reconnect => {
-                    unplug(&rig, &device);
+                    rig.unplug(&device);
                     drop(frontend);
                     (device, frontend) = guest(&rig, 1, &params, shape);
                 }
             }
         }
         assert!(frontend.read(Sector(0), DISK).unwrap() == model);
-        unplug(&rig, &device);
+        rig.unplug(&device);
         assert!(vhd_util(&["check", "-n", path.to_str().unwrap()]).contains("is valid"));
         rig.assert_clean();
     }

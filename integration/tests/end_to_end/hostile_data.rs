@@ -395,7 +395,7 @@ fn h32_data_rewritten_while_it_is_written_is_some_of_both_and_the_image_stays_so
             assert!(data.iter().all(|byte| [0x55, 0xaa].contains(byte)));
             assert!(frontend.read(Sector(n * 192 + 8), 512).unwrap() == [0; 512]);
         }
-        unplug(&rig, &device);
+        rig.unplug(&device);
         assert!(vhd_util(&["check", "-n", path.to_str().unwrap()]).contains("is valid"));
     }
 }
@@ -420,7 +420,7 @@ fn h33_single_sectors_anywhere_land_where_they_belong() {
         while frontend.outstanding() > 0 {
             answers(&mut frontend, 1);
         }
-        unplug(&rig, &device);
+        rig.unplug(&device);
         let disk = std::fs::read(path).unwrap();
         assert!(disk[..3 * 512].iter().chain(&disk[67 * 512..]).all(|byte| *byte == 0));
         assert!(disk[3 * 512..67 * 512] == data);

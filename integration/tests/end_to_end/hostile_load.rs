@@ -222,7 +222,7 @@ fn h40_a_guest_that_closes_and_connects_again_and_again_always_gets_its_disk() {
         states("1", "2");
         rig.connect(&device, &frontend);
     }
-    unplug(&rig, &device);
+    rig.unplug(&device);
     let disk = std::fs::read(path).unwrap();
     for round in 0..25u8 {
         assert!(disk[usize::from(round) * 4096..][..4096] == [round; 4096]);

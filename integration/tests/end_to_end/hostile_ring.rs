@@ -150,7 +150,7 @@ fn h7_a_ring_with_requests_from_before_is_served_from_where_it_stands() {
         }
         scene.rig.connect(&device, &frontend);
         wait_word(&mut frontend, header::RSP_PROD, start.wrapping_add(waiting));
-        unplug(&scene.rig, &device);
+        scene.rig.unplug(&device);
         scene.others_still_work();
     }
 }
@@ -167,7 +167,7 @@ fn h8_counters_that_wrap_change_nothing() {
             let mut storm = Storm::new(vec![0; 2 * MIB], 8, false);
             storm.blow(&mut frontend, 400);
             frontend.run(Io::Read(Sector(0), 512)).unwrap();
-            unplug(&rig, &device);
+            rig.unplug(&device);
             images.push(std::fs::read(path).unwrap());
             assert!(images.last() == Some(&storm.model));
         }

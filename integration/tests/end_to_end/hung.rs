@@ -109,7 +109,7 @@ fn a_file_that_hangs_is_told_of_and_holds_up_nobody_else() {
     let (_, params) = vhd(&rig, "new.vhd", 8);
     let (third, mut newcomer) = guest(&rig, 3, &params, Shape::simple(DomId(3)));
     newcomer.write(Sector(0), &pattern(1, 4096)).unwrap();
-    unplug(&rig, &third);
+    rig.unplug(&third);
     assert_eq!(rig.tap_ctl(&["list"]).out.lines().count(), 2);
 
     let told = stats_until(&rig, &device, |told| told["late"] == 8);

@@ -118,7 +118,7 @@ fn h40_connections_of_many_guests_over_their_requests_leave_nothing_behind() {
         rig.wait_value(&format!("{}/state", other.device.backend), "6");
         rig.store.rm(&other.device.backend);
     }
-    unplug(&rig, &guests[0].device);
+    rig.unplug(&guests[0].device);
     rig.assert_clean();
 }
 
@@ -157,6 +157,6 @@ fn h40_ten_thousand_changes_of_a_guests_state_over_its_requests_leave_nothing_be
     toggle(&mut guests, 10_000);
     comes_back_to(tapdisk, before.0, "tapdisk after 10,000 changes of state");
     comes_back_to(xenio, before.1, "xenio after 10,000 changes of state");
-    unplug(&rig, &guests[0].device);
+    rig.unplug(&guests[0].device);
     rig.assert_clean();
 }

@@ -63,7 +63,7 @@ fn a_guest_has_the_requests_and_bytes_of_a_second_and_no_more() {
         assert!(took >= Duration::from_millis(900), "{took:?}");
         limit(&rig, &device, &["--bps", "0"]);
         assert!(time_of(&mut frontend, 400, 4096) < took + free);
-        unplug(&rig, &device);
+        rig.unplug(&device);
     }
     rig.assert_clean();
 }

@@ -42,7 +42,7 @@ fn content(rig: &Rig, params: &str, path: &Path) -> Vec<u8> {
     rig.create_domain(99);
     let (device, mut frontend) = guest(rig, 99, params, Shape::simple(DomId(99)));
     let bytes = frontend.read(blkif::Sector(0), SIZE).unwrap();
-    unplug(rig, &device);
+    rig.unplug(&device);
     bytes
 }
 
@@ -73,7 +73,7 @@ fn a_second_image_that_comes_under_load_has_everything_in_the_end() {
         storm.blow(&mut frontend, 200);
         storm.verify(&mut frontend);
         assert!(!stats(&rig, &device, &["--full"]).contains("\"copied\""));
-        unplug(&rig, &device);
+        rig.unplug(&device);
         assert!(std::fs::read(&path).unwrap() == storm.model);
     }
     rig.assert_clean();
@@ -93,7 +93,7 @@ fn the_second_image_can_take_the_place_of_the_first() {
         ok(&rig, &device, "pause", &[]);
         ok(&rig, &device, "unpause", &["-a", &secondary, "-2", "null"]);
     });
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(rig.path("second.img")).unwrap() == storm.model);
     rig.assert_clean();
 }
@@ -132,6 +132,6 @@ fn a_second_image_that_fails_under_load_is_told_of_and_the_guest_notices_nothing
     let note = format!("{}/degraded", device.backend);
     assert!(rig.store.wait_for(&note, integration::rig::PATIENCE, noted), "{}", rig.xenio_log());
     assert!(rig.xenio_log().contains("goes on without its second image: nbd:unix:"));
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tap_ctl::inflight::Folder;
 
-use crate::support::{MIB, Storm, guest, pattern, raw, rig, unplug, vhd_util};
+use crate::support::{MIB, Storm, guest, pattern, raw, rig, vhd_util};
 
 /// Runs a program; `None` if it is not installed.
 fn run(program: &str, args: &[&str]) -> Option<Output> {
@@ -230,7 +230,7 @@ fn a_guest_lives_on_another_tapdisk_by_nbd() {
     let mut storm = Storm::new(vec![0; 16 * MIB], 5, false);
     storm.blow(&mut frontend, 3000);
     drop(frontend);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(&image).unwrap() == storm.model, "the image differs from the model");
 }
 
@@ -282,7 +282,7 @@ fn servers_of_other_hosts_are_named_by_addresses_names_and_uris() {
             let mut storm = Storm::new(model, u64::from(domid), false);
             storm.blow(&mut frontend, 300);
             storm.verify(&mut frontend);
-            unplug(&rig, &device);
+            rig.unplug(&device);
             model = storm.model;
         }
     }
@@ -325,7 +325,7 @@ fn a_guest_does_not_notice_that_its_nbd_server_was_killed() {
     }
     storm.blow(&mut frontend, 500);
     drop(frontend);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     server.kill().unwrap();
     server.wait().unwrap();
     assert!(std::fs::read(&image).unwrap() == storm.model, "the image differs from the model");

@@ -70,11 +70,11 @@ fn a_guest_that_reads_writes_and_discards_at_random_finds_what_it_wrote() {
         let mut storm = Storm::new(model, 5, true);
         storm.blow(&mut frontend, 1500);
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
         check(&path);
         let (device, mut frontend) = guest(&rig, 10 + domid, &params, Shape::simple(DomId(10 + domid)));
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
     }
     rig.assert_clean();
 }
@@ -98,7 +98,7 @@ fn a_killed_tapdisk_loses_no_acknowledged_write_of_these_formats_either() {
         storm.verify(&mut frontend);
         storm.blow(&mut frontend, 200);
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
         check(&path);
     }
 }

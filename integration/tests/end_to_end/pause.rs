@@ -88,7 +88,7 @@ fn pauses_under_load_are_not_noticed() {
                     assert_eq!(state(&rig), "0");
                 }
             });
-            unplug(&rig, &device);
+            rig.unplug(&device);
         }
     }
     rig.assert_clean();
@@ -114,7 +114,7 @@ fn the_codes_are_xenservers() {
     ok(&rig, &device, "unpause", &[]);
     assert!(frontend.read(Sector(8), 4096).unwrap() == pattern(1, 4096));
     assert_eq!(order(&rig, &device, "unpause", &[]).0, libc::EINVAL);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -145,7 +145,7 @@ fn another_image_takes_the_place_of_the_one_before() {
         ok(&rig, &device, "unpause", &["-a", &format!("vhd:{child}")]);
         frontend.write(Sector(3), &pattern(5, MIB)).unwrap();
         assert!(frontend.read(Sector(3), MIB).unwrap() == pattern(5, MIB));
-        unplug(&rig, &device);
+        rig.unplug(&device);
         assert!(std::fs::read(parent).unwrap() == pattern(1, SIZE), "the parent is as it was");
     }
     rig.assert_clean();
@@ -162,7 +162,7 @@ fn a_larger_image_is_told_as_growth() {
     ok(&rig, &device, "unpause", &[]);
     rig.wait_value(&format!("{}/sectors", device.backend), &(2 * SIZE / 512).to_string());
     frontend.write(Sector(SIZE as u64 / 512), &pattern(2, SIZE)).unwrap();
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -216,6 +216,6 @@ fn xenio_that_is_killed_during_a_pause_finds_the_disk_again() {
     frontend.kick().unwrap();
     ok(&rig, &device, "unpause", &[]);
     assert!(answers(&mut frontend, 1)[0].is_okay());
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }

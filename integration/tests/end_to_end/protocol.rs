@@ -27,7 +27,7 @@ fn every_combination_with_order(order: u32) {
                     let (device, mut frontend) = guest(&rig, domid, &params, shape);
                     let mut storm = Storm::new(vec![0; DISK], domid.into(), true);
                     storm.blow(&mut frontend, 150);
-                    unplug(&rig, &device);
+                    rig.unplug(&device);
                     assert_eq!(frontend.domain().mapped_pages(), 0, "{shape:?}");
                     assert!(std::fs::read(path).unwrap() == storm.model, "{shape:?}");
                 }
@@ -80,7 +80,7 @@ fn a_vhd_serves_every_kind_of_guest_alike() {
         let mut storm = Storm::new(model, domid.into(), false);
         storm.verify(&mut frontend);
         storm.blow(&mut frontend, 600);
-        unplug(&rig, &device);
+        rig.unplug(&device);
         assert_eq!(frontend.domain().mapped_pages(), 0, "{shape:?}");
         model = storm.model;
     }
@@ -125,7 +125,7 @@ fn a_persistent_guests_pages_are_mapped_at_the_beginning_and_not_afterwards() {
     assert!((1..=128).contains(&mapped), "{mapped} pages are mapped");
     (0..200).for_each(|_| round(&mut frontend));
     assert_eq!((calls.so_far(Call::Map), frontend.mapped_data_pages()), (maps, mapped));
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert_eq!(frontend.domain().mapped_pages(), 0);
     rig.assert_clean();
 }
@@ -149,7 +149,7 @@ fn what_is_kept_mapped_is_bounded_and_nothing_is_when_the_disk_is_gone() {
     }
     // Linux's blkback keeps 1056 for each ring; no guest gets a multiple of that out of us.
     assert!((1..=4096).contains(&most), "{most} pages were mapped");
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert_eq!(frontend.domain().mapped_pages(), 0);
     rig.assert_clean();
 }
@@ -163,7 +163,7 @@ fn without_persistent_grants_no_page_of_data_stays_mapped() {
     // The frontend itself checks each page at the answer of its request, as Linux does.
     Storm::new(vec![0; DISK], 5, true).blow(&mut frontend, 300);
     assert_eq!(frontend.mapped_data_pages(), 0);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -184,7 +184,7 @@ fn a_discard_frees_the_images_space_and_leaves_everything_else() {
     assert!(seen[MIB..3 * MIB].iter().all(|byte| *byte == 0));
     assert!(blocks() < before, "{} blocks of 512 bytes before, {before} after", blocks());
     assert_eq!(std::fs::metadata(&path).unwrap().len(), DISK as u64);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -199,7 +199,7 @@ fn discard_is_not_offered_and_not_served_where_it_must_not_be() {
     let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
     assert_eq!(published(&rig, &device, keys::FEATURE_DISCARD), 0);
     assert_eq!(status(&mut frontend), Status::NotSupported.wire());
-    unplug(&rig, &device);
+    rig.unplug(&device);
     // A disk that may not be written.
     let (path, params) = raw(&rig, "b.img", MIB);
     std::fs::write(&path, pattern(3, MIB)).unwrap();
@@ -209,7 +209,7 @@ fn discard_is_not_offered_and_not_served_where_it_must_not_be() {
     rig.connect(&device, &frontend);
     assert_eq!(published(&rig, &device, keys::FEATURE_DISCARD), 0);
     assert!(status(&mut frontend) < 0);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(&path).unwrap() == pattern(3, MIB));
     // One whose administrator does not want it.
     rig.create_domain(3);
@@ -218,7 +218,7 @@ fn discard_is_not_offered_and_not_served_where_it_must_not_be() {
     rig.connect(&device, &frontend);
     assert_eq!(published(&rig, &device, keys::FEATURE_DISCARD), 0);
     assert_eq!(status(&mut frontend), Status::NotSupported.wire());
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(&path).unwrap() == pattern(3, MIB));
     rig.assert_clean();
 }
@@ -262,7 +262,7 @@ fn h34_a_read_into_parts_of_pages_leaves_the_rest_of_them_alone() {
                 assert!(page[1536..3072] == disk[(7 + 3 * n) * 512..][..1536], "page {n} of {count}");
             }
         }
-        unplug(&rig, &device);
+        rig.unplug(&device);
     }
     rig.assert_clean();
 }

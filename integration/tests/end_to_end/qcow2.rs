@@ -33,11 +33,11 @@ fn a_guest_that_reads_writes_and_discards_on_a_qcow2_finds_what_it_wrote() {
         let mut storm = Storm::new(model, 5, true);
         storm.blow(&mut frontend, 1500);
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
         check_qcow2(&path, false);
         let (device, mut frontend) = guest(&rig, 10 + domid, &params, Shape::simple(DomId(10 + domid)));
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
     }
     assert!(std::fs::read(rig.path("1-base.img")).unwrap() == pattern(9, SIZE), "parents are not written");
     rig.assert_clean();
@@ -63,7 +63,7 @@ fn a_killed_tapdisk_loses_no_acknowledged_write_of_a_qcow2() {
         storm.verify(&mut frontend);
         storm.blow(&mut frontend, 200);
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
         check_qcow2(&path, true);
     }
 }

@@ -23,7 +23,7 @@ fn a_disk_in_memory_begins_with_its_image_and_never_writes_it() {
         let mut storm = Storm::new(content, u64::from(n), true);
         storm.blow(&mut frontend, 400);
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
         let seen = std::fs::read(&path).unwrap();
         assert!(seen == if n == 3 { storm.model } else { pattern(7, SIZE) });
     }
@@ -49,7 +49,7 @@ fn a_chain_is_made_of_what_its_file_names() {
     let mut storm = Storm::new(pattern(7, SIZE), 1, false);
     storm.blow(&mut frontend, 400);
     storm.verify(&mut frontend);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(&base).unwrap() == pattern(7, SIZE));
     rig.assert_clean();
 }

@@ -45,7 +45,7 @@ fn grows_under_io(
     storm.verify(&mut frontend);
     storm.blow(&mut frontend, 200);
     storm.verify(&mut frontend);
-    unplug(rig, &device);
+    rig.unplug(&device);
     assert_eq!(frontend.domain().mapped_pages(), 0);
 }
 
@@ -89,7 +89,7 @@ fn every_ring_of_a_disk_sees_its_new_size() {
     }
     frontend.kick().unwrap();
     assert!(answers(&mut frontend, 2 * queues).iter().all(|answer| answer.is_okay()));
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -125,7 +125,7 @@ fn a_qcow2_grows_beyond_its_tables_and_over_a_smaller_backing_file() {
         let far = Sector(1099 * MIB as u64 / 512);
         frontend.write(far, &pattern(1, 4096)).unwrap();
         assert!(frontend.read(far, 4096).unwrap() == pattern(1, 4096));
-        unplug(&rig, &device);
+        rig.unplug(&device);
         check_qcow2(&path, false);
     }
     assert!(std::fs::read(below.strip_prefix("aio:").unwrap()).unwrap() == vec![0; 4 * MIB]);
@@ -141,7 +141,7 @@ fn a_disk_does_not_shrink() {
     assert_ne!(tap_ctl_resize(&rig, &device, &["-s", "2"]), 0);
     assert!(frontend.read(Sector(0), 4 * MIB).unwrap() == pattern(1, 4 * MIB));
     assert_eq!(published(&rig, &device, "sectors"), 4 * MIB as u64 / 512);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert_eq!(std::fs::metadata(path).unwrap().len(), 4 * MIB as u64);
     rig.assert_clean();
 }

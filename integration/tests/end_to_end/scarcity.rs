@@ -65,7 +65,7 @@ fn refused_and_then_served(scarce: impl Fn(i32), ended: impl Fn(i32)) {
     rig.close_frontend(&second);
     rig.wait_value(&format!("{}/state", second.backend), "6");
     rig.store.rm(&second.backend);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -118,7 +118,7 @@ fn who_asks_a_tapdisk_without_descriptors_is_answered_when_it_has_some() {
         let answer = asked.join().unwrap();
         assert_eq!(answer.code, 0, "{}", answer.err);
     });
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -145,7 +145,7 @@ fn a_xenio_without_descriptors_keeps_its_disks_and_serves_new_ones_later() {
     rig.wait_value(&format!("{}/state", second.backend), "4");
     rig.store.write(&format!("{}/state", second.frontend), "4");
     assert!(other.run(Io::Write(Sector(0), &[1; 512])).unwrap().is_okay());
-    unplug(&rig, &second);
-    unplug(&rig, &device);
+    rig.unplug(&second);
+    rig.unplug(&device);
     rig.assert_clean();
 }

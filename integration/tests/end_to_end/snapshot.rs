@@ -55,14 +55,14 @@ fn a_snapshot_under_load_freezes_the_parent_and_loses_nothing() {
             assert!(std::fs::read(&one).unwrap() == first, "the first child has changed");
         });
         assert!(rig.tap_ctl(&["list"]).out.ends_with(&format!("args={child}:{}", two.display())));
-        unplug(&rig, &device);
+        rig.unplug(&device);
         check(&one);
         check(&two);
         // The chain is what a tapdisk finds that knows nothing of all this.
         let (device, mut frontend) =
             guest(&rig, 10 + domid, &format!("{child}:{}", two.display()), Shape::simple(DomId(1)));
         storm.verify(&mut frontend);
-        unplug(&rig, &device);
+        rig.unplug(&device);
     }
     rig.assert_clean();
 }
@@ -98,7 +98,7 @@ fn a_snapshot_that_fails_leaves_the_disk_as_it_was() {
     assert_eq!(std::fs::read_dir(&other).unwrap().count(), 0, "the child was removed");
     let drafts = std::fs::read_dir(path.parent().unwrap()).unwrap().flatten();
     assert_eq!(drafts.filter(|entry| entry.file_name().to_string_lossy().starts_with('.')).count(), 0);
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(&path).unwrap() == storm.model);
     rig.assert_clean();
 }
@@ -140,7 +140,7 @@ fn a_tapdisk_killed_during_a_snapshot_loses_no_acknowledged_write() {
                 "{id} of {round}"
             );
         }
-        unplug(&rig, &device);
+        rig.unplug(&device);
     }
 }
 
@@ -163,7 +163,7 @@ fn a_middle_image_is_coalesced_away_under_a_running_guest() {
         std::fs::remove_file(&middle).unwrap();
         ok(&rig, &device, "unpause", &[]);
     });
-    unplug(&rig, &device);
+    rig.unplug(&device);
     check(&leaf);
     rig.assert_clean();
 }

@@ -65,6 +65,6 @@ fn a_full_disk_goes_on_in_the_image_that_stands_by_and_so_after_a_pause_and_alon
         // The second image is the disk: it names the first as its parent.
         ok(&rig, &device, "unpause", &["-a", &secondary, "-2", "null"]);
     });
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }

@@ -43,7 +43,7 @@ fn sectors_are_counted_over_all_threads_and_pauses() {
         assert_eq!((&paused["paused"], &paused["sectors"]["write"]), (&json!(true), &json!(160 * round)));
         ok(&rig, &device, "unpause", &[]);
     }
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 
@@ -66,7 +66,7 @@ fn each_image_of_a_chain_has_its_share() {
     image(0, &child, json!([64, 64]));
     image(1, &base, json!([64, 0]));
     assert_eq!(told["secs"], json!([128, 128 + 64]));
-    unplug(&rig, &device);
+    rig.unplug(&device);
     rig.assert_clean();
 }
 

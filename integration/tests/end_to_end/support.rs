@@ -126,13 +126,6 @@ pub fn most_queues(rig: &Rig) -> usize {
     usize::try_from(queues).unwrap()
 }
 
-/// Takes the disk away with the guest's help.
-pub fn unplug(rig: &Rig, device: &Device) {
-    rig.ask_to_close(device);
-    rig.close_frontend(device);
-    rig.finish_removal(device);
-}
-
 /// The next `count` answers.
 pub fn answers(frontend: &mut Frontend, count: usize) -> Vec<Completion> {
     let mut out = VecDeque::new();

@@ -69,7 +69,7 @@ fn kill_often(rig: &Rig, device: &Device, times: u32) {
 
 /// Takes the disk away, which another tapdisk serves than the one that the toolstack started.
 fn finish(rig: &Rig, device: &Device) {
-    unplug(rig, device);
+    rig.unplug(device);
     rig.assert_clean();
 }
 

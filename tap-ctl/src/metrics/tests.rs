@@ -2,25 +2,14 @@ use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
 use super::*;
-use crate::proto::{CacheStats, Minor, RingEntry, RingStats, StoreOperation};
-use crate::testing::some_stats;
+use crate::proto::{CacheStats, Minor, StoreOperation};
+use crate::testing::{some_ring, some_stats};
 
 fn survey() -> Survey {
     let disk = |pid, path: &str| {
         let mut stats = some_stats();
         stats.image = path.parse().unwrap();
-        let entry = RingEntry { domid: 7, vdev: 51712 };
-        let ring = RingStats {
-            entry,
-            queues: 1,
-            taken: 5,
-            answered: 3,
-            kicked: 4,
-            kicks: 2,
-            malformed: 1,
-            failed: 0,
-        };
-        stats.rings = vec![ring];
+        stats.rings = vec![some_ring()];
         stats.late = 4;
         stats.oldest_ms = Some(12_500);
         stats.store = Some(StoreOperation {

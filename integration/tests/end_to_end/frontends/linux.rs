@@ -191,7 +191,7 @@ fn a_cd_rom_is_told_as_one_and_takes_no_writes() {
     assert_eq!((published(&rig, &device, "info"), published(&rig, &device, "feature-discard")), (5, 0));
     assert!(frontend.read(Sector(0), DISK).unwrap() == pattern(7, DISK));
     assert!(!frontend.run(Io::Write(Sector(0), &[0; 512])).unwrap().is_okay());
-    unplug(&rig, &device);
+    rig.unplug(&device);
     assert!(std::fs::read(path).unwrap() == pattern(7, DISK));
     rig.assert_clean();
 }

@@ -1,5 +1,30 @@
-# A guest that writes to two disks and verifies what it wrote, round after round, whatever is done to it meanwhile.
+# Guests that write and verify what they wrote, round after round, whatever is done to them meanwhile.
+#
+# Their data comes by head: a single read of /dev/urandom is cut short by whatever freezes the guest, as a migration does.
 # shellcheck shell=bash
+
+# until_second_disk: the job of a guest that goes on until xvdb, a disk with the test's files, is attached to it.
+until_second_disk() {
+    cat <<'JOB'
+set -e
+mount -t ext4 /dev/xvda /mnt
+n=0
+while [ ! -b /dev/xvdb ]; do
+    n=$((n + 1))
+    head -c 262144 /dev/urandom >/tmp-data
+    dd if=/tmp-data of=/mnt/tick bs=256k conv=fsync 2>/dev/null
+    echo 3 >/proc/sys/vm/drop_caches
+    cmp /tmp-data /mnt/tick
+    echo "GUEST TICK $n"
+done
+mkdir /second
+mount -t ext4 -o ro /dev/xvdb /second
+(cd /second && sha256sum -c SHA256SUMS >/dev/null)
+umount /second
+if dmesg | grep -i -E 'I/O error|xenbus.*error|EXT4-fs error'; then exit 1; fi
+umount /mnt
+JOB
+}
 
 # busy_guest TYPE: creates g1, with a raw and a VHD disk. The numbers go to the disk too, so that a restored memory on an
 # old disk, or the reverse, would be seen.
@@ -14,7 +39,7 @@ mount -t ext4 /dev/xvda /mnt
 n=0
 while [ ! -e /stop ]; do
     n=$((n + 1))
-    dd if=/dev/urandom of=/tmp-data bs=256k count=1 2>/dev/null
+    head -c 262144 /dev/urandom >/tmp-data
     dd if=/tmp-data of=/mnt/tick bs=256k conv=fsync 2>/dev/null
     dd if=/tmp-data of=/dev/xvdb bs=256k seek=$((n % 128)) oflag=direct 2>/dev/null
     echo 3 >/proc/sys/vm/drop_caches

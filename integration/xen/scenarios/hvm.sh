@@ -21,7 +21,7 @@ sum() {
 }
 # across FROM TO BLOCK: what one way writes the other reads, at once.
 across() {
-    dd if=/dev/urandom of=/tmp/data bs=256k count=1 2>/dev/null
+    head -c 262144 /dev/urandom >/tmp/data
     dd if=/tmp/data of=/dev/$1 bs=256k seek=$3 oflag=direct 2>/dev/null
     dd if=/dev/$2 of=/tmp/seen bs=256k skip=$3 count=1 iflag=direct 2>/dev/null
     cmp /tmp/data /tmp/seen

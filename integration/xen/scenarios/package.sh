@@ -2,34 +2,7 @@
 # extra: make test-full
 # machine: service
 # limit: 600
-tick_job() {
-    cat <<'JOB'
-set -e
-mount -t ext4 /dev/xvda /mnt
-n=0
-while [ ! -b /dev/xvdb ]; do
-    n=$((n + 1))
-    dd if=/dev/urandom of=/tmp-data bs=256k count=1 2>/dev/null
-    dd if=/tmp-data of=/mnt/tick bs=256k conv=fsync 2>/dev/null
-    echo 3 >/proc/sys/vm/drop_caches
-    cmp /tmp-data /mnt/tick
-    echo "GUEST TICK $n"
-done
-mkdir /second
-mount -t ext4 -o ro /dev/xvdb /second
-(cd /second && sha256sum -c SHA256SUMS >/dev/null)
-umount /second
-umount /mnt
-JOB
-}
-more_ticks() {
-    [ "$(grep -a -c 'GUEST TICK' "$CONSOLES/guest-g1.log")" -gt $((seen + 2)) ]
-}
-goes_on() {
-    seen=$(grep -a -c 'GUEST TICK' "$CONSOLES/guest-g1.log")
-    within 60 "$1" more_ticks
-    step "$1: the guest goes on"
-}
+. /testbed/dom0/busy-guest.sh
 show() {
     systemctl show --value --property "$1" xenio
 }
@@ -57,7 +30,7 @@ expect "whether the statistics are served" disabled sh -c 'systemctl is-enabled 
 
 qemu-img convert -f raw -O vpc "$SRV/small.raw" first.vhd
 qemu-img convert -f raw -O vpc "$SRV/small.raw" "./second: a disk.vhd"
-tick_job | guest g1 pv "$(vhd xvda first.vhd)"
+until_second_disk | guest g1 pv "$(vhd xvda first.vhd)"
 create g1
 wait_console g1 'GUEST TICK' 60
 tapdisk=$(pgrep -x tapdisk)
@@ -84,7 +57,7 @@ tapdisk=$(pgrep -x tapdisk)
 [ "$(stat -L -c %i "/proc/$tapdisk/exe")" = "$(stat -c %i /usr/libexec/xenio/tapdisk)" ] ||
     fail "the disk is served by a program that is not the one installed"
 has_scope
-goes_on "with the next version"
+goes_on "the upgrade"
 
 step "a xenio that hangs"
 main=$(show MainPID)
@@ -95,7 +68,7 @@ systemctl restart xenio
 main=$(show MainPID)
 kill -STOP "$main"
 within 40 "a new xenio in the place of one that hangs" another_main
-goes_on "with a new xenio"
+goes_on "a new xenio in the place of one that hung"
 
 step "removal is refused"
 ! apt remove xenio >remove.log 2>&1 || fail "xenio was removed under a guest"

@@ -15,6 +15,14 @@ for disk in sda sdb xvda xvdb; do
     while [ ! -b /dev/$disk ]; do usleep 50000; done
 done
 echo "GUEST HAS $(cd /dev && echo sd? xvd?)"
+# The kernel names emulated disks in the order in which its threads find them: it is the size that tells which is which.
+emulated() {
+    for disk in sda sdb; do
+        [ "$(cat /sys/block/$disk/size)" != "$(cat /sys/block/$1/size)" ] || echo $disk
+    done
+}
+ide_a=$(emulated xvda)
+ide_b=$(emulated xvdb)
 # sum DISK BLOCK: of 8 MiB.
 sum() {
     dd if=/dev/$1 bs=256k skip=$2 count=32 iflag=direct 2>/dev/null | sha256sum
@@ -26,19 +34,19 @@ across() {
     dd if=/dev/$2 of=/tmp/seen bs=256k skip=$3 count=1 iflag=direct 2>/dev/null
     cmp /tmp/data /tmp/seen
 }
-mount -t ext4 -o ro /dev/sda /mnt
+mount -t ext4 -o ro /dev/$ide_a /mnt
 (cd /mnt && sha256sum -c SHA256SUMS >/dev/null)
 umount /mnt
 echo "GUEST VERIFIED FILES THROUGH IDE"
 for n in 0 1 2 3; do
-    across xvda sda $((160 + n))
-    across sda xvda $((160 + n))
-    across xvdb sdb $n
-    across sdb xvdb $n
+    across xvda $ide_a $((160 + n))
+    across $ide_a xvda $((160 + n))
+    across xvdb $ide_b $n
+    across $ide_b xvdb $n
 done
-[ "$(sum sda 160)" = "$(sum xvda 160)" ]
-[ "$(sum sdb 0)" = "$(sum xvdb 0)" ]
-dd if=/dev/urandom of=/dev/sda bs=4k seek=10752 count=1 conv=fsync 2>/dev/null
+[ "$(sum $ide_a 160)" = "$(sum xvda 160)" ]
+[ "$(sum $ide_b 0)" = "$(sum xvdb 0)" ]
+dd if=/dev/urandom of=/dev/$ide_a bs=4k seek=10752 count=1 conv=fsync 2>/dev/null
 echo "GUEST SUM $(sum xvda 160 | cut -c 1-64)"
 JOB
 create g1

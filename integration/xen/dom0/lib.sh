@@ -97,6 +97,15 @@ guest() {
     write_config "$name" "$type" "[ ${disks%, } ]"
 }
 
+# locate [IMAGE]: pid and minor are those of the disk whose image has a name that ends so; of the only one without.
+locate() {
+    local line
+    line=$(tap-ctl list | grep -- "${1-}\$") || fail "no disk has the image '${1-}': $(tap-ctl list)"
+    [ "$(wc -l <<<"$line")" = 1 ] || fail "not one disk: $line"
+    [[ $line =~ ^pid=([0-9]+)\ minor=([0-9]+)\  ]] || fail "what is this: $line"
+    pid=${BASH_REMATCH[1]} minor=${BASH_REMATCH[2]}
+}
+
 # debian_guest NAME TYPE DISK: the guest boots the Debian on its first disk.
 debian_guest() {
     mkdir "$WORK/$1.root"

@@ -28,10 +28,7 @@ read -r go
 JOB
 create g1
 wait_console g1 'GUEST BUSY' 60
-# its FIELD: a field of what tap-ctl lists for the store's disk.
-its() { tap-ctl list -f "$store" | sed -n "s/.*$1=\([0-9]*\).*/\1/p"; }
-pid=$(its pid)
-minor=$(its minor)
+locate "$store"
 
 dmsetup suspend --noflush --nolockfs store
 late() { tap-ctl stats -p "$pid" -m "$minor" --full | grep -q '"late":[1-9]'; }
@@ -74,7 +71,8 @@ given_up() { tap-ctl destroy -p "$pid" -m "$minor" -f; }
 [ $code = 0 ] || within 20 "the removal by force" given_up
 opens() { tap-ctl create -a "aio:$store" >/dev/null 2>&1; }
 within 20 "the image's opening" opens
-tap-ctl destroy -p "$(its pid)" -m "$(its minor)"
+locate "$store"
+tap-ctl destroy -p "$pid" -m "$minor"
 within 20 "end of guest g1" gone g1
 assert_nothing_left
 dmsetup remove store

@@ -27,8 +27,7 @@ create g1
 limit() {
     local pid minor file=$1
     shift
-    pid=$(tap-ctl list | sed -n "s/^pid=\([0-9]*\) .*$file.*/\1/p")
-    minor=$(tap-ctl list | sed -n "s/.* minor=\([0-9]*\) .*$file.*/\1/p")
+    locate "/$file"
     tap-ctl limit -p "$pid" -m "$minor" "$@"
 }
 

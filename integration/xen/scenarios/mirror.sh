@@ -28,8 +28,7 @@ echo "GUEST SUM $(dd if=/dev/xvda bs=1M iflag=direct 2>/dev/null | sha256sum | c
 JOB
 create g1
 wait_console g1 'GUEST READY' 60
-pid=$(tap-ctl list | sed -n 's/^pid=\([0-9]*\) .*/\1/p')
-minor=$(tap-ctl list | sed -n 's/.* minor=\([0-9]*\) .*/\1/p')
+locate
 tap-ctl pause -p "$pid" -m "$minor"
 tap-ctl unpause -p "$pid" -m "$minor" -2 aio:/dev/nullmirror
 type_to g1 go

@@ -4,20 +4,8 @@
 modprobe xen-blkfront
 start_xenio
 # Without kernel= and ramdisk=, which pygrub finds, and with a word that only grub.cfg has.
-guest g1 pv "$(vhd xvda disk.vhd)" <<'JOB'
-set -e
-grep -o 'testbed-word=[a-z]*' /proc/cmdline >/tmp/word
-echo "GUEST BOOTED WITH $(cat /tmp/word)"
-mount -t ext4 /dev/xvda1 /mnt
-(cd /mnt/files && sha256sum -c SHA256SUMS >/dev/null)
-dd if=/dev/urandom of=/mnt/files/new bs=1M count=8 2>/dev/null
-(cd /mnt/files && sha256sum new >>SHA256SUMS)
-umount /mnt
-JOB
-mkdir -p tree/boot/grub mnt
-mount -o loop,ro "$SRV/small.raw" mnt
-cp -r mnt tree/files
-umount mnt
+booted_guest pv "$(vhd xvda disk.vhd)"
+boot_tree
 cp "$SRV/vmlinux" tree/boot/vmlinuz
 cp g1.initrd tree/boot/initrd.img
 cat >tree/boot/grub/grub.cfg <<'END_OF_CFG'
@@ -29,20 +17,13 @@ menuentry 'Testbed' {
 END_OF_CFG
 partitioned disk.raw tree 160
 tap-img convert -f raw -O vhd disk.raw disk.vhd
-sed -i -e '/^kernel = /d' -e '/^ramdisk = /d' -e '/^cmdline = /d' g1.cfg
 echo 'bootloader = "pygrub"' >>g1.cfg
 echo 'bootloader_args = [ "--quiet" ]' >>g1.cfg
 
 create g1
 wait_console g1 'GUEST BOOTED WITH testbed-word=found' 60
 [ -z "$(xenstore-list "$BACKEND/0" 2>/dev/null)" ] || fail "the disk is still attached to dom0"
-finish g1 60
-assert_nothing_left
-vhd-util check -n disk.vhd
-raw_of disk.vhd seen.raw
-mount -o "loop,ro,offset=$PARTITION_AT" seen.raw mnt
-(cd mnt/files && sha256sum --quiet --check SHA256SUMS)
-umount mnt
+finish_booted_guest 60 disk.vhd
 
 step "a kernel that is not there: xl says so and nothing is left"
 sed -i 's/boot\/vmlinuz/boot\/wmlinuz/' tree/boot/grub/grub.cfg

@@ -9,8 +9,7 @@ readme() {
     command=$(grep -m 1 "^$1" <<<"$commands") || fail "the README does not say '$1'"
     echo "$command" >>used
     if [ "${2-}" ]; then
-        pid=$(tap-ctl list | sed -n "s,^pid=\([0-9]*\) .*:$2$,\1,p")
-        minor=$(tap-ctl list | sed -n "s,.* minor=\([0-9]*\) .*:$2$,\1,p")
+        locate ":$2"
     fi
     command=${command//PID/$pid}
     step "$command"

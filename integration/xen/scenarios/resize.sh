@@ -23,8 +23,7 @@ create g1
 grow() {
     local pid minor vdev=$1 file=$2
     shift 2
-    pid=$(tap-ctl list | sed -n "s/^pid=\([0-9]*\) .*$file.*/\1/p")
-    minor=$(tap-ctl list | sed -n "s/.* minor=\([0-9]*\) .*$file.*/\1/p")
+    locate "/$file"
     tap-ctl resize -p "$pid" -m "$minor" "$@"
     wait_console g1 "GUEST SEES $vdev 49152" 30
 }

@@ -31,8 +31,7 @@ create g1
 # snapshot FILE CHILD: tells the tapdisk of the file.
 snapshot() {
     local pid minor
-    pid=$(tap-ctl list | sed -n "s/^pid=\([0-9]*\) .*$1.*/\1/p")
-    minor=$(tap-ctl list | sed -n "s/.* minor=\([0-9]*\) .*$1.*/\1/p")
+    locate "/$1"
     tap-ctl snapshot -p "$pid" -m "$minor" -a "vhd:$WORK/$2"
     expect "the image of minor $minor" "vhd:$WORK/$2" eval "tap-ctl list -p $pid | sed 's/.*args=//'"
 }

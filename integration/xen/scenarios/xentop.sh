@@ -12,8 +12,7 @@ JOB
 create g1
 wait_console g1 'GUEST USED xvda' 60
 domid=$(xl domid g1)
-pid=$(tap-ctl list | sed -n 's/^pid=\([0-9]*\) .*/\1/p')
-minor=$(tap-ctl list | sed -n 's/.* minor=\([0-9]*\) .*/\1/p')
+locate
 
 # xentop -b -x: after a domain's line one for each of its disks, with requests and sectors.
 xentop -b -x -f -i 2 -d 1 | tee xentop.txt

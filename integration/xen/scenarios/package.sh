@@ -49,6 +49,7 @@ grep '^xenio_disk_requests_total' metrics.txt
 
 step "upgrade"
 main=$(show MainPID)
+metrics_pid=$(systemctl show --value --property MainPID xenio-metrics)
 apt install /testbed/deb/next.deb | tee upgrade.log
 grep -q 'the 1 disk(s) in use are served by the new version' upgrade.log
 another_main || fail "the service was not restarted"
@@ -57,6 +58,8 @@ tapdisk=$(pgrep -x tapdisk)
 [ "$(stat -L -c %i "/proc/$tapdisk/exe")" = "$(stat -c %i /usr/libexec/xenio/tapdisk)" ] ||
     fail "the disk is served by a program that is not the one installed"
 has_scope
+[ "$(systemctl show --value --property MainPID xenio-metrics)" != "$metrics_pid" ] || fail "the old program still serves the statistics"
+within 20 "the disk in the statistics of the new version" metrics
 goes_on "the upgrade"
 
 step "a xenio that hangs"

@@ -2,7 +2,7 @@
 # extra: make test-full
 # machine: debian12
 # libxl: 4.17
-# limit: 600
+# limit: 900
 expect "the release of Xen" 4.17 sh -c "xl info | sed -n 's/^xen_version *: \([0-9]*\.[0-9]*\).*/\1/p'"
 
 step "Debian's libxl knows no backendtype=tap"

@@ -113,6 +113,7 @@ fn what_is_done_to_files_is_told_in_its_order() {
     file.set_len(2048).unwrap();
     let hole = FallocateFlags::FALLOC_FL_KEEP_SIZE | FallocateFlags::FALLOC_FL_PUNCH_HOLE;
     fallocate(&file, hole, 1024, 4096).unwrap();
+    fallocate(&file, hole, 8192, 4096).unwrap();
     std::fs::hard_link(folder.path("draft"), folder.path("a")).unwrap();
     std::fs::remove_file(folder.path("draft")).unwrap();
     fallocate(&file, FallocateFlags::FALLOC_FL_ZERO_RANGE, 0, 4096).unwrap();

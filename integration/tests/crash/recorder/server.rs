@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::io;
+use std::ops::Range;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -112,14 +113,14 @@ fn attributes(ino: INodeNo, kind: FileType, size: u64) -> FileAttr {
     }
 }
 
-/// What a fallocate(2) does to a file of this length. Only what makes zeros is known.
-fn zeros(mode: i32, offset: u64, length: u64, len: u64) -> Option<Op> {
-    let end = offset.saturating_add(length);
+/// What a fallocate(2) makes zeros of a file of this length; it does nothing else that is known.
+fn zeros(mode: i32, offset: u64, length: u64, len: u64) -> Option<Range<u64>> {
     let kept = mode & libc::FALLOC_FL_KEEP_SIZE != 0;
     let zeros = mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0;
-    // What keeps the length does nothing behind it.
-    let end = if kept { end.min(len.max(offset)) } else { end };
-    zeros.then_some(Op::Zero(offset..end))
+    let end = offset.saturating_add(length);
+    // Behind the end there is nothing, if it stays where it is.
+    let (start, end) = if kept { (offset.min(len), end.min(len)) } else { (offset, end) };
+    zeros.then_some(start..end)
 }
 
 /// A change, and the answer to who asked for it.
@@ -296,7 +297,8 @@ impl Filesystem for Server {
         self.later(move |state| {
             let len = state.file(ino).map_or(0, |file| state.files[file].bytes.len() as u64);
             let result = match zeros(mode, offset, length, len) {
-                Some(op) => state.change(ino, op).map(drop),
+                Some(range) if range.is_empty() => Ok(()),
+                Some(range) => state.change(ino, Op::Zero(range)).map(drop),
                 None => Err(Errno::EOPNOTSUPP),
             };
             answer(reply, result);

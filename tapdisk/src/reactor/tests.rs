@@ -204,12 +204,19 @@ fn a_descriptor_is_let_go_of_when_its_watch_ends() {
         let Thread { reactor, .. } = Thread::new(engine);
         let other = nix::sys::eventfd::EventFd::new().unwrap();
         let other_watch = reactor.watch(other.as_fd()).unwrap();
-        // Neither one that is still to be handed to the kernel nor one that has reported is held.
-        for handed_over in [false, true] {
+        // Held is none: not one that is still to be handed to the kernel, nor with input that is still to be reported, or was.
+        for (handed_over, input, reported) in
+            [(false, false, false), (true, false, false), (true, true, false), (true, true, true)]
+        {
             let (ours, theirs) = UnixStream::pair().unwrap();
             let watch = reactor.watch(ours.as_fd()).unwrap();
             if handed_over {
+                reactor.turn(false).unwrap();
+            }
+            if input {
                 (&theirs).write_all(b"x").unwrap();
+            }
+            if reported {
                 assert!(reactor.turn(true).unwrap().events && watch.take_readable());
             }
             drop(watch);

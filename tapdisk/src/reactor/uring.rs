@@ -206,7 +206,8 @@ impl Uring {
 
     /// Ends the watch with `key`, which completes without the "more" mark then; a completion with `done` follows.
     pub(super) fn unwatch(&mut self, key: u64, done: u64) -> io::Result<()> {
-        self.push(opcode::PollRemove::new(key).build().user_data(done))?;
+        // Not the operation that removes polls: it gives up (EALREADY) where input is just being reported.
+        self.push(opcode::AsyncCancel::new(key).build().user_data(done))?;
         // The watch itself may still be queued, and the caller closes the descriptor (invariant 2).
         self.enter(false)
     }

@@ -165,14 +165,17 @@ impl Nbd {
         }
     }
 
-    /// Puts a further connection to use if the server that has taken it is that of `witness`.
+    /// Puts a further connection to use if the server that has taken it is that of `witness`, and answers on it: one that has
+    /// as many clients as it likes may agree and hang up.
     async fn prove(&self, io: &Io, dialled: Dialled, witness: &Rc<Connection>) -> Result<usize, String> {
         let further = Connection::new(dialled, io).ok_or("no memory for its buffers")?;
         let question =
             ask(Command::Read, 0, self.block_size() as usize).map_err(|errno| errno.to_string())?;
-        // Any answer proves it, an error as well; what the block holds is of no interest.
-        let answer = witness.exchange(io, &question, &Body::None).await;
-        answer.map_err(|broken| broken.to_string()).map(drop)?;
+        for connection in [&**witness, &further] {
+            // Any answer will do, an error as well; what the block holds is of no interest.
+            let answer = connection.exchange(io, &question, &Body::None).await;
+            answer.map_err(|broken| broken.to_string()).map(drop)?;
+        }
         self.connections.add(Rc::new(further), witness).ok_or_else(|| "the others were lost meanwhile".into())
     }
 }

@@ -1,6 +1,6 @@
 //! A server that misbehaves when it is told to.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -44,8 +44,8 @@ pub struct Disk {
     pub now: Vec<u8>,
     pub durable: Vec<u8>,
     pub commands: Vec<(Command, u64, u32)>,
-    /// The connections that anything was carried out for.
-    pub served: BTreeSet<usize>,
+    /// How much was carried out for each connection.
+    pub served: BTreeMap<usize, usize>,
     /// All there have been, but those that a crash has closed.
     connections: BTreeMap<usize, UnixStream>,
 }
@@ -236,7 +236,7 @@ fn transmit(
         }
         if matches!(act, Act::Serve | Act::ServeSilently) {
             if command != Command::Disconnect {
-                disk.served.insert(connection);
+                *disk.served.entry(connection).or_default() += 1;
             }
             disk.commands.push((command, request.offset.get(), request.len.get()));
             match command {

@@ -3,9 +3,15 @@
 use super::super::several::{DEEP, MOST};
 use super::*;
 
-/// Commands that were carried out for others than the first connection.
+/// Connections beside the first that were used for more than the question whether the server is there.
 fn others(fake: &Fake) -> usize {
-    fake.disk.lock().unwrap().served.iter().filter(|&&connection| connection > 0).count()
+    fake.disk
+        .lock()
+        .unwrap()
+        .served
+        .iter()
+        .filter(|&(&connection, &count)| connection > 0 && count > 1)
+        .count()
 }
 
 #[test]
@@ -92,12 +98,19 @@ fn writes_that_were_acknowledged_on_any_survive_a_server_that_forgets_them() {
 #[test]
 fn a_server_that_refuses_a_second_one_is_served_over_the_first() {
     for engine in ENGINES {
-        let fake = Fake::start(Face { most: 1, ..Face::several(4 << 20) }, |_, _, _| Act::Serve);
-        let bed = Bed::new(engine);
-        let nbd = bed.open(&fake);
-        load(&bed, &nbd, 64, 16);
-        bed.run();
-        assert_eq!((nbd.connections.len(), others(&fake)), (1, 0));
+        // It closes others at once, or when they are agreed on.
+        for most in [1, usize::MAX] {
+            let script = |connection, number, _: &nbd::wire::Request| {
+                assert!(connection == 0 || number == 0, "nothing but the question whether it is there");
+                if connection == 0 { Act::Serve } else { Act::HangUp }
+            };
+            let fake = Fake::start(Face { most, ..Face::several(4 << 20) }, script);
+            let bed = Bed::new(engine);
+            let nbd = bed.open(&fake);
+            load(&bed, &nbd, 64, 16);
+            bed.run();
+            assert_eq!((nbd.connections.len(), others(&fake)), (1, 0));
+        }
     }
 }
 
@@ -139,7 +152,7 @@ fn a_further_one_to_the_next_server_is_not_used_beside_one_to_the_server_before(
         });
         bed.run();
         let disk = fake.disk.lock().unwrap();
-        assert!(!disk.served.contains(&1), "{engine}");
+        assert!(!disk.served.contains_key(&1), "{engine}");
         assert_eq!(disk.durable[..512], pattern(0, 1, 5), "{engine}");
     }
 }

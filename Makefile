@@ -75,7 +75,7 @@ bench: deps
 	$(CARGO) build --release --locked -p integration --bins
 	$(CARGO) run --release --locked --quiet -p integration --bin bench -- --file $(BENCH_FILE) $(BENCH_ARGS)
 
-## bench-formats: VHD and qcow2 against raw, a chain of 30, growing images against qemu-nbd; into target/bench-formats.json
+## bench-formats: VHD and qcow2 against raw, a chain of 30, growing images against qemu-nbd, connections to NBD servers; into target/bench-formats.json
 bench-formats: deps
 	mkdir -p target
 	$(CARGO) build --release --locked -p integration --bins

@@ -6,7 +6,7 @@
 #   libnbd-bin, nbdkit   independent NBD clients and servers
 #   libxen-dev   Xen's public headers, against which layouts and numbers are checked
 #   fio          what the bench compares with
-#   valgrind, strace   count instructions and system calls in the bench; strace also records what the crash tests replay
+#   valgrind, strace   count instructions and system calls in the bench
 #   debhelper, lintian   build and examine the Debian package
 #   groff-base   reads the manual pages in a test
 #   fish, zsh    complete command lines in a test

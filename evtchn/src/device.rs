@@ -56,18 +56,6 @@ impl EvtchnDev {
         Ok(EvtchnDev { fd: file.into(), ports: RefCell::default() })
     }
 
-    /// Limits this descriptor to ports of domain `dom`, for good; what is bound stays bound.
-    ///
-    /// # Errors
-    ///
-    /// `EACCES` if it is limited already; `EINVAL` for domain 0 and for Xen's reserved domain ids.
-    pub fn restrict(&self, dom: DomId) -> io::Result<()> {
-        // SAFETY: the argument is a live u16.
-        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::RESTRICT_DOMID, &raw const dom.0) };
-        Errno::result(result)?;
-        Ok(())
-    }
-
     fn on_port(&self, request: libc::c_ulong, local: Port) -> io::Result<()> {
         // SAFETY: the argument is a live u32, as both requests that come here take.
         let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), request, &raw const local.0) };
@@ -110,6 +98,13 @@ impl AsFd for EvtchnDev {
 }
 
 impl EventChannel for EvtchnDev {
+    fn restrict(&self, dom: DomId) -> io::Result<()> {
+        // SAFETY: the argument is a live u16.
+        let result = unsafe { libc::ioctl(self.fd.as_raw_fd(), ioctl::RESTRICT_DOMID, &raw const dom.0) };
+        Errno::result(result)?;
+        Ok(())
+    }
+
     fn bind(&mut self, dom: DomId, remote: Port) -> io::Result<Port> {
         let argument = ioctl::Remote { domain: u32::from(dom.0), port: remote.0 };
         // SAFETY: the argument is of the ioctl's layout.

@@ -21,9 +21,18 @@ pub use blkif::{DomId, Port};
 
 /// A set of bound event channels behind one pollable descriptor.
 pub trait EventChannel: AsFd {
+    /// Limits this descriptor to ports of domain `dom`, for good; what is bound stays bound.
+    ///
+    /// # Errors
+    ///
+    /// `EACCES` if it is limited already; `EINVAL` for domain 0 and for Xen's reserved domain ids; `ENOSYS` from a kernel that
+    /// does not know it (before Linux 4.8).
+    fn restrict(&self, dom: DomId) -> io::Result<()>;
+
     /// Binds the unbound port `remote` that domain `dom` allotted to us; returns our local port.
     ///
-    /// A freshly bound port fires once. Fails with `EINVAL` if the remote port is not an unbound one reserved for us.
+    /// A freshly bound port fires once. Fails with `EINVAL` if the remote port is not an unbound one reserved for us, and
+    /// with `EACCES` if the descriptor is [limited](EventChannel::restrict) to another domain.
     fn bind(&mut self, dom: DomId, remote: Port) -> io::Result<Port>;
 
     /// Unbinds a local port. The peer can be bound again afterwards.

@@ -31,7 +31,11 @@ prepare_machine() {
         printf '%s=%q\n' "${name%%=*}" "${name#*=}"
     done >"$PAYLOAD/parameters"
     install -m 755 "$TOP/dist/hotplug/block-xenio" "$PAYLOAD/bin/"
-    [ -z "$LIBXL" ] || cp -r "$LIBXL" "$PAYLOAD/libxl"
+    # Libraries of several releases are told apart by their names.
+    mkdir "$PAYLOAD/libxl"
+    for name in "${LIBXL[@]}"; do
+        cp "$name"/* "$PAYLOAD/libxl/"
+    done
     cp "$TOP/README.md" "$PAYLOAD/"
     [ -z "$(of_kind service "$@")" ] || prepare_packages
     prepare_profile
@@ -61,7 +65,7 @@ of_kind() {
 # run_machine SCENARIO...: one boot for all that can share one; "# machine: KIND" asks for a boot of another kind.
 run_machine() {
     local kind names
-    for kind in plain service counted profiled; do
+    for kind in plain service debian12 counted profiled; do
         mapfile -t names < <(of_kind "$kind" "$@")
         [ ${#names[@]} = 0 ] || boot_and_follow "$kind" "${names[@]}"
     done
@@ -72,15 +76,19 @@ run_machine() {
 # "spec-ctrl=no" alone makes Xen switch FPU registers lazily, and with that the emulated machine mixes up vector
 # registers between domains: wrong hashes, programs that crash (selftest-load shows it).
 start_qemu() {
-    local kind=$1 cpu dom0 disk=$DOM0 init=
+    local kind=$1 cpu dom0 boot=$BOOT disk=$DOM0 init=
     case $kind in
-    plain | service)
+    plain | service | debian12)
         cpu=(-accel "tcg,thread=multi,tb-size=1024" -cpu max,-smap,-la57,-rdtscp,-umip,-x2apic)
         dom0=dom0_max_vcpus=2
         ;;&
     service)
         disk=$SERVICEDOM0
         init=testbed.init=systemd
+        ;;
+    debian12)
+        boot=$BOOT12
+        disk=$DEBIAN12DOM0
         ;;
     # One instruction is one nanosecond of the machine's time: figures that do not depend on the host. The CPU is one
     # that people have: on "max" the kernel copies byte by byte (FSRM), and every byte would count as an instruction.
@@ -99,10 +107,10 @@ start_qemu() {
         -no-reboot -nodefaults -no-user-config -display none -vga none \
         -chardev "file,id=console,path=$LOGS/console-$kind.log" -serial chardev:console \
         -chardev stdio,id=events,signal=off -serial chardev:events \
-        -kernel "$BOOT/xen" \
+        -kernel "$boot/xen" \
         -append "dom0_mem=1280M,max:1280M com1=115200,8n1 console=com1 loglvl=warning \
 guest_loglvl=warning ucode=no smt=0 spec-ctrl=no,eager-fpu $dom0" \
-        -initrd "$BOOT/vmlinux console=hvc0 quiet mitigations=off $init,$BOOT/dom0.initrd" \
+        -initrd "$boot/vmlinux console=hvc0 quiet mitigations=off $init,$boot/dom0.initrd" \
         -drive "file=$disk/disk.img,if=virtio,format=raw,cache=unsafe,snapshot=on" \
         -virtfs "local,path=$PAYLOAD,mount_tag=testbed,security_model=none,readonly=on" \
         -virtfs "local,path=$LOGS,mount_tag=out,security_model=none" \
@@ -120,7 +128,10 @@ stop_qemu() {
 host_limit() {
     local limit
     limit=$(($(header "$2" limit) + 150))
-    if [ "$1" = plain ] || [ "$1" = service ]; then echo "$limit"; else echo $((limit * 4)); fi
+    case $1 in
+    counted | profiled) echo $((limit * 4)) ;;
+    *) echo "$limit" ;;
+    esac
 }
 
 # boot_and_follow KIND SCENARIO...: every scenario named gets its line, also when the machine stops half way.

@@ -83,7 +83,7 @@ main() {
         shift
     done
     mapfile -t names < <(choose "$full" "${names[@]}")
-    if wants_libxl "${names[@]}"; then
+    if wants_libxl 4.17 "${names[@]}" || wants_libxl 4.20 "${names[@]}"; then
         "$HERE/deps.sh" "${LIBXL_PACKAGES[@]}"
     else
         "$HERE/deps.sh"

@@ -7,7 +7,7 @@ use evtchn::EventChannel;
 use gntdev::Grants;
 use tap_ctl::ControlDir;
 
-/// Opens the two devices; each worker thread has its own.
+/// Opens the two devices: grants for each worker thread, event channels for each ring.
 pub trait Xen: Clone + Send + 'static {
     /// Grant mapping and copy.
     type Grants: Grants + 'static;

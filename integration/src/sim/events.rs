@@ -16,7 +16,7 @@
 
 mod ports;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -33,6 +33,9 @@ use nix::sys::stat::Mode;
 use super::calls::{Call, Calls};
 use ports::{Device, PortTable, State};
 
+/// The first of the numbers that are no domain's (`DOMID_FIRST_RESERVED` of Xen's `public/xen.h`).
+const FIRST_RESERVED: u16 = 0x7ff0;
+
 /// Ports taken in one read.
 const PORTS_PER_READ: usize = 64;
 
@@ -45,6 +48,8 @@ pub struct SimEvents {
     /// The queue of fired ports. The lock on it tells others that this device is open.
     queue: Flock<File>,
     own_ports: PortTable,
+    /// The only domain whose ports may be bound.
+    restricted: Cell<Option<DomId>>,
     bound: HashMap<Port, Channel>,
     calls: Calls,
     /// The queues of other devices.
@@ -85,6 +90,7 @@ impl SimEvents {
             device,
             queue,
             own_ports,
+            restricted: Cell::new(None),
             bound: HashMap::new(),
             calls: Calls::open(dir, own)?,
             queues: RefCell::default(),
@@ -93,6 +99,9 @@ impl SimEvents {
 
     /// Allots a port that domain `remote` may bind to: what a frontend does. Notifications go nowhere until then.
     pub fn allocate(&mut self, remote: DomId) -> io::Result<Port> {
+        if self.restricted.get().is_some() {
+            return Err(Errno::EACCES.into());
+        }
         let _guard = control_lock(&self.dir)?;
         let local = self.own_ports.free_port().ok_or(Errno::ENOSPC)?;
         self.own_ports.take(local, self.device, State::Unbound, remote, Port(0));
@@ -183,7 +192,21 @@ impl AsFd for SimEvents {
 }
 
 impl EventChannel for SimEvents {
+    fn restrict(&self, dom: DomId) -> io::Result<()> {
+        if self.restricted.get().is_some() {
+            return Err(Errno::EACCES.into());
+        }
+        if dom.0 == 0 || dom.0 >= FIRST_RESERVED {
+            return Err(Errno::EINVAL.into());
+        }
+        self.restricted.set(Some(dom));
+        Ok(())
+    }
+
     fn bind(&mut self, dom: DomId, remote: Port) -> io::Result<Port> {
+        if self.restricted.get().is_some_and(|only| only != dom) {
+            return Err(Errno::EACCES.into());
+        }
         let guard = control_lock(&self.dir)?;
         let ports = PortTable::open(&self.dir, dom).map_err(|_| Errno::EINVAL)?;
         if ports.state(remote).is_none() {

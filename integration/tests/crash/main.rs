@@ -1,4 +1,4 @@
-//! The real programs on files that record what is done to them: wherever the machine had stopped, whatever part of the
+//! The real programs on files that record what is done to them, by both engines: wherever the machine had stopped, whatever part of the
 //! writes since the last flush had reached the disk, and in whatever order, nothing that was flushed is lost, everything else
 //! is old or new, and the image is in order.
 
@@ -19,10 +19,15 @@ mod vhd_support;
 #[expect(dead_code, reason = "shared with the format's own tests, which use all of it")]
 mod vmdk_support;
 
-/// Whether a test cannot run here. On a CI host it must.
-fn skipped() -> bool {
-    let Some(reason) = recorder::missing() else { return false };
-    assert!(std::env::var_os("CI").is_none(), "no test may be skipped here: {reason}");
-    eprintln!("skipped: {reason}");
-    true
+use recorder::Folder;
+
+/// A folder that records; `None` where there can be none. On a CI host there must be one.
+fn folder() -> Option<Folder> {
+    let error = match Folder::mount() {
+        Ok(folder) => return Some(folder),
+        Err(error) => error,
+    };
+    assert!(std::env::var_os("CI").is_none(), "no test may be skipped here: FUSE: {error}");
+    eprintln!("skipped: FUSE (only root can use it here): {error}");
+    None
 }

@@ -2,31 +2,37 @@
 
 use std::cell::RefCell;
 use std::path::Path;
+use std::process::Command;
 use std::rc::Rc;
 
 use format::testing::{Memory, Op, Parent, Random, Subject, Turns, crash_states, stamps};
 use tempfile::TempDir;
 use vhd::{NewParent, OpenOptions, Uuid, Vhd};
 
-use crate::recorder::{Recorder, changes_of};
-use crate::skipped;
+use crate::folder;
+use crate::recorder::Folder;
 use crate::vhd_support::{Shape, open};
 
 const SECTORS: u64 = 16384;
 
-/// Runs vhd-util in a folder, following what it does to a file there. What it did, and its whole trace.
-fn record(folder: &Path, name: &str, args: &[&str]) -> (Memory, Vec<(u64, Op)>, String) {
-    let path = folder.join(name);
-    let start = Memory::of(std::fs::read(&path).unwrap(), true);
-    let program = Path::new(env!("CARGO_BIN_EXE_vhd-util-traced"));
-    let recorder = Recorder::run(&path, start, program, args);
-    let trace = recorder.trace();
-    let (start, log) = recorder.stop();
+/// What a file was at first, and what was done to it.
+type Recording = (Memory, Vec<(usize, Op)>);
+
+/// Runs vhd-util in a folder. What it does to a file there.
+fn record(folder: &Folder, name: &str, args: &[&str]) -> Recording {
+    let start = Memory::of(folder.bytes(name), true);
+    let output = Command::new(env!("CARGO_BIN_EXE_vhd-util-recorded")).args(args).output().unwrap();
+    assert!(output.status.success(), "{args:?}: {output:?}");
+    let log = folder.log(name);
     assert!(log.len() > 3, "{args:?} did {log:?}");
-    (start, log, trace)
+    (start, log)
 }
 
-fn operations(log: &[(u64, Op)]) -> Vec<Op> {
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+fn operations(log: &[(usize, Op)]) -> Vec<Op> {
     log.iter().map(|(_, op)| op.clone()).collect()
 }
 
@@ -40,24 +46,21 @@ fn chain(shape: &Shape, random: &mut Random) -> Turns<Vhd> {
 }
 
 /// Makes the files `child.vhd` and, as the child names it, `p.vhd` of a chain.
-fn put(folder: &Path, disk: &Turns<Vhd>) {
-    std::fs::write(folder.join("child.vhd"), &disk.image.storage().bytes).unwrap();
+fn put(folder: &Folder, disk: &Turns<Vhd>) {
+    folder.put("child.vhd", disk.image.storage());
     for parent in &disk.parents {
-        std::fs::write(folder.join("p.vhd"), &parent.borrow().storage().bytes).unwrap();
+        folder.put("p.vhd", parent.borrow().storage());
     }
 }
 
 #[test]
 fn a_coalesce_never_changes_what_the_child_shows() {
-    if skipped() {
-        return;
-    }
-    let (folder, shape, mut random) = (TempDir::new().unwrap(), Shape::default(), Random::new(3));
+    let Some(folder) = folder() else { return };
+    let (shape, mut random) = (Shape::default(), Random::new(3));
     let mut disk = chain(&shape, &mut random);
     let contents = disk.contents();
-    put(folder.path(), &disk);
-    let child = folder.path().join("child.vhd");
-    let (start, log, _) = record(folder.path(), "p.vhd", &["coalesce", "-n", child.to_str().unwrap()]);
+    put(&folder, &disk);
+    let (start, log) = record(&folder, "p.vhd", &["coalesce", "-n", &text(&folder.path("child.vhd"))]);
     let child = disk.image.into_parts().1;
     let log = operations(&log);
     crash_states(&start, &log, 3, &mut random, |done, parent, _| {
@@ -97,10 +100,8 @@ fn parents(shape: &Shape, below: &[&Memory]) -> Vec<Parent> {
 
 #[test]
 fn a_coalesce_into_an_ancestor_never_changes_what_the_child_shows() {
-    if skipped() {
-        return;
-    }
-    let (folder, shape, mut random) = (TempDir::new().unwrap(), Shape::default(), Random::new(6));
+    let Some(folder) = folder() else { return };
+    let (shape, mut random) = (Shape::default(), Random::new(6));
     let named = |number: u8, name: &str| {
         let (name, path) = (name.to_owned(), format!("./{name}"));
         Some(NewParent { uuid: Uuid([number; 16]), timestamp: 1, name, path })
@@ -119,12 +120,11 @@ fn a_coalesce_into_an_ancestor_never_changes_what_the_child_shows() {
     };
     let expected = shows(&base, &middle);
     for (name, image) in [("base.vhd", &base), ("middle.vhd", &middle), ("child.vhd", &child)] {
-        std::fs::write(folder.path().join(name), &image.bytes).unwrap();
+        folder.put(name, image);
     }
-    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let args = ["coalesce", "-n", &path("child.vhd"), "-a", &path("base.vhd")];
-    let (start, log, trace) = record(folder.path(), "base.vhd", &args);
-    let between = changes_of(&trace, &folder.path().join("middle.vhd"));
+    let args = ["coalesce", "-n", &text(&folder.path("child.vhd")), "-a", &text(&folder.path("base.vhd"))];
+    let (start, log) = record(&folder, "base.vhd", &args);
+    let between = folder.log("middle.vhd");
     assert!(!between.is_empty(), "what is between gives way");
     crash_states(&start, &operations(&log), 3, &mut random, |done, state, _| {
         shape.check(&state, false);
@@ -141,23 +141,20 @@ fn a_coalesce_into_an_ancestor_never_changes_what_the_child_shows() {
 
 #[test]
 fn another_parent_is_named_entirely_or_not_at_all() {
-    if skipped() {
-        return;
-    }
-    let (folder, shape, mut random) = (TempDir::new().unwrap(), Shape::default(), Random::new(4));
+    let Some(folder) = folder() else { return };
+    let (shape, mut random) = (Shape::default(), Random::new(4));
     let disk = chain(&shape, &mut random);
-    put(folder.path(), &disk);
-    let other = folder.path().join("other.vhd");
-    std::fs::write(&other, &shape.image(SECTORS, 9, None).bytes).unwrap();
-    let child = folder.path().join("child.vhd");
-    let args = ["modify", "-n", child.to_str().unwrap(), "-p", other.to_str().unwrap()];
-    let (start, log, trace) = record(folder.path(), "child.vhd", &args);
-    let journal = folder.path().join("child.vhd.relink-journal");
-    let journal_log = changes_of(&trace, &journal);
+    put(&folder, &disk);
+    folder.put("other.vhd", &shape.image(SECTORS, 9, None));
+    let args = ["modify", "-n", &text(&folder.path("child.vhd")), "-p", &text(&folder.path("other.vhd"))];
+    let (start, log) = record(&folder, "child.vhd", &args);
+    let journal_log = folder.log("child.vhd.relink-journal");
+    let desk = TempDir::new().unwrap();
+    let (child, journal) = (desk.path().join("child.vhd"), desk.path().join("child.vhd.relink-journal"));
     crash_states(&start, &operations(&log), 4, &mut random, |done, state, _| {
         let saved = durable(Memory::file(), &journal_log, moment(&log, done)).bytes;
         // Whatever opens the image to write finds the journal by itself.
-        let undo = ["set", "-n", child.to_str().unwrap(), "-f", "hidden", "-v", "0"];
+        let undo = ["set", "-n", &text(&child), "-f", "hidden", "-v", "0"];
         let state = intact_or_undone(state, (&child, &journal), &saved, &undo);
         shape.check(&state, false);
         let parent = shape.open(&state, false).parent().unwrap();
@@ -171,17 +168,13 @@ fn another_parent_is_named_entirely_or_not_at_all() {
 
 #[test]
 fn a_snapshot_leaves_its_parent_alone() {
-    if skipped() {
-        return;
-    }
-    let (folder, shape, mut random) = (TempDir::new().unwrap(), Shape::default(), Random::new(5));
-    put(folder.path(), &chain(&shape, &mut random));
-    let (new, child) = (folder.path().join("new.vhd"), folder.path().join("child.vhd"));
-    std::fs::write(&new, []).unwrap();
-    let args = ["snapshot", "-n", new.to_str().unwrap(), "-p", child.to_str().unwrap()];
-    let before = std::fs::read(&child).unwrap();
-    let (start, log, _) = record(folder.path(), "new.vhd", &args);
-    assert!(std::fs::read(&child).unwrap() == before);
+    let Some(folder) = folder() else { return };
+    let (shape, mut random) = (Shape::default(), Random::new(5));
+    put(&folder, &chain(&shape, &mut random));
+    let new = folder.put("new.vhd", &Memory::file());
+    let args = ["snapshot", "-n", &text(&new), "-p", &text(&folder.path("child.vhd"))];
+    let (start, log) = record(&folder, "new.vhd", &args);
+    assert!(folder.log("child.vhd").iter().all(|(_, op)| *op == Op::Flush));
     let log = operations(&log);
     crash_states(&start, &log, 4, &mut random, |done, state, _| {
         // What is not complete is no image; what is one is right.
@@ -196,33 +189,29 @@ fn a_snapshot_leaves_its_parent_alone() {
 
 #[test]
 fn a_resize_that_was_cut_short_is_undone_by_its_journal() {
-    if skipped() {
-        return;
-    }
     for mebibytes in [40, 20] {
         resize_and_revert(mebibytes);
     }
 }
 
 fn resize_and_revert(mebibytes: u64) {
-    let (folder, shape, mut random) = (TempDir::new().unwrap(), Shape::default(), Random::new(mebibytes));
+    let Some(folder) = folder() else { return };
+    let (shape, mut random) = (Shape::default(), Random::new(mebibytes));
     let mut disk = Turns::create(&shape, SECTORS);
     disk.write(vec![(0, stamps(0, 3000, 1)), (9000, stamps(9000, 100, 2))], &mut random);
     let mut disk = disk.reopen(&shape);
     let old = disk.contents();
     let mut new = old.clone();
     new.resize(usize::try_from(mebibytes << 20).unwrap(), 0);
-    let path = folder.path().join("a.vhd");
-    std::fs::write(&path, &disk.image.storage().bytes).unwrap();
-    let journal = folder.path().join("journal");
+    let (name, saved) = (text(&folder.put("a.vhd", disk.image.storage())), text(&folder.path("journal")));
     let size = mebibytes.to_string();
-    let (name, saved) = (path.to_str().unwrap(), journal.to_str().unwrap());
-    let (start, log, trace) =
-        record(folder.path(), "a.vhd", &["resize", "-n", name, "-s", &size, "-j", saved]);
-    let journal_log = changes_of(&trace, &journal);
+    let (start, log) = record(&folder, "a.vhd", &["resize", "-n", &name, "-s", &size, "-j", &saved]);
+    let journal_log = folder.log("journal");
+    let desk = TempDir::new().unwrap();
+    let (path, journal) = (desk.path().join("a.vhd"), desk.path().join("journal"));
     crash_states(&start, &operations(&log), 4, &mut random, |done, state, _| {
         let saved = durable(Memory::file(), &journal_log, moment(&log, done)).bytes;
-        let undo = ["revert", "-n", path.to_str().unwrap(), "-j", journal.to_str().unwrap()];
+        let undo = ["revert", "-n", &text(&path), "-j", &text(&journal)];
         let state = intact_or_undone(state, (&path, &journal), &saved, &undo);
         shape.check(&state, false);
         let found = Turns::open(&shape, state, Vec::new()).contents();
@@ -232,7 +221,7 @@ fn resize_and_revert(mebibytes: u64) {
 }
 
 /// What of a file, which was like this at first, is certainly on the disk at some moment.
-fn durable(mut file: Memory, log: &[(u64, Op)], now: u64) -> Memory {
+fn durable(mut file: Memory, log: &[(usize, Op)], now: usize) -> Memory {
     let before = &log[..log.partition_point(|(moment, _)| *moment < now)];
     let flushed = before.iter().rposition(|(_, op)| *op == Op::Flush).map_or(0, |at| at + 1);
     before[..flushed].iter().for_each(|(_, op)| file.apply(op));
@@ -240,8 +229,8 @@ fn durable(mut file: Memory, log: &[(u64, Op)], now: u64) -> Memory {
 }
 
 /// The moment before which so many operations had been done.
-fn moment(log: &[(u64, Op)], done: usize) -> u64 {
-    log.get(done).map_or(u64::MAX, |(moment, _)| *moment)
+fn moment(log: &[(usize, Op)], done: usize) -> usize {
+    log.get(done).map_or(usize::MAX, |(moment, _)| *moment)
 }
 
 /// The image, after vhd-util has undone what was cut short, if it was.
@@ -250,7 +239,7 @@ fn intact_or_undone(state: Memory, (path, journal): (&Path, &Path), saved: &[u8]
         return state;
     }
     // A new file: the one before may be open still, and locked, in a process that another test is just starting.
-    std::fs::remove_file(path).unwrap();
+    let _ = std::fs::remove_file(path);
     std::fs::write(path, &state.bytes).unwrap();
     std::fs::write(journal, saved).unwrap();
     let mut text = Vec::new();

@@ -234,8 +234,8 @@ fn a_guest_lives_on_another_tapdisk_by_nbd() {
     assert!(std::fs::read(&image).unwrap() == storm.model, "the image differs from the model");
 }
 
-/// A TCP port of an address behind which a server with a socket is, for so many connections. `None` where there is no such address.
-fn forwarded(address: &str, socket: &Path, connections: usize) -> Option<u16> {
+/// A TCP port of an address behind which a server with a socket is. `None` where there is no such address.
+fn forwarded(address: &str, socket: &Path) -> Option<u16> {
     let listener = match TcpListener::bind((address, 0)) {
         Ok(listener) => listener,
         Err(error) => {
@@ -245,7 +245,7 @@ fn forwarded(address: &str, socket: &Path, connections: usize) -> Option<u16> {
     };
     let (port, socket) = (listener.local_addr().unwrap().port(), socket.to_owned());
     std::thread::spawn(move || {
-        for client in listener.incoming().take(connections) {
+        for client in listener.incoming() {
             let (client, server) = (client.unwrap(), UnixStream::connect(&socket).unwrap());
             let (mut from, mut to) = (client.try_clone().unwrap(), server.try_clone().unwrap());
             std::thread::spawn(move || {
@@ -274,7 +274,7 @@ fn servers_of_other_hosts_are_named_by_addresses_names_and_uris() {
     ];
     let mut domid = 0;
     for (address, forms) in forms {
-        let Some(port) = forwarded(address, &socket, forms.len()) else { continue };
+        let Some(port) = forwarded(address, &socket) else { continue };
         for form in forms {
             domid += 1;
             let params = form.replace("PORT", &port.to_string());

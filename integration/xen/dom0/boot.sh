@@ -52,7 +52,8 @@ one_cpu() {
 }
 
 start_toolstack() {
-    local xen=/usr/lib/xen-4.20/bin module
+    local xen module
+    xen=$(echo /usr/lib/xen-4.*/bin)
     for module in xen-evtchn xen-gntdev xen-gntalloc xen-privcmd loop ext4; do
         must "cannot load $module" modprobe "$module"
     done

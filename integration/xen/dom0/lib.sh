@@ -66,6 +66,12 @@ assert_nothing_left() {
     within 5 "left behind: $(leftovers | tr '\n' ' ')" nothing_left
 }
 
+# event_channels: the domain of each event channel device that tapdisks have open; each must be restricted to one.
+event_channels() {
+    # shellcheck disable=SC2046
+    python3 /testbed/dom0/event-channels.py $(pgrep -x tapdisk)
+}
+
 # --- disks: what goes into "disk = [...]" ---
 
 # vhd VDEV FILE-IN-WORK [ro]

@@ -55,7 +55,8 @@ losetup -D
 for device in /sys/kernel/config/nullb/*/; do
     [ ! -d "$device" ] || rmdir "$device"
 done
-echo 0 >/proc/sys/kernel/io_uring_disabled
+# Linux 6.1 has no such switch.
+[ ! -e /proc/sys/kernel/io_uring_disabled ] || echo 0 >/proc/sys/kernel/io_uring_disabled
 [ "$(cat /sys/devices/system/cpu/cpu1/online 2>/dev/null || echo 0)" = 0 ] || echo 0 >/sys/devices/system/cpu/cpu1/online
 xenstore-rm /local/domain/0/backend/vbd3 2>/dev/null
 xenstore-rm /local/domain/0/error 2>/dev/null

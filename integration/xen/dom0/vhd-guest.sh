@@ -24,8 +24,8 @@ cd /
 umount /mnt
 JOB
     create g1
-    wait_console g1 'GUEST VERIFIED 2500 files' 90
-    wait_console g1 'GUEST WROTE' 90
+    wait_console g1 'GUEST VERIFIED 2500 files' 180
+    wait_console g1 'GUEST WROTE' 120
     new=$(grep -a -o -m 1 'GUEST WROTE [0-9a-f]*' "$CONSOLES/guest-g1.log" | cut -d ' ' -f 3)
     finish g1 30
     assert_nothing_left

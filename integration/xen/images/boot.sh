@@ -39,7 +39,7 @@ initramfs() {
 }
 
 build_boot() {
-    gzip -dc "$WORLD"/boot/xen-4.20-amd64.gz >"$1/xen"
+    gzip -dc "$WORLD/boot/xen-$XEN-amd64.gz" >"$1/xen"
     extract_vmlinux "$WORLD"/boot/vmlinuz-* "$1/vmlinux"
     initramfs "$WORLD" "$HERE/images/dom0-init" "$1/dom0.initrd" "${DOM0_BOOT_MODULES[@]}"
     initramfs "$WORLD" "$HERE/images/guest-init" "$1/guest.initrd" "${GUEST_MODULES[@]}"

@@ -1,5 +1,5 @@
-# build_images: makes what is missing in $CACHE and sets $WORLD, $BOOT, $DOM0, $SERVICEDOM0 and $LIBXL to the folders with
-# the results.
+# build_images: makes what is missing in $CACHE and sets $WORLD, $BOOT, $DOM0, $SERVICEDOM0, $BOOT12, $DEBIAN12DOM0 and
+# LIBXL to the folders with the results.
 # shellcheck shell=bash
 
 # shellcheck source=integration/xen/images/lib.sh
@@ -18,9 +18,9 @@
 . "$HERE/images/service.sh"
 # shellcheck source=integration/xen/images/libxl.sh
 . "$HERE/images/libxl.sh"
-LIBXL=
+LIBXL=()
 
-# build_images SCENARIO...: the disk of a Debian in full and a patched libxl only if one of them wants it.
+# build_images SCENARIO...: the disk of a Debian in full, Debian 12 and a patched libxl only if one of them wants it.
 build_images() {
     local in=$HERE/images
     mkdir -p "$CACHE"
@@ -37,11 +37,23 @@ build_images() {
     GRUB=$artefact
     artefact dom0 build_dom0 "$WORLD" "$BOOT" "$FIXTURES" "$GRUB" "$in/dom0.sh" "$in/lib.sh"
     DOM0=$artefact
-    if wants_libxl "$@"; then
-        artefact libxl build_libxl "$WORLD" "$in/libxl.sh" "$LIBXL_PATCHES"/*
-        LIBXL=$artefact
-    fi
+    patched_libxl "$@"
+    [ -z "$(of_kind debian12 "$@")" ] || build_debian12 "$@"
     [ -n "$(of_kind service "$@")" ] || return 0
     artefact servicedom0 build_servicedom0 "$WORLD" "$BOOT" "$FIXTURES" "$in/service.sh" "$in/testbed.service" "$in/lib.sh"
     SERVICEDOM0=$artefact
+}
+
+# build_debian12 SCENARIO...: the same scripts with another release. The emulator and the guests' disks stay those of the
+# newer one.
+build_debian12() {
+    local in=$HERE/images SUITE=bookworm XEN=4.17 WORLD BOOT
+    artefact debian12world build_world "$in/world.sh" "$SUITE"
+    WORLD=$artefact
+    artefact debian12boot build_boot "$WORLD" "$in/boot.sh" "$in/lib.sh" "$in/dom0-init" "$in/guest-init"
+    BOOT=$artefact
+    BOOT12=$artefact
+    artefact debian12dom0 build_dom0 "$WORLD" "$BOOT" "$FIXTURES" "$GRUB" "$in/dom0.sh" "$in/lib.sh"
+    DEBIAN12DOM0=$artefact
+    patched_libxl "$@"
 }

@@ -55,7 +55,11 @@ unpack_modules() {
         awk '$1 == "insmod" && !seen[$2]++ { print $2 }' |
         while read -r path; do
             name=$(basename "$path" .xz)
-            xz -dc "$path" >"$folder/$name"
+            # Debian 12 does not compress them.
+            case $path in
+            *.xz) xz -dc "$path" >"$folder/$name" ;;
+            *) cp "$path" "$folder/$name" ;;
+            esac
             echo "$name"
         done >"$folder/order"
 }

@@ -1,7 +1,6 @@
-# libxl of the release under test with the patches of libxl-patch/, for scenarios that say "# libxl: patched".
+# libxl of a release of Xen with the patches of libxl-patch/, for scenarios that say "# libxl: VERSION".
 # shellcheck shell=bash
 
-LIBXL_PATCHES=$TOP/libxl-patch/4.20
 # What deps.sh installs for it.
 # shellcheck disable=SC2034 # run.sh
 LIBXL_PACKAGES=(
@@ -9,13 +8,21 @@ LIBXL_PACKAGES=(
     libncurses-dev libyajl-dev uuid-dev zlib1g-dev
 )
 
-# wants_libxl SCENARIO...: one of them does.
+# wants_libxl VERSION SCENARIO...: one of them does.
 wants_libxl() {
-    local name
+    local version=$1 name
+    shift
     for name in "$@"; do
-        [ -z "$(header "$name" libxl)" ] || return 0
+        [ "$(header "$name" libxl)" != "$version" ] || return 0
     done
     return 1
+}
+
+# patched_libxl SCENARIO...: adds the folder with the one of the release that images are made of to LIBXL, if it is wanted.
+patched_libxl() {
+    wants_libxl "$XEN" "$@" || return 0
+    artefact "libxl$XEN" build_libxl "$WORLD" "$HERE/images/libxl.sh" "$TOP/libxl-patch/$XEN"/*
+    LIBXL+=("$artefact")
 }
 
 # build_libxl FOLDER: FOLDER/libxenlight.so.*, from the source of Debian's package. The other libraries that are made with
@@ -24,12 +31,12 @@ build_libxl() {
     local source=$1/source name
     fetch_xen_source "$1"
     apply_series "$source" "$source/debian/patches"
-    apply_series "$source" "$LIBXL_PATCHES"
+    apply_series "$source" "$TOP/libxl-patch/$XEN"
     (
         cd "$source" || exit
         cp /usr/share/misc/config.{guess,sub} .
         # Debian's changes ask for these; the build shall fetch nothing.
-        export DEB_VERSION=4.20 DEB_MAINTAINER=testbed WGET=false GIT=false
+        export DEB_VERSION=$XEN DEB_MAINTAINER=testbed WGET=false GIT=false
         quiet "$CACHE/libxl.log" ./autogen.sh
         quiet "$CACHE/libxl.log" ./configure --prefix=/usr --disable-xen --disable-docs --disable-stubdom \
             --disable-ocamltools --disable-golang --disable-qemu-traditional --disable-seabios --disable-ovmf \

@@ -1,13 +1,15 @@
 # Debian packages, unpacked: everything that dom0, the guests and the emulator are made of.
 # shellcheck shell=bash
 
+# The Debian that images are made of, and the Xen that it has. build_debian12 has others for its own.
 SUITE=trixie
+XEN=4.20
 WORLD_PACKAGES=(
     # a minimal system
     base-files base-passwd bash bsdutils coreutils dash diffutils findutils grep gzip mawk mount procps sed tar
     util-linux
-    # Xen, its tools and the kernel of dom0 and the guests
-    xen-hypervisor-4.20-amd64 xen-utils-4.20 xenstore-utils linux-image-amd64 kmod busybox-static
+    # Xen's tools and the kernel of dom0 and the guests; Xen itself is chosen when it is unpacked
+    xenstore-utils linux-image-amd64 kmod busybox-static
     # what scenarios use in dom0: a second opinion on VHD files, a load generator, the backend to compare with
     python3-libvhdi qemu-utils e2fsprogs fio qemu-system-xen
     # the emulator, for the host
@@ -48,7 +50,7 @@ unpack_debian() {
 }
 
 build_world() {
-    unpack_debian "$1" "${WORLD_PACKAGES[@]}"
+    unpack_debian "$1" "${WORLD_PACKAGES[@]}" "xen-hypervisor-$XEN-amd64" "xen-utils-$XEN"
     quiet "$CACHE/depmod.log" depmod --basedir "$1" "$(kernel_version "$1")"
 }
 

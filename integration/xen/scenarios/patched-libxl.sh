@@ -1,6 +1,6 @@
 # about: libxl with the patches of libxl-patch: format=qcow2 for backendtype=tap, and no tapdisk stays behind where xenio is gone
 # extra: make test-full
-# libxl: patched
+# libxl: 4.20
 # limit: 300
 qemu-img convert -f raw -O qcow2 "$SRV/small.raw" disk.qcow2
 qemu-img convert -f raw -O vpc "$SRV/small.raw" disk.vhd
@@ -30,7 +30,7 @@ step "the patched libxl"
 export LD_LIBRARY_PATH=/testbed/libxl
 create g1
 wait_console g1 'GUEST VERIFIED' 60
-grep -q ' /testbed/libxl/libxenlight.so' "/proc/$(pgrep -f '^/usr/lib/xen-4.20/bin/xl create')/maps" ||
+grep -q ' /testbed/libxl/libxenlight.so' "/proc/$(pgrep -f '^/usr/lib/xen-4[.0-9]*/bin/xl create')/maps" ||
     fail "xl does not use the patched libxl"
 tap-ctl list
 expect "the disk's type" qcow2 sh -c "tap-ctl list | sed -n 's/.* args=\([a-z0-9]*\):.*/\1/p'"

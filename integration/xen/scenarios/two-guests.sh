@@ -1,4 +1,4 @@
-# about: two busy guests share a read-only parent; a second writer on an image is refused with the reason in the log
+# about: two busy guests share a read-only parent, and neither tapdisk reaches the other's guest; a second writer on an image is refused with the reason in the log
 # limit: 300
 qemu-img convert -f raw -O vpc "$SRV/small.raw" base.vhd
 start_xenio
@@ -29,6 +29,8 @@ create g2
 wait $first
 wait_console g1 'GUEST WROTE' 90
 wait_console g2 'GUEST WROTE' 90
+
+expect "the event channels' domains" "$(printf '%s\n' "$(domid g1)" "$(domid g2)" | sort -n | xargs)" event_channels
 
 # refused NAME DISK: xl create fails and leaves what runs alone.
 refused() {

@@ -88,9 +88,9 @@ impl Session {
         }
     }
 
-    /// Whether no slot is taken.
-    pub fn is_idle(&self) -> bool {
-        self.places.len() == self.free.len()
+    /// How many slots are taken.
+    pub fn in_flight(&self) -> usize {
+        self.places.len().saturating_sub(self.free.len())
     }
 
     /// Makes the slot of a request whose reply is complete free for the next one.

@@ -1,7 +1,8 @@
 //! A disk that an NBD server has.
 //!
-//! One connection serves the disk, from its one thread. When it is lost, requests wait while a thread connects anew, and are
-//! then sent again: reading and writing the same bytes twice makes no difference. What was acknowledged but not flushed is
+//! One connection serves the disk, from its one thread, or some where the server allows that and there is much to do ([`several`]).
+//! Requests in flight on one that is lost are sent again: reading and writing the same bytes twice makes no difference.
+//! When none is left, requests wait while a thread connects anew; what was acknowledged but not flushed is
 //! sent again too ([`kept`]), so a server that dies takes nothing along that the guest was promised. After
 //! [`Limits::reconnect`] without an answer, requests fail with EIO, at once from then on, until an attempt in the
 //! background succeeds.
@@ -13,6 +14,7 @@ mod blocks;
 mod connection;
 mod dial;
 mod kept;
+mod several;
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -33,6 +35,7 @@ use tap_ctl::proto::Discard;
 use self::connection::{Body, Broken, Connection};
 use self::dial::{Attempts, Dialled, Plan, dial};
 use self::kept::Kept;
+use self::several::Several;
 use super::OpenError;
 use super::locks::BlockLocks;
 use crate::buf::Buf;
@@ -49,6 +52,8 @@ pub struct Limits {
     pub reconnect: Duration,
     /// Between attempts in the background after that.
     pub retry: Duration,
+    /// After one of several connections was lost or could not be had, until another is asked for.
+    pub more: Duration,
 }
 
 impl Default for Limits {
@@ -57,6 +62,7 @@ impl Default for Limits {
             connect: Duration::from_secs(10),
             reconnect: Duration::from_secs(30),
             retry: Duration::from_secs(5),
+            more: Duration::from_secs(60),
         }
     }
 }
@@ -70,7 +76,7 @@ pub struct Nbd {
     limits: Limits,
     /// As it was when the disk was opened.
     export: Export,
-    connection: RefCell<Option<Rc<Connection>>>,
+    connections: Several,
     /// When the trouble began that has not ended with an answer.
     trouble: Cell<Option<Instant>>,
     /// Connections in a row that were lost without an answer.
@@ -116,7 +122,7 @@ impl Nbd {
             name,
             limits,
             export,
-            connection: RefCell::new(Some(Rc::new(connection))),
+            connections: Several::new(Rc::new(connection)),
             trouble: Cell::new(None),
             failures: Cell::new(0),
             connecting: Cell::new(false),
@@ -307,13 +313,15 @@ impl Nbd {
     /// A connection is of no use any more.
     fn lost(&self, connection: &Rc<Connection>, why: Broken) {
         let why = connection.give_up(why);
-        let mut current = self.connection.borrow_mut();
-        // Each of its requests says so.
-        if current.as_ref().is_none_or(|current| !Rc::ptr_eq(current, connection)) {
-            return;
+        match self.connections.remove(connection, self.limits.more) {
+            // Each of its requests says so.
+            None => return,
+            Some(0) => log::warn!("{}: {why}; connecting anew, requests wait", self.name.display()),
+            Some(left) => {
+                log::warn!("{}: {why}; what it had in flight goes over {left} others", self.name.display());
+                return;
+            }
         }
-        *current = None;
-        log::warn!("{}: {why}; connecting anew, requests wait", self.name.display());
         self.failures.set(if connection.has_answered() { 0 } else { self.failures.get().saturating_add(1) });
         // One that was fine for long, with nothing to do, begins new trouble.
         if self.trouble.get().is_none() || connection.begun.elapsed() > self.limits.reconnect {
@@ -321,18 +329,19 @@ impl Nbd {
         }
     }
 
-    /// The connection, as soon as there is one.
+    /// A connection for the next request, as soon as there is one.
     ///
     /// # Errors
     /// EIO: the server has been away for too long.
     async fn connected(&self, io: &Io) -> Result<Rc<Connection>, Errno> {
         loop {
-            let current = self.connection.borrow().clone();
-            if let Some(connection) = current {
-                match connection.broken() {
-                    None => return Ok(connection),
-                    Some(why) => self.lost(&connection, why),
+            if let Some(connection) = self.connections.pick() {
+                if let Some(why) = connection.broken() {
+                    self.lost(&connection, why);
+                } else if !self.widen(io, &connection).await {
+                    return Ok(connection);
                 }
+                continue;
             }
             if self.connecting.get() {
                 self.changed.wait().await;
@@ -421,7 +430,7 @@ impl Nbd {
         };
         let connection = Rc::new(connection);
         let repeated = self.repeat(&connection, io).await;
-        *self.connection.borrow_mut() = Some(connection.clone());
+        self.connections.begin(connection.clone());
         match repeated {
             Ok(count) => log::info!("{}: connected anew, {count} writes repeated", self.name.display()),
             Err(why) => self.lost(&connection, why),

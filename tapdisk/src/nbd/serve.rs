@@ -18,8 +18,8 @@ use crate::flight::{Operation, What};
 use crate::image::{Disk, Holds};
 use crate::io::Io;
 
-/// Clients of a disk at the same time.
-const MAX_CLIENTS: usize = 16;
+/// Connections of a disk at the same time: enough for 16 disks on it, each with the four that it uses.
+const MAX_CLIENTS: usize = 64;
 
 /// Requests of a client in flight.
 const DEPTH: usize = 16;

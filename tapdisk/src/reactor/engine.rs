@@ -206,6 +206,22 @@ impl Engine {
         }
     }
 
+    /// Whether a watch that is ended reports once more, without the "more" mark.
+    pub(super) fn reports_last(&self) -> bool {
+        matches!(self, Engine::Uring { .. })
+    }
+
+    /// Ends the watch with `key`; a completion with `done` may follow. The descriptor may be closed then.
+    pub(super) fn unwatch(&mut self, key: u64, done: u64) -> io::Result<()> {
+        match self {
+            Engine::Uring { ring, .. } => ring.unwatch(key, done),
+            Engine::Pool(pool) => {
+                pool.unwatch(key);
+                Ok(())
+            }
+        }
+    }
+
     /// A completion with `key` after `after`.
     pub(super) fn timer(&mut self, after: Duration, key: u64) -> io::Result<()> {
         match self {

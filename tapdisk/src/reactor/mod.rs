@@ -1,4 +1,4 @@
-//! How a worker thread waits: operations on files and sockets, and two watched descriptors.
+//! How a worker thread waits: operations on files and sockets, and watched descriptors.
 //!
 //! `engine` carries them out, by io_uring or by threads; nothing above this folder knows which.
 //!
@@ -13,6 +13,7 @@ mod engine;
 mod orders;
 mod pool;
 mod uring;
+mod watch;
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
@@ -31,11 +32,14 @@ use self::engine::Engine;
 pub use self::engine::{EngineChoice, UnknownEngine};
 pub use self::orders::{Kind, Order};
 use self::uring::Transfer;
+pub use self::watch::Watch;
+use self::watch::Watches;
 use crate::buf::Piece;
 use crate::executor::{Scheduler, TaskId};
 
-/// Keys of the watched descriptors; operations count up from 0.
-const KEY_EVENTS: u64 = u64::MAX;
+/// That the engine has stopped watching a descriptor; operations count up from 0.
+const KEY_UNWATCHED: u64 = u64::MAX;
+/// The descriptor of the command queue.
 const KEY_COMMANDS: u64 = u64::MAX - 1;
 /// The engine's own.
 const KEY_HELPER: u64 = u64::MAX - 2;
@@ -111,7 +115,8 @@ pub struct Reactor {
     engine: RefCell<Engine>,
     scheduler: Rc<Scheduler>,
     ops: RefCell<Ops>,
-    watched: RefCell<Watched>,
+    commands: Cell<Option<RawFd>>,
+    watches: RefCell<Watches>,
     readable: Cell<Readable>,
 }
 
@@ -121,16 +126,10 @@ impl fmt::Debug for Reactor {
     }
 }
 
-#[derive(Debug, Default)]
-struct Watched {
-    events: Option<i32>,
-    commands: Option<i32>,
-}
-
 /// What became readable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Readable {
-    /// The event channel descriptor.
+    /// One or more of the descriptors with a [`Watch`].
     pub events: bool,
     /// The command queue.
     pub commands: bool,
@@ -189,7 +188,8 @@ impl Reactor {
         Ok(Rc::new(Reactor {
             engine: RefCell::new(Engine::new(choice)?),
             ops: RefCell::default(),
-            watched: RefCell::default(),
+            commands: Cell::default(),
+            watches: RefCell::default(),
             readable: Cell::default(),
             scheduler,
         }))
@@ -230,14 +230,25 @@ impl Reactor {
 
     /// Watches the descriptor of the command queue.
     pub fn watch_commands(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.watched.borrow_mut().commands = Some(fd.as_raw_fd());
+        self.commands.set(Some(fd.as_raw_fd()));
         self.engine.borrow_mut().watch(fd.as_raw_fd(), KEY_COMMANDS)
     }
 
-    /// Watches the descriptor of the event channels.
-    pub fn watch_events(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.watched.borrow_mut().events = Some(fd.as_raw_fd());
-        self.engine.borrow_mut().watch(fd.as_raw_fd(), KEY_EVENTS)
+    /// Watches a descriptor, which stays open until the result is dropped.
+    pub fn watch(self: &Rc<Self>, fd: BorrowedFd<'_>) -> io::Result<Watch> {
+        let place = self.watches.borrow_mut().begin(fd.as_raw_fd());
+        let watched = self.engine.borrow_mut().watch(fd.as_raw_fd(), watch::key_of(place));
+        if let Err(error) = watched {
+            self.watches.borrow_mut().end(place, true);
+            return Err(error);
+        }
+        Ok(Watch::new(self.clone(), place))
+    }
+
+    fn unwatch(&self, place: usize) -> io::Result<()> {
+        let mut engine = self.engine.borrow_mut();
+        self.watches.borrow_mut().end(place, !engine.reports_last());
+        engine.unwatch(watch::key_of(place), KEY_UNWATCHED)
     }
 
     /// Starts an operation; `order`: what the store is asked for.
@@ -319,20 +330,21 @@ impl Reactor {
                         *mark |= timer == key;
                     }
                 }
-                KEY_EVENTS | KEY_COMMANDS => {
-                    let watched = self.watched.borrow();
-                    let fd = if key == KEY_EVENTS {
-                        readable.events = true;
-                        watched.events
-                    } else {
-                        readable.commands = true;
-                        watched.commands
-                    };
-                    if let (false, Some(fd)) = (more, fd) {
+                KEY_UNWATCHED => {}
+                KEY_COMMANDS => {
+                    readable.commands = true;
+                    if let (false, Some(fd)) = (more, self.commands.get()) {
                         engine.watch(fd, key)?;
                     }
                 }
                 _ => {
+                    if let Some(place) = watch::place_of(key) {
+                        readable.events = true;
+                        if let Some(fd) = self.watches.borrow_mut().report(place, more) {
+                            engine.watch(fd, key)?;
+                        }
+                        continue;
+                    }
                     if engine.released(key) {
                         continue;
                     }

@@ -13,7 +13,7 @@
 //! 1. an order or a stream refers to a [`Piece`] whose memory outlives the operation (kept by the caller, see `reactor`: an
 //!    [`super::Op`] that is dropped early waits for its end first), or to no memory; while it is under way nobody else
 //!    touches those bytes, and the thread has let go of them before it tells the result;
-//! 2. every descriptor in an order or a stream stays open until the operation has ended, a watched one until the engine is gone;
+//! 2. every descriptor in an order or a stream stays open until the operation has ended, a watched one until that is ended;
 //! 3. every order that was taken is carried out and its result told once; dropping the engine waits for the threads.
 #![expect(unsafe_code, reason = "the threads read and write memory by raw pointers")]
 
@@ -370,6 +370,15 @@ impl Pool {
     pub(super) fn watch(&mut self, fd: RawFd, key: u64) {
         self.watched.push(Watched { key, readable: false });
         self.polled.push(polled(fd));
+    }
+
+    /// Ends the watch with `key`.
+    pub(super) fn unwatch(&mut self, key: u64) {
+        if let Some(index) = self.watched.iter().position(|watched| watched.key == key) {
+            self.watched.remove(index);
+            // Behind the bell.
+            self.polled.remove(index + 1);
+        }
     }
 
     /// A completion with `key` after `after`.

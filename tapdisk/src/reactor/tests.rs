@@ -185,14 +185,63 @@ fn input_wakes_a_sleeping_reactor_each_time() {
         let (commands, events) =
             (nix::sys::eventfd::EventFd::new().unwrap(), nix::sys::eventfd::EventFd::new().unwrap());
         reactor.watch_commands(commands.as_fd()).unwrap();
-        reactor.watch_events(events.as_fd()).unwrap();
+        let watch = reactor.watch(events.as_fd()).unwrap();
         for _ in 0..3 {
             commands.write(1).unwrap();
             assert_eq!(reactor.turn(true).unwrap(), Readable { commands: true, ..Readable::default() });
             commands.read().unwrap();
             events.write(1).unwrap();
             assert_eq!(reactor.turn(true).unwrap(), Readable { events: true, ..Readable::default() });
+            assert!(watch.take_readable() && !watch.take_readable());
             events.read().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_descriptor_is_let_go_of_when_its_watch_ends() {
+    for engine in ENGINES {
+        let Thread { reactor, .. } = Thread::new(engine);
+        let other = nix::sys::eventfd::EventFd::new().unwrap();
+        let other_watch = reactor.watch(other.as_fd()).unwrap();
+        // Held is none: not one that is still to be handed to the kernel, nor with input that is still to be reported, or was.
+        for (handed_over, input, reported) in
+            [(false, false, false), (true, false, false), (true, true, false), (true, true, true)]
+        {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let watch = reactor.watch(ours.as_fd()).unwrap();
+            if handed_over {
+                reactor.turn(false).unwrap();
+            }
+            if input {
+                (&theirs).write_all(b"x").unwrap();
+            }
+            if reported {
+                assert!(reactor.turn(true).unwrap().events && watch.take_readable());
+            }
+            drop(watch);
+            drop(ours);
+            // Its end is seen once nobody has it open.
+            let closed = loop {
+                reactor.turn(false).unwrap();
+                match (&theirs).write_all(b"x") {
+                    Ok(()) => {}
+                    Err(error) => break error.kind(),
+                }
+            };
+            assert_eq!(closed, std::io::ErrorKind::BrokenPipe, "{engine}");
+        }
+        // The place of what was let go of is given out again, and others are heard.
+        let again = nix::sys::eventfd::EventFd::new().unwrap();
+        let again_watch = reactor.watch(again.as_fd()).unwrap();
+        other.write(1).unwrap();
+        while !other_watch.take_readable() {
+            reactor.turn(true).unwrap();
+        }
+        assert!(!again_watch.take_readable());
+        again.write(1).unwrap();
+        while !again_watch.take_readable() {
+            reactor.turn(true).unwrap();
         }
     }
 }

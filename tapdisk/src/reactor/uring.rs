@@ -5,7 +5,7 @@
 //! 1. every submission entry refers to a [`Piece`] whose buffer outlives the operation (kept by the caller, see
 //!    `reactor`: an [`super::Op`] that is dropped early waits for its end first), or to no memory at all;
 //! 2. every descriptor given to the kernel stays open until its operation has ended, one in the table of files until it is
-//!    taken out; multishot polls end with the ring;
+//!    taken out, one that is watched until that is ended, or the ring is;
 //! 3. registered memory stays mapped until it is unregistered or the ring is gone (the kernel holds the pages themselves
 //!    as long as an operation uses them).
 #![expect(unsafe_code, reason = "submission entries carry raw pointers")]
@@ -202,6 +202,14 @@ impl Uring {
     pub(super) fn watch(&mut self, fd: RawFd, key: u64) -> io::Result<()> {
         let entry = opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).multi(true).build();
         self.push(entry.user_data(key))
+    }
+
+    /// Ends the watch with `key`, which completes without the "more" mark then; a completion with `done` follows.
+    pub(super) fn unwatch(&mut self, key: u64, done: u64) -> io::Result<()> {
+        // Not the operation that removes polls: it gives up (EALREADY) where input is just being reported.
+        self.push(opcode::AsyncCancel::new(key).build().user_data(done))?;
+        // The watch itself may still be queued, and the caller closes the descriptor (invariant 2).
+        self.enter(false)
     }
 
     fn push(&mut self, entry: squeue::Entry) -> io::Result<()> {

@@ -11,13 +11,12 @@ use std::rc::Rc;
 use std::sync::mpsc::{RecvError, channel};
 
 use blkif::{Abi, DomId, Geometry, MAX_INDIRECT_SEGMENTS, RingOrder, VdevId};
-use evtchn::EventChannel;
 use gntdev::{Access, Grants};
 use nix::errno::Errno;
-use std::os::fd::AsFd;
 use tap_ctl::Reply;
 use tap_ctl::proto::{LimitChange, Limits, QueueParams, RingEntry, RingParams};
 
+use super::channel::Channel;
 use super::mapped::MappedRing;
 use super::persistent::Persistent;
 use super::ring::Ring;
@@ -25,7 +24,7 @@ use super::seat::{Seat, info};
 use super::serve::{self, Failures, Way};
 use super::served;
 use super::stats::Counted;
-use super::thread::{Devices, Served, State, failure, notify};
+use super::thread::{Served, State, failure};
 use super::throttle::Gate;
 use super::{Answer, Begin, Command, Commands, Inbox, Notice, Phase, Shared, Source, Worker, takeover};
 use crate::copier::Copier;
@@ -138,26 +137,20 @@ impl<X: Xen> State<X> {
 
     /// Begins to serve a ring that was attached.
     pub(super) fn start_slots(&self, served: &Served<X>) {
-        let Served { ring, way } = served;
+        let Served { ring, way, .. } = served;
         for slot in 0..ring.slots() {
             self.executor.spawn(serve::slot(ring.clone(), slot, way.clone()));
         }
     }
 
-    fn devices(&mut self) -> Result<&Devices<X>, Failure> {
-        if self.devices.is_none() {
-            let open = || -> io::Result<Devices<X>> {
-                // Both first: a device that is missing now may be there when the next ring is connected.
-                let (events, grants) = (self.xen.open_events()?, self.xen.open_grants()?);
-                self.io.reactor.watch_events(events.as_fd())?;
-                self.io.pool.register_with(self.io.reactor.clone());
-                let copier = Copier::new(grants, self.io.scheduler.clone());
-                Ok(Devices { copier: Rc::new(copier), events: Rc::new(RefCell::new(events)) })
-            };
-            self.devices =
-                Some(open().map_err(|e| (errno_of(&e), format!("cannot open Xen's devices: {e}")))?);
+    fn copier(&mut self) -> io::Result<Rc<Copier<X::Grants>>> {
+        if let Some(copier) = &self.copier {
+            return Ok(copier.clone());
         }
-        self.devices.as_ref().ok_or((Errno::ENODEV, "Xen's devices are missing".into()))
+        // A device that is missing now may be there when the next ring is connected.
+        let grants = self.xen.open_grants()?;
+        self.io.pool.register_with(self.io.reactor.clone());
+        Ok(self.copier.insert(Rc::new(Copier::new(grants, self.io.scheduler.clone()))).clone())
     }
 
     /// Maps a ring, takes its journal up and binds its event channel. Nothing is served yet.
@@ -185,22 +178,19 @@ impl<X: Xen> State<X> {
             max_indirect: MAX_INDIRECT_SEGMENTS,
         };
         let journal = self.keeper.journal(params, queue);
-        let Devices { copier, events } = self.devices()?;
-        let (copier, events) = (copier.clone(), events.clone());
+        let missing = |e: io::Error| (errno_of(&e), format!("cannot open Xen's devices: {e}"));
+        let copier = self.copier().map_err(missing)?;
+        let events = self.xen.open_events().map_err(missing)?;
         let map = copier
             .grants()
             .map(dom, &refs, Access::ReadWrite)
             .map_err(|e| (errno_of(&e), format!("cannot map the ring's pages: {e}")))?;
         let mapped = MappedRing::attach(map, abi, order).map_err(|e| (Errno::EIO, e.to_string()))?;
         let attached = takeover::attached(mapped, &journal, begin)?;
-        let bind = || events.borrow_mut().bind(dom, queue.remote_port());
-        let port = match begin {
-            Begin::Anew => bind(),
-            Begin::Again => takeover::patiently(bind),
-        }
-        .map_err(|e| (errno_of(&e), format!("cannot bind event channel {}: {e}", queue.port)))?;
+        let channel = Channel::new(events, &self.io.reactor, (dom, queue.remote_port()), begin)
+            .map_err(|e| (errno_of(&e), format!("cannot bind event channel {}: {e}", queue.port)))?;
         let gate = Gate::new(self.throttle.clone());
-        let ring = Ring::new((dom, vdev), port, geometry, attached, gate, self.io.scheduler.clone());
+        let ring = Ring::new((dom, vdev), geometry, attached, gate, self.io.scheduler.clone());
         let way = Way {
             dom,
             seat: self.seat.clone(),
@@ -214,7 +204,7 @@ impl<X: Xen> State<X> {
             told: Cell::new(false),
             failures: Failures::default(),
         };
-        Ok(Served { ring: Rc::new(ring), way: Rc::new(way) })
+        Ok(Served { ring: Rc::new(ring), way: Rc::new(way), channel: Rc::new(channel) })
     }
 
     /// Where xentop looks for this frontend. To make the file falls to the frontend's first ring, which is the last to end.
@@ -237,10 +227,8 @@ impl<X: Xen> State<X> {
 
     /// Takes back what [`State::attach`] did.
     fn detach(&self, served: Vec<Served<X>>) {
-        let Some(devices) = &self.devices else { return };
-        for Served { ring, .. } in served {
-            ring.unmap();
-            unbind::<X>(&ring, &devices.events);
+        for served in &served {
+            release(served);
         }
     }
 
@@ -356,14 +344,11 @@ impl<X: Xen> State<X> {
         let (rings, siblings, parked) = (self.rings.clone(), self.siblings.clone(), self.parked.clone());
         let past = self.past.clone();
         let (inbox, seat, keeper) = (self.inbox.clone(), self.seat.clone(), self.keeper.clone());
-        let events = self.devices.as_ref().map(|devices| devices.events.clone());
         async move {
             end_siblings(&siblings, &inbox, |sibling| sibling.entry() == entry);
-            if let Some(events) = events {
-                ours.iter().for_each(|served| served.ring.stop());
-                for served in &ours {
-                    end_ring(served, &events).await;
-                }
+            ours.iter().for_each(|served| served.ring.stop());
+            for served in &ours {
+                end_ring(served).await;
             }
             rings
                 .borrow_mut()
@@ -503,21 +488,21 @@ fn end_siblings(siblings: &RefCell<Vec<Sibling>>, inbox: &Inbox, which: impl Fn(
 }
 
 /// Takes a stopped ring out of service.
-async fn end_ring<X: Xen>(served: &Served<X>, events: &RefCell<X::Events>) {
-    let Served { ring, way } = served;
-    ring.drain().await;
-    if ring.push() {
-        notify(&*events.borrow(), ring);
+async fn end_ring<X: Xen>(served: &Served<X>) {
+    served.ring.drain().await;
+    if served.ring.push() {
+        served.notify();
     }
-    if let Some(persistent) = &way.persistent {
+    if let Some(persistent) = &served.way.persistent {
         persistent.clear();
     }
-    ring.unmap();
-    unbind::<X>(ring, events);
+    release(served);
 }
 
-fn unbind<X: Xen>(ring: &Ring<<X::Grants as Grants>::Map>, events: &RefCell<X::Events>) {
-    if let Err(error) = events.borrow_mut().unbind(ring.port) {
-        log::warn!("{ring:?}: unbinding its event channel failed: {error}");
+/// Nothing of the guest is mapped or bound after this.
+fn release<X: Xen>(served: &Served<X>) {
+    served.ring.unmap();
+    if let Err(error) = served.channel.unbind() {
+        log::warn!("{:?}: unbinding its event channel failed: {error}", served.ring);
     }
 }

@@ -7,6 +7,7 @@
 //!                                                   siblings
 //! ```
 
+mod channel;
 mod clients;
 mod connect;
 pub mod keeper;

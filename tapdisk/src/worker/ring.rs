@@ -17,7 +17,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use blkif::ids::{PAGE_SIZE, SECTOR_SIZE};
-use blkif::{BackRing, DomId, Geometry, Port, RawRequest, Rejection, Request, RequestKind, Status, VdevId};
+use blkif::{BackRing, DomId, Geometry, RawRequest, Rejection, Request, RequestKind, Status, VdevId};
 use gntdev::GrantMap;
 use tap_ctl::proto::{RingEntry, RingStats};
 
@@ -133,8 +133,6 @@ pub struct Ring<M> {
     pub dom: DomId,
     /// The frontend's device.
     pub vdev: VdevId,
-    /// Our end of its event channel.
-    pub port: Port,
     geometry: Cell<Geometry>,
     /// `None` once it was unmapped.
     link: RefCell<Option<Link<M>>>,
@@ -175,7 +173,6 @@ impl<M: GrantMap> Ring<M> {
     /// A ring that has not taken anything yet.
     pub fn new(
         (dom, vdev): (DomId, VdevId),
-        port: Port,
         geometry: Geometry,
         attached: Attached<M>,
         gate: Gate,
@@ -186,7 +183,6 @@ impl<M: GrantMap> Ring<M> {
         Ring {
             dom,
             vdev,
-            port,
             geometry: Cell::new(geometry),
             link: RefCell::new(Some(Link { mapped, journal, replay })),
             slots: (0..slots)

@@ -23,7 +23,7 @@ use super::connect::Failure;
 use super::mapped::MappedRing;
 use super::pause::{Then, Wish};
 use super::ring::Attached;
-use super::thread::{Served, State, failure, notify};
+use super::thread::{Served, State, failure};
 use super::{Answer, Begin};
 use crate::image::{self, Disk, OpenError};
 use crate::io::{Io, errno_of};
@@ -107,10 +107,7 @@ impl<X: Xen> State<X> {
 
     /// Tells frontends to look at their rings.
     pub(super) fn wake_frontends(&self, served: &[Served<X>]) {
-        let Some(devices) = &self.devices else { return };
-        for Served { ring, .. } in served {
-            notify(&*devices.events.borrow(), ring);
-        }
+        served.iter().for_each(Served::notify);
     }
 
     /// Ends what is in flight and closes the image, for another process to go on with everything.

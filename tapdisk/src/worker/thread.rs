@@ -11,13 +11,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blkif::Port;
-use evtchn::EventChannel;
 use gntdev::Grants;
 use nix::errno::Errno;
 use tap_ctl::Reply;
 use tap_ctl::proto::{DiskInfo, OpenParams, RingParams};
 
+use super::channel::Channel;
 use super::connect::Sibling;
 use super::keeper::Keeper;
 use super::late::Watch;
@@ -51,18 +50,22 @@ const SHOW_EVERY: u32 = 256;
 pub(super) struct Served<X: Xen> {
     pub ring: Rc<RingOf<X>>,
     pub way: Rc<Way<X::Grants>>,
+    pub channel: Rc<Channel<X::Events>>,
 }
 
 impl<X: Xen> Clone for Served<X> {
     fn clone(&self) -> Served<X> {
-        Served { ring: self.ring.clone(), way: self.way.clone() }
+        Served { ring: self.ring.clone(), way: self.way.clone(), channel: self.channel.clone() }
     }
 }
 
-/// The devices, opened when the first ring is connected and kept from then on.
-pub(super) struct Devices<X: Xen> {
-    pub copier: Rc<Copier<X::Grants>>,
-    pub events: Rc<RefCell<X::Events>>,
+impl<X: Xen> Served<X> {
+    /// A failure concerns a domain that is going away; it is no reason to stop serving others.
+    pub fn notify(&self) {
+        if let Err(error) = self.channel.notify() {
+            log::debug!("{:?}: notifying failed: {error}", self.ring);
+        }
+    }
 }
 
 pub(super) struct State<X: Xen> {
@@ -73,7 +76,8 @@ pub(super) struct State<X: Xen> {
     pub seat: Rc<Seat>,
     /// Who reads and writes the disk by NBD.
     pub clients: Rc<Clients>,
-    pub devices: Option<Devices<X>>,
+    /// With the grant device, opened when the first ring is connected and kept from then on.
+    pub copier: Option<Rc<Copier<X::Grants>>>,
     pub rings: Rc<RefCell<Vec<Served<X>>>>,
     /// Threads for further rings of our frontends.
     pub siblings: Rc<RefCell<Vec<Sibling>>>,
@@ -204,7 +208,7 @@ fn set_up<X: Xen>(
         executor,
         seat,
         clients: Rc::default(),
-        devices: None,
+        copier: None,
         rings: Rc::default(),
         siblings: Rc::default(),
         parked: Rc::default(),
@@ -291,7 +295,7 @@ impl<X: Xen> State<X> {
                 }
             }
             again |= self.executor.run_ready();
-            again |= self.devices.as_ref().is_some_and(|devices| devices.copier.run());
+            again |= self.copier.as_ref().is_some_and(|copier| copier.run());
             if !again {
                 return moved;
             }
@@ -334,10 +338,9 @@ impl<X: Xen> State<X> {
     }
 
     fn push_answers(&self) {
-        let Some(devices) = &self.devices else { return };
-        for Served { ring, .. } in self.rings.borrow().iter() {
-            if ring.push() {
-                notify(&*devices.events.borrow(), ring);
+        for served in self.rings.borrow().iter() {
+            if served.ring.push() {
+                served.notify();
             }
         }
     }
@@ -345,7 +348,7 @@ impl<X: Xen> State<X> {
     /// Shows xentop what was served.
     fn show(&self) {
         self.unshown.set(0);
-        for Served { ring, way } in self.rings.borrow().iter() {
+        for Served { ring, way, .. } in self.rings.borrow().iter() {
             if let Some(page) = &way.page {
                 page.tell(way.served.counters(ring.gate().waits()));
             }
@@ -371,13 +374,15 @@ impl<X: Xen> State<X> {
     fn arm(&self) -> io::Result<bool> {
         self.look_for_late()?;
         self.show();
-        let Some(devices) = &self.devices else { return Ok(true) };
-        let events = devices.events.borrow();
-        for Served { ring, .. } in self.rings.borrow().iter() {
+        if self.copier.is_none() {
+            return Ok(true);
+        }
+        for served in self.rings.borrow().iter() {
+            let ring = &served.ring;
             match ring.arm() {
                 Armed::Work => return Ok(false),
                 Armed::Unmask => {
-                    if let Err(error) = events.unmask(ring.port) {
+                    if let Err(error) = served.channel.unmask() {
                         log::debug!("{ring:?}: unmasking its event channel failed: {error}");
                     }
                 }
@@ -386,7 +391,7 @@ impl<X: Xen> State<X> {
                 Armed::Listening | Armed::Deaf => {}
             }
             if ring.nudge() {
-                notify(&*events, ring);
+                served.notify();
             }
         }
         self.plan_retry()?;
@@ -438,22 +443,12 @@ impl<X: Xen> State<X> {
     }
 
     fn take_events(&self) -> io::Result<()> {
-        let Some(devices) = &self.devices else { return Ok(()) };
-        let mut ports = [Port(0); 64];
-        loop {
-            let count = devices.events.borrow().pending(&mut ports)?;
-            let rings = self.rings.borrow();
-            for port in ports.iter().take(count) {
-                // A port that was unbound meanwhile belongs to no ring.
-                if let Some(served) = rings.iter().find(|served| served.ring.port == *port) {
-                    served.ring.fired();
-                }
-            }
-            // Fewer than asked for: that was all, and what comes now is reported anew.
-            if count < ports.len() {
-                return Ok(());
+        for Served { ring, channel, .. } in self.rings.borrow().iter() {
+            if channel.take_fired()? {
+                ring.fired();
             }
         }
+        Ok(())
     }
 
     fn obey(&mut self, command: Command) {
@@ -485,12 +480,5 @@ impl<X: Xen> State<X> {
             Command::Client(client) => self.enter(client),
             Command::Close(answer) => self.close(answer),
         }
-    }
-}
-
-/// A failure concerns a domain that is going away; it is no reason to stop serving others.
-pub(super) fn notify<M: gntdev::GrantMap>(events: &impl EventChannel, ring: &Ring<M>) {
-    if let Err(error) = events.notify(ring.port) {
-        log::debug!("{ring:?}: notifying failed: {error}");
     }
 }

@@ -1,4 +1,4 @@
-//! What formats cost: against raw on the same disk, along a chain, and while an image grows, against qemu-nbd.
+//! What formats cost: against raw on the same disk, along a chain, while an image grows, against qemu-nbd, and on NBD servers.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -42,6 +42,9 @@ pub fn run(bench: &Bench<'_>, file: &Path) -> anyhow::Result<()> {
     }
     if wanted("growing") {
         figures.insert("growing".into(), growing(bench, folder)?);
+    }
+    if wanted("nbd") {
+        figures.insert("nbd".into(), super::nbd::run(bench)?);
     }
     let figures = Value::Object(figures);
     std::fs::write(&bench.options.json, format!("{figures:#}\n"))
@@ -169,7 +172,7 @@ fn qemu_img(format: &str, path: &Path, size: u64) -> anyhow::Result<()> {
 }
 
 /// A server that ends with us.
-struct Server(Child);
+pub struct Server(pub Child);
 
 impl Drop for Server {
     fn drop(&mut self) {

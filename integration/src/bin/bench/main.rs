@@ -10,6 +10,7 @@
 mod formats;
 mod guest;
 mod machine;
+mod nbd;
 mod peer;
 
 use std::path::{Path, PathBuf};

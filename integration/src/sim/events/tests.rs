@@ -103,6 +103,24 @@ fn only_an_unbound_port_reserved_for_us_can_be_bound() {
 }
 
 #[test]
+fn a_restricted_device_binds_ports_of_its_domain_only() {
+    let mut bench = bench();
+    let other = DomId(6);
+    let mut others = SimEvents::open(bench.dir.path(), other).unwrap();
+    let others_port = others.allocate(US).unwrap();
+    let errno = |error: io::Error| error.raw_os_error();
+    for dom in [DomId(0), DomId(FIRST_RESERVED)] {
+        assert_eq!(bench.back.restrict(dom).map_err(errno), Err(Some(libc::EINVAL)), "{dom}");
+    }
+    bench.back.restrict(GUEST).unwrap();
+    assert_eq!(bench.back.bind(other, others_port).map_err(errno), Err(Some(libc::EACCES)));
+    assert_eq!(bench.back.allocate(GUEST).map_err(errno), Err(Some(libc::EACCES)));
+    assert_eq!(bench.back.restrict(other).map_err(errno), Err(Some(libc::EACCES)), "for good");
+    connect(&mut bench);
+    assert!(!others.is_connected(others_port));
+}
+
+#[test]
 fn unbound_port_of_ours_is_an_error_and_the_guests_can_be_bound_again() {
     let mut bench = bench();
     let port = connect(&mut bench);

@@ -130,6 +130,11 @@ impl Connection {
         self.answered.get()
     }
 
+    /// Requests that wait for their replies, or to be sent.
+    pub fn in_flight(&self) -> usize {
+        self.session.borrow().in_flight()
+    }
+
     /// Why it is of no use any more, if so.
     pub fn broken(&self) -> Option<Broken> {
         self.broken.borrow().clone()
@@ -326,7 +331,7 @@ impl Connection {
 impl Drop for Connection {
     /// Tells the server that nothing more will come, so that it sees no loss.
     fn drop(&mut self) {
-        if self.broken.get_mut().is_none() && self.session.get_mut().is_idle() {
+        if self.broken.get_mut().is_none() && self.session.get_mut().in_flight() == 0 {
             send_now(&self.socket, &disconnect());
         }
     }

@@ -5,6 +5,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -106,6 +107,8 @@ pub struct Plan {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// There is an outcome.
+    over: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -150,14 +153,20 @@ impl Attempts {
         std::thread::Builder::new().name("nbd-connect".into()).spawn(move || {
             let outcome = attempt(&address, plan, &judge, &told);
             told.state().outcome = Some(outcome);
+            told.over.store(true, Ordering::Release);
             drop(rings);
         })?;
         Ok(Attempts { shared, bell })
     }
 
+    /// Whether there is an outcome. Each request may ask: nothing is locked.
+    pub fn is_over(&self) -> bool {
+        self.shared.over.load(Ordering::Acquire)
+    }
+
     /// The outcome, once.
     pub fn outcome(&self) -> Option<Result<Dialled, String>> {
-        self.shared.state().outcome.take()
+        if self.is_over() { self.shared.state().outcome.take() } else { None }
     }
 }
 

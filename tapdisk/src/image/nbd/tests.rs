@@ -3,6 +3,7 @@
 
 mod fake;
 mod real;
+mod several;
 
 use std::future::Future;
 
@@ -58,6 +59,7 @@ fn quick() -> Limits {
         connect: Duration::from_secs(5),
         reconnect: Duration::from_secs(5),
         retry: Duration::from_millis(1),
+        more: Duration::ZERO,
     }
 }
 

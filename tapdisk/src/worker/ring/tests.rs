@@ -81,7 +81,7 @@ fn connect_limited(throttle: Arc<Throttle>) -> (Guest, Rc<Ring<TestMap>>, Rc<Sch
         max_indirect: 0,
     };
     let gate = Gate::new(throttle);
-    let ring = Ring::new((DomId(1), VdevId(51712)), Port(1), geometry, attached, gate, scheduler.clone());
+    let ring = Ring::new((DomId(1), VdevId(51712)), geometry, attached, gate, scheduler.clone());
     (Guest { page, produced: 0 }, Rc::new(ring), scheduler)
 }
 

@@ -1,6 +1,8 @@
 //! A server that misbehaves when it is told to.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -27,6 +29,10 @@ pub enum Act {
     Fail(u32),
     /// Half an answer, then close the connection.
     Torn,
+    /// Say nothing.
+    Ignore,
+    /// Close all connections and lose what was not flushed, as by a crash.
+    Crash,
 }
 
 /// What a test decides: the number of the connection, of the request on it, and the request.
@@ -38,6 +44,26 @@ pub struct Disk {
     pub now: Vec<u8>,
     pub durable: Vec<u8>,
     pub commands: Vec<(Command, u64, u32)>,
+    /// How much was carried out for each connection.
+    pub served: BTreeMap<usize, usize>,
+    /// All there have been, but those that a crash has closed.
+    connections: BTreeMap<usize, UnixStream>,
+}
+
+impl Disk {
+    /// What was not flushed is lost.
+    pub fn forget(&mut self) {
+        self.now = self.durable.clone();
+    }
+
+    /// The same, and all connections end.
+    fn crash(&mut self) {
+        self.forget();
+        for (_, stream) in std::mem::take(&mut self.connections) {
+            // Its client may be faster.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
 }
 
 /// How a fake presents itself.
@@ -49,6 +75,8 @@ pub struct Face {
     pub minimum: u32,
     /// What was not flushed is lost with each connection.
     pub forgets: bool,
+    /// Those behind so many are closed at once.
+    pub most: usize,
 }
 
 impl Face {
@@ -57,7 +85,13 @@ impl Face {
             | TransmissionFlags::FLUSH
             | TransmissionFlags::FUA
             | TransmissionFlags::TRIM;
-        Face { flags, sizes: vec![size], minimum: 512, forgets: false }
+        Face { flags, sizes: vec![size], minimum: 512, forgets: false, most: usize::MAX }
+    }
+
+    /// One that promises that all its connections are one.
+    pub fn several(size: u64) -> Face {
+        let one = Face::new(size);
+        Face { flags: one.flags | TransmissionFlags::MULTI_CONN, ..one }
     }
 }
 
@@ -76,7 +110,7 @@ impl Fake {
         let path = dir.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let bytes = vec![0; usize::try_from(face.sizes[0]).unwrap()];
-        let disk = Disk { now: bytes.clone(), durable: bytes, commands: Vec::new() };
+        let disk = Disk { now: bytes.clone(), durable: bytes, ..Disk::default() };
         let disk = Arc::new(Mutex::new(disk));
         let (serving, shared) = (listener.try_clone().unwrap(), disk.clone());
         let thread = std::thread::spawn(move || serve(&serving, &face, Box::new(script), &shared));
@@ -110,19 +144,36 @@ impl Drop for Fake {
     }
 }
 
-fn serve(listener: &UnixListener, face: &Face, mut script: Script, disk: &Mutex<Disk>) {
-    let mut connections = 0;
-    while let Ok((stream, _)) = listener.accept() {
-        let size = *face.sizes.get(connections).or(face.sizes.last()).unwrap();
-        if face.forgets {
-            let mut disk = disk.lock().unwrap();
-            disk.now = disk.durable.clone();
+/// Connections one after the other, or together if they are promised to be one.
+fn serve(listener: &UnixListener, face: &Face, script: Script, disk: &Mutex<Disk>) {
+    let script = Mutex::new(script);
+    std::thread::scope(|scope| {
+        for (connection, stream) in listener.incoming().map_while(Result::ok).enumerate() {
+            if connection >= face.most {
+                continue;
+            }
+            let size = *face.sizes.get(connection).or(face.sizes.last()).unwrap();
+            let mut locked = disk.lock().unwrap();
+            if face.forgets {
+                locked.forget();
+            }
+            locked.connections.insert(connection, stream.try_clone().unwrap());
+            drop(locked);
+            let script = &script;
+            let talk = move || {
+                let act = |number, request: &_| (*script.lock().unwrap())(connection, number, request);
+                // The client may go away at any moment.
+                let _ =
+                    handshake(&stream, face, size).and_then(|()| transmit(connection, &stream, disk, act));
+                let _ = stream.shutdown(Shutdown::Both);
+            };
+            if face.flags.has(TransmissionFlags::MULTI_CONN) {
+                scope.spawn(talk);
+            } else {
+                talk();
+            }
         }
-        // The client may go away at any moment.
-        let _ = handshake(&stream, face, size)
-            .and_then(|()| transmit(&stream, disk, |number, request| script(connections, number, request)));
-        connections += 1;
-    }
+    });
 }
 
 fn handshake(mut stream: &UnixStream, face: &Face, size: u64) -> std::io::Result<()> {
@@ -162,6 +213,7 @@ fn handshake(mut stream: &UnixStream, face: &Face, size: u64) -> std::io::Result
 }
 
 fn transmit(
+    connection: usize,
     mut stream: &UnixStream,
     disk: &Mutex<Disk>,
     mut act: impl FnMut(usize, &Request) -> Act,
@@ -175,8 +227,17 @@ fn transmit(
         let mut payload = vec![0; if command == Command::Write { len } else { 0 }];
         stream.read_exact(&mut payload)?;
         let act = act(number, &request);
+        let mut disk = disk.lock().unwrap();
+        if act == Act::Crash {
+            disk.crash();
+        }
+        if !disk.connections.contains_key(&connection) {
+            return Ok(());
+        }
         if matches!(act, Act::Serve | Act::ServeSilently) {
-            let mut disk = disk.lock().unwrap();
+            if command != Command::Disconnect {
+                *disk.served.entry(connection).or_default() += 1;
+            }
             disk.commands.push((command, request.offset.get(), request.len.get()));
             match command {
                 Command::Write => disk.now[offset..offset + len].copy_from_slice(&payload),
@@ -186,6 +247,7 @@ fn transmit(
                 _ => {}
             }
         }
+        drop(disk);
         let (error, cookie) = match act {
             Act::Fail(error) => (error, request.cookie.get()),
             Act::WrongCookie => (0, request.cookie.get() ^ 1),
@@ -198,6 +260,7 @@ fn transmit(
         }
         match act {
             Act::HangUp | Act::ServeSilently => return Ok(()),
+            Act::Ignore => {}
             Act::Torn => return stream.write_all(&bytes[..bytes.len() / 2]),
             _ => stream.write_all(&bytes)?,
         }

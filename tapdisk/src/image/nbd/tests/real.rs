@@ -1,8 +1,12 @@
 //! Against other people's servers, where they are installed.
 
+use std::io::Read;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use super::super::several;
 use super::*;
 
 struct Server(Child);
@@ -88,6 +92,65 @@ fn qemu_nbd_that_is_killed_and_started_again_goes_unnoticed() {
     bed.executor.run_ready();
     let _again = start("qemu-nbd", &arguments, &socket);
     bed.run();
+}
+
+/// Passes connections on, and cuts each but the first after so many bytes for the server, all with what is under way.
+fn cutting(path: &Path, server: PathBuf, bytes: u64) {
+    let listener = UnixListener::bind(path).unwrap();
+    std::thread::spawn(move || {
+        for (number, client) in listener.incoming().map_while(Result::ok).enumerate() {
+            let server = UnixStream::connect(&server).unwrap();
+            let (from, to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut &from, &mut &to));
+            std::thread::spawn(move || {
+                let most = if number == 0 { u64::MAX } else { bytes * number as u64 };
+                // Whoever ends it, it has ended.
+                let _ = std::io::copy(&mut (&client).take(most), &mut &server);
+                let _ = (client.shutdown(Shutdown::Both), server.shutdown(Shutdown::Both));
+            });
+        }
+    });
+}
+
+#[test]
+fn connections_to_qemu_nbd_that_are_cut_lose_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (image, socket, cut) = (dir.path().join("disk"), dir.path().join("socket"), dir.path().join("cut"));
+    std::fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
+    let arguments = ["-f", "raw", "-e", "8", "-t", "-k", socket.to_str().unwrap(), image.to_str().unwrap()];
+    let Some(_server) = start("qemu-nbd", &arguments, &socket) else { return };
+    cutting(&cut, socket, 300_000);
+    for engine in ENGINES {
+        let bed = Bed::new(engine);
+        let nbd = Rc::new(Nbd::open(cut.to_str().unwrap(), false, quick(), &bed.io).unwrap());
+        while nbd.connections.len() < several::MOST {
+            load(&bed, &nbd, 64, 4);
+            bed.run();
+        }
+        load(&bed, &nbd, 64, 64);
+        bed.run();
+        bed.spawn(async move |io| nbd.flush(&io).await.unwrap());
+        bed.run();
+        let bytes = std::fs::read(&image).unwrap();
+        for task in 0..64_u64 {
+            let at = task as usize * 64 * 512;
+            assert!(bytes[at..at + 512] == pattern(task * 64, 1, 63), "{engine}: task {task}");
+        }
+    }
+}
+
+#[test]
+fn nbdkit_that_takes_one_client_only_serves_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("socket");
+    let socket_text = socket.to_str().unwrap();
+    let arguments = ["-f", "-U", socket_text, "--filter=limit", "memory", "8M", "limit=1"];
+    let Some(_server) = start("nbdkit", &arguments, &socket) else { return };
+    let bed = Bed::new(EngineChoice::Auto);
+    let nbd = Rc::new(Nbd::open(socket_text, false, quick(), &bed.io).unwrap());
+    load(&bed, &nbd, 64, 32);
+    bed.run();
+    assert_eq!(nbd.connections.len(), 1);
 }
 
 #[test]

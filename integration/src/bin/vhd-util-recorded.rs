@@ -1,4 +1,4 @@
-//! `vhd-util`, built beside the tests that follow its system calls.
+//! `vhd-util`, built beside the tests that record what it does to files.
 
 use std::io;
 use std::process::ExitCode;

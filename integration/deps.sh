@@ -4,6 +4,7 @@
 #   xz-utils     unpacks the golden VHD images
 #   qemu-utils, python3-libvhdi   independent readers and writers of images
 #   libnbd-bin, nbdkit   independent NBD clients and servers
+#   openssl      makes the certificates of a test
 #   libxen-dev   Xen's public headers, against which layouts and numbers are checked
 #   fio          what the bench compares with
 #   valgrind, strace   count instructions and system calls in the bench
@@ -11,7 +12,7 @@
 #   groff-base   reads the manual pages in a test
 #   fish, zsh    complete command lines in a test
 set -euo pipefail
-wanted=(gcc make xz-utils qemu-utils python3-libvhdi libnbd-bin nbdkit libxen-dev fio valgrind strace debhelper lintian groff-base fish zsh)
+wanted=(gcc make xz-utils qemu-utils python3-libvhdi libnbd-bin nbdkit openssl libxen-dev fio valgrind strace debhelper lintian groff-base fish zsh)
 missing=()
 for package in "${wanted[@]}"; do
     if ! dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed'; then

@@ -56,6 +56,7 @@ _tap_ctl() {
         top) _xenio_words '-p -m -d -n -s -b' "$word" ;;
         upgrade) _xenio_words '-p --all' "$word" ;;
         metrics) _xenio_words '-l' "$word" ;;
+        nbd-tls) _xenio_words '-p -m -l -c' "$word" ;;
         *) _xenio_words '-p -m -t' "$word" ;;
         esac
         ;;

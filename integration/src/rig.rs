@@ -187,6 +187,17 @@ impl Rig {
         }
     }
 
+    /// Starts `tap-ctl` with a command that goes on until it is killed; what it prints can be read.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be started.
+    pub fn start_tap_ctl(&self, args: &[&str]) -> Child {
+        let mut command = self.command(&self.programs.tap_ctl);
+        command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().expect("tap-ctl-sim starts")
+    }
+
     fn tap_ctl_ok(&self, args: &[&str]) -> Result<String, String> {
         let outcome = self.tap_ctl(args);
         if outcome.code == 0 { Ok(outcome.out) } else { Err(outcome.err) }

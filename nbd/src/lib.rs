@@ -2,7 +2,7 @@
 //!
 //! The source of every number and rule here is the protocol's description, `doc/proto.md` of the NBD project. What is spoken
 //! is the *fixed newstyle* handshake with structured replies and the metadata context `base:allocation`; the old
-//! style, TLS and extended headers are not.
+//! style and extended headers are not, and of TLS only what comes before it.
 //!
 //! | module | what |
 //! |---|---|

@@ -1,8 +1,8 @@
 //! A server's handshake and its judgement of requests, for clients that are good and malicious.
 
 use nbd::client::{Blocks, Handshake};
-use nbd::flags::TransmissionFlags;
-use nbd::server::{Agreed, Job, Offer, Welcome, judge};
+use nbd::flags::{HandshakeFlags, TransmissionFlags};
+use nbd::server::{Agreed, Guard, Job, Offer, Welcome, judge};
 use nbd::wire::{
     Command, Fixed, OPTION_MAGIC, OptionHeader, OptionReply, OptionReplyHeader, REQUEST_MAGIC, Request,
 };
@@ -142,6 +142,42 @@ fn m79_options_come_to_an_end() {
     assert!(hear(&[0xff; 4]).0.is_err(), "unknown flags");
     assert!(hear(&with(&[vec![7; 16]])).0.is_err(), "no magic number");
     assert!(hear(&[0_u32.to_be_bytes().to_vec(), go()].concat()).0.is_err(), "not without the fixed style");
+}
+
+/// What a guard says to a client's bytes after its greeting, and whether it lets the client begin with TLS.
+fn guarded(bytes: &[u8]) -> (Result<bool, String>, Vec<u8>) {
+    let mut guard = Guard::new();
+    let (mut at, mut said) = (0, guard.output().split_off(18));
+    loop {
+        let Some(next) = bytes.get(at..at + guard.wants()) else { return (Ok(false), said) };
+        at += next.len();
+        let heard = guard.input(next);
+        said.extend(guard.output());
+        match heard {
+            Ok(None) => {}
+            Ok(Some(flags)) => {
+                assert_eq!((flags, at), (HandshakeFlags::ALL, bytes.len()));
+                return (Ok(true), said);
+            }
+            Err(goodbye) => return (Err(goodbye.to_string()), said),
+        }
+    }
+}
+
+#[test]
+fn a_guard_tells_nothing_before_tls() {
+    let tls = option(5, &[]);
+    let (begins, said) = guarded(&with(std::slice::from_ref(&tls)));
+    assert_eq!((begins, kinds(&said)), (Ok(true), (vec![OptionReply::Ack.number()], 0)));
+    // Whatever else is asked for, known or not, is answered the same.
+    let asked = [3, 6, 7, 8, 9, 10, 11, 99].map(|number| option(number, &[0; 6]));
+    let (begins, said) = guarded(&with(&[asked.concat(), option(5, b"x"), tls]));
+    let mut expected = vec![OptionReply::TlsRequired.number(); 8];
+    expected.extend([OptionReply::Invalid.number(), OptionReply::Ack.number()]);
+    assert_eq!((begins, kinds(&said).0), (Ok(true), expected));
+    assert!(guarded(&with(&[option(1, b"name")])).0.is_err(), "an old client's way to an export");
+    assert!(guarded(&with(&[option(2, &[])])).0.is_err());
+    assert!(guarded(&with(&[option(3, &[]).repeat(100)])).0.is_err());
 }
 
 #[test]

@@ -8,6 +8,8 @@ mod options;
 mod values;
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use self::options::Options;
@@ -60,6 +62,8 @@ pub enum Command {
     Top(top::Options),
     /// `metrics`, once or for whoever asks there
     Metrics(Option<metrics::serve::Address>),
+    /// `nbd-tls`
+    NbdTls(TlsDoor),
     /// With `--json`: the same, and what it prints as JSON
     Json(Box<Command>),
 }
@@ -71,6 +75,17 @@ pub struct Opening {
     pub params: Box<OpenParams>,
     /// Whether the key is to be read from standard input, where `ps` does not show it.
     pub encrypted: bool,
+}
+
+/// A disk on a TCP port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsDoor {
+    /// The disk.
+    pub target: Target,
+    /// Where to listen.
+    pub address: SocketAddr,
+    /// Where the certificates are.
+    pub certificates: PathBuf,
 }
 
 /// A VBD of a tapdisk.
@@ -102,7 +117,7 @@ macro_rules! opening {
 }
 
 /// Commands with their options, in the order of the help text.
-const COMMANDS: [(&str, &str); 19] = [
+const COMMANDS: [(&str, &str); 20] = [
     ("list", "[-p PID] [-m MINOR] [-t TYPE] [-f FILE] [--json]"),
     ("allocate", "[--json]"),
     ("free", "-m MINOR"),
@@ -132,6 +147,10 @@ const COMMANDS: [(&str, &str); 19] = [
          [-b for scripts: one table after the other]",
     ),
     ("metrics", "[-l SOCKET or LOOPBACK-ADDRESS:PORT to serve Prometheus; without it, prints them once]"),
+    (
+        "nbd-tls",
+        "-p PID -m MINOR -l ADDRESS:PORT -c FOLDER with ca-cert.pem, server-cert.pem and server-key.pem",
+    ),
     (
         "upgrade",
         "-p PID [-m MINOR of it] | --all (other tapdisks, of the program installed now, go on with the disks; guests wait)",

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use self::key::with_key;
 use self::show::Form;
-use crate::args::{self, Command, Opening, Target};
+use crate::args::{self, Command, Opening, Target, TlsDoor};
 use crate::client::{self, Client, QUICK};
 use crate::dir::ControlDir;
 use crate::error::Error;
@@ -25,6 +25,7 @@ use crate::proto::{LimitChange, Limits, Minor, OpenParams, Reopen, Reply, Reques
 use crate::spawn::spawn;
 use crate::stats;
 use crate::survey::survey;
+use crate::tls::Door;
 use crate::top;
 
 /// The folder of the tapdisk program; set `XENIO_LIBEXECDIR` at build time to move it.
@@ -193,7 +194,7 @@ fn perform(
         Command::List(filter) => *output = form.entries(&listing(dir, filter, notes)?),
         Command::Metrics(None) => *output = metrics_once(dir, notes)?,
         // Carried out by who calls us, as they have no end.
-        Command::Top(_) | Command::Metrics(Some(_)) | Command::Json(_) => {}
+        Command::Top(_) | Command::Metrics(Some(_)) | Command::NbdTls(_) | Command::Json(_) => {}
     }
     Ok(())
 }
@@ -383,8 +384,23 @@ fn go_on(command: &Command, config: &Config, stdout: &mut dyn Write) -> Option<R
             let failed = |source| Error::File { action: "serve metrics on", path: address.into(), source };
             Some(served.map_err(failed).map_err(because("metrics")))
         }
+        Command::NbdTls(door) => {
+            Some(nbd_tls(dir, door, stdout).map_err(because(with_target("nbd-tls", door.target))))
+        }
         _ => None,
     }
+}
+
+fn nbd_tls(dir: &ControlDir, wanted: &TlsDoor, stdout: &mut dyn Write) -> Result<(), Error> {
+    let Target { pid, minor } = wanted.target;
+    let door = Door::open(wanted.address, &wanted.certificates, dir.vbd_path(pid, minor))?;
+    let served = door.address().and_then(|address| {
+        writeln!(stdout, "nbds://{address}")?;
+        stdout.flush()?;
+        door.serve()
+    });
+    let path = wanted.address.to_string().into();
+    served.map_err(|source| Error::File { action: "serve a disk at", path, source })
 }
 
 /// Control characters, which a path or a peer may contain, made visible.

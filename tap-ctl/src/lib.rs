@@ -14,6 +14,7 @@
 //! | [`survey`] | the statistics of all disks |
 //! | [`metrics`] | the same for Prometheus |
 //! | [`top`] | the same as a table that renews itself |
+//! | [`tls`] | a disk on a TCP port |
 //! | [`args`], [`cli`] | the command line: read, carried out |
 //! | [`logging`] | where xenio and tapdisk log to |
 
@@ -37,6 +38,7 @@ pub mod stats;
 pub mod survey;
 #[cfg(test)]
 mod testing;
+pub mod tls;
 pub mod top;
 
 pub use dir::ControlDir;

@@ -34,3 +34,4 @@ mod standby;
 mod stats;
 mod support;
 mod takeover;
+mod tls;

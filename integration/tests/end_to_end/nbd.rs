@@ -16,7 +16,7 @@ use tap_ctl::inflight::Folder;
 use crate::support::{MIB, Storm, guest, pattern, raw, rig, vhd_util};
 
 /// Runs a program; `None` if it is not installed.
-fn run(program: &str, args: &[&str]) -> Option<Output> {
+pub fn run(program: &str, args: &[&str]) -> Option<Output> {
     match Command::new(program).args(args).stdin(Stdio::null()).output() {
         Ok(output) => Some(output),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -28,7 +28,7 @@ fn run(program: &str, args: &[&str]) -> Option<Output> {
 }
 
 /// The same, of which success is expected; what it has printed.
-fn succeed(program: &str, args: &[&str]) -> Option<String> {
+pub fn succeed(program: &str, args: &[&str]) -> Option<String> {
     let output = run(program, args)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{program} {args:?}: {text}{}", String::from_utf8_lossy(&output.stderr));

@@ -2,30 +2,11 @@
 
 use zerocopy::IntoBytes;
 
+use super::options::{Goodbye, Options};
 use super::{CONTEXT, Offer};
 use crate::flags::{HandshakeFlags, TransmissionFlags};
-use crate::wire::{
-    EXPORT_PADDING, ExportTail, Fixed, Greeting, InfoBlockSize, InfoExport, MAGIC, OPTION_MAGIC,
-    OPTION_REPLY_MAGIC, OptionCode, OptionHeader, OptionReply, OptionReplyHeader, info,
-};
+use crate::wire::{EXPORT_PADDING, ExportTail, InfoBlockSize, InfoExport, OptionCode, OptionReply, info};
 use crate::{BASE_ALLOCATION, MAX_NAME};
-
-/// The longest data of an option that is looked at, in bytes; longer ones are refused.
-const MAX_DATA: u32 = 64 << 10;
-
-/// The longest that is skipped to refuse it; longer ones end the connection.
-const MAX_SKIPPED: u32 = 1 << 20;
-
-/// Bytes skipped at a time.
-const STEP: u32 = 16 << 10;
-
-/// Options of one handshake at most.
-const MAX_OPTIONS: u32 = 64;
-
-/// Why there will be no transmission phase.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Goodbye(pub &'static str);
 
 /// What client and server have agreed on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -36,67 +17,30 @@ pub struct Agreed {
     pub allocation: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Flags,
-    Header,
-    Data {
-        option: u32,
-        len: u32,
-    },
-    /// The data of an option that is too long.
-    Skip {
-        option: u32,
-        left: u32,
-    },
-}
-
 /// A handshake: send [`Welcome::output`], read [`Welcome::wants`] bytes, give them to [`Welcome::input`], and again.
 #[derive(Debug)]
 pub struct Welcome {
     offer: Offer,
-    state: State,
-    out: Vec<u8>,
-    fixed: bool,
-    no_zeroes: bool,
+    options: Options,
     structured: bool,
     /// The export for which the context was set.
     context: Option<Vec<u8>>,
-    options: u32,
 }
 
 impl Welcome {
     /// A handshake that begins with a greeting.
     pub fn new(offer: Offer) -> Welcome {
-        let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
-        let greeting =
-            Greeting { magic: MAGIC.into(), option_magic: OPTION_MAGIC.into(), flags: flags.0.into() };
-        Welcome {
-            offer,
-            state: State::Flags,
-            out: greeting.as_bytes().to_vec(),
-            fixed: false,
-            no_zeroes: false,
-            structured: false,
-            context: None,
-            options: 0,
-        }
+        Welcome { offer, options: Options::new(), structured: false, context: None }
     }
 
     /// What is to be sent now.
     pub fn output(&mut self) -> Vec<u8> {
-        std::mem::take(&mut self.out)
+        self.options.output()
     }
 
     /// How many bytes the next [`Welcome::input`] takes; at most 64 KiB.
     pub fn wants(&self) -> usize {
-        let bytes = match self.state {
-            State::Flags => return 4,
-            State::Header => return OptionHeader::LEN,
-            State::Data { len, .. } => len,
-            State::Skip { left, .. } => left.min(STEP),
-        };
-        usize::try_from(bytes).unwrap_or(usize::MAX)
+        self.options.wants()
     }
 
     /// Takes as many bytes as were wanted. What was agreed on, once the client uses the export.
@@ -104,84 +48,23 @@ impl Welcome {
     /// # Errors
     /// The connection is to be closed, after sending what there is to send.
     pub fn input(&mut self, bytes: &[u8]) -> Result<Option<Agreed>, Goodbye> {
-        if bytes.len() != self.wants() {
-            return Err(Goodbye("the client went away within the handshake"));
+        match self.options.input(bytes)? {
+            Some((option, data)) => self.option(option, data),
+            None => Ok(None),
         }
-        match self.state {
-            State::Flags => self.client_flags(bytes)?,
-            State::Header => return self.header(bytes),
-            State::Data { option, .. } => {
-                self.state = State::Header;
-                return self.option(option, bytes);
-            }
-            State::Skip { option, left } => {
-                let left = left.saturating_sub(STEP);
-                self.state = State::Skip { option, left };
-                if left == 0 {
-                    self.state = State::Header;
-                    self.reply(option, OptionReply::TooBig, b"the option is too long");
-                }
-            }
-        }
-        Ok(None)
-    }
-
-    fn client_flags(&mut self, bytes: &[u8]) -> Result<(), Goodbye> {
-        let number = bytes.first_chunk::<4>().map_or(u32::MAX, |bytes| u32::from_be_bytes(*bytes));
-        let flags = HandshakeFlags(u16::try_from(number).unwrap_or(u16::MAX));
-        if !flags.without(HandshakeFlags::ALL).is_empty() {
-            return Err(Goodbye("the client has flags that are not known"));
-        }
-        self.fixed = flags.has(HandshakeFlags::FIXED_NEWSTYLE);
-        self.no_zeroes = flags.has(HandshakeFlags::NO_ZEROES);
-        self.state = State::Header;
-        Ok(())
-    }
-
-    fn header(&mut self, bytes: &[u8]) -> Result<Option<Agreed>, Goodbye> {
-        let header = OptionHeader::take(bytes).ok_or(Goodbye("a short option"))?;
-        let (option, len) = (header.option.get(), header.len.get());
-        self.options = self.options.saturating_add(1);
-        let export_name = option == OptionCode::ExportName.number();
-        if header.magic.get() != OPTION_MAGIC {
-            return Err(Goodbye("an option without its magic number"));
-        }
-        if self.options > MAX_OPTIONS {
-            return Err(Goodbye("too many options"));
-        }
-        // This one cannot be refused in words, and a client without the fixed style understands no words.
-        let name_is_long = export_name && usize::try_from(len).unwrap_or(usize::MAX) > MAX_NAME;
-        if name_is_long || len > MAX_SKIPPED || !(self.fixed || export_name) {
-            return Err(Goodbye("an option that is too long, or was not to be sent"));
-        }
-        if len > MAX_DATA {
-            self.state = State::Skip { option, left: len };
-        } else if len > 0 {
-            self.state = State::Data { option, len };
-        } else {
-            return self.option(option, &[]);
-        }
-        Ok(None)
     }
 
     fn reply(&mut self, option: u32, kind: OptionReply, data: &[u8]) {
-        let header = OptionReplyHeader {
-            magic: OPTION_REPLY_MAGIC.into(),
-            option: option.into(),
-            kind: kind.number().into(),
-            len: u32::try_from(data.len()).unwrap_or(u32::MAX).into(),
-        };
-        self.out.extend_from_slice(header.as_bytes());
-        self.out.extend_from_slice(data);
+        self.options.reply(option, kind, data);
     }
 
     fn option(&mut self, number: u32, data: &[u8]) -> Result<Option<Agreed>, Goodbye> {
         match OptionCode::from_number(number) {
             Some(OptionCode::ExportName) => {
                 let tail = ExportTail { size: self.offer.size.into(), flags: self.flags().0.into() };
-                self.out.extend_from_slice(tail.as_bytes());
-                if !self.no_zeroes {
-                    self.out.extend_from_slice(&[0; EXPORT_PADDING]);
+                self.options.say(tail.as_bytes());
+                if !self.options.flags().has(HandshakeFlags::NO_ZEROES) {
+                    self.options.say(&[0; EXPORT_PADDING]);
                 }
                 return Ok(Some(self.agreed(data)));
             }

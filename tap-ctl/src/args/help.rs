@@ -47,6 +47,10 @@ pub(super) fn about(command: &str) -> &'static str {
             "Serves the numbers of all disks to Prometheus until it is ended, at /metrics. Only this host can reach it: a \
              socket of mode 0600, or a loopback address."
         }
+        "nbd-tls" => {
+            "Serves a disk by NBD on a TCP port until it is ended, to clients whose certificates are signed as ca-cert.pem \
+             says, and by TLS only. Prints the URI. ca-crl.pem, if it is there, names certificates that are revoked."
+        }
         _ => "",
     }
 }

@@ -1,6 +1,8 @@
 //! The options of a command line.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use lexopt::{Arg, Parser, ValueExt};
@@ -9,7 +11,7 @@ use super::values::{
     absolute, absolute_image, absolute_of, engine, image, mebibytes, minor, pid, seconds, sort, timeout,
     times,
 };
-use super::{Command, Opening, Target};
+use super::{Command, Opening, Target, TlsDoor};
 use crate::list::Filter;
 use crate::metrics::serve::Address;
 use crate::proto::{ImageSpec, LimitChange, Limits, Minor, OpenParams, Reopen, Secondary};
@@ -55,6 +57,8 @@ pub(super) struct Options {
     times: Option<u32>,
     sort: Sort,
     listen: Option<Address>,
+    port: Option<SocketAddr>,
+    certificates: Option<PathBuf>,
 }
 
 impl Options {
@@ -111,6 +115,14 @@ impl Options {
                 }
                 Arg::Short('l') if command == "metrics" => {
                     options.listen = Some(text(&mut parser)?.parse()?);
+                }
+                Arg::Short('l') if command == "nbd-tls" => {
+                    let text = text(&mut parser)?;
+                    let wrong = || format!("{text:?} is no address with a port, as 192.0.2.1:10809");
+                    options.port = Some(text.parse().map_err(|_| wrong())?);
+                }
+                Arg::Short('c') if command == "nbd-tls" => {
+                    options.certificates = Some(text(&mut parser)?.into());
                 }
                 Arg::Long("engine") if spawns => options.engine = Some(engine(&text(&mut parser)?)?),
                 Arg::Long("all") if command == "upgrade" => options.all = true,
@@ -185,6 +197,11 @@ impl Options {
             },
             "stats" => Command::Stats(self.target()?, self.full || self.json),
             "metrics" => Command::Metrics(self.listen),
+            "nbd-tls" => Command::NbdTls(TlsDoor {
+                target: self.target()?,
+                address: self.port.ok_or("-l ADDRESS:PORT is missing")?,
+                certificates: self.certificates.ok_or("-c FOLDER is missing")?,
+            }),
             "top" => Command::Top(top::Options {
                 filter: Filter { pid: self.pid, minor: self.minor, ..Filter::default() },
                 batch: self.batch,

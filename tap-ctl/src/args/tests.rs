@@ -196,6 +196,22 @@ fn what_prints_can_print_json() {
 }
 
 #[test]
+fn a_port_with_tls_needs_all_that_it_is_made_of() {
+    let door =
+        TlsDoor { target: TARGET, address: "[::1]:10809".parse().unwrap(), certificates: "/pki".into() };
+    assert_eq!(line("nbd-tls -p 12 -m 3 -l [::1]:10809 -c /pki"), Ok(Command::NbdTls(door)));
+    for text in [
+        "nbd-tls -p 12 -m 3 -l [::1]:10809",
+        "nbd-tls -p 12 -m 3 -c /pki",
+        "nbd-tls -l [::1]:10809 -c /pki",
+        "nbd-tls -p 12 -m 3 -l localhost -c /pki",
+        "nbd-tls -p 12 -m 3 -l 10809 -c /pki",
+    ] {
+        assert!(line(text).is_err(), "{text}");
+    }
+}
+
+#[test]
 fn top_and_metrics_have_their_options() {
     let options = top::Options {
         filter: Filter { minor: Some(Minor(3)), ..Filter::default() },

@@ -3,8 +3,8 @@
 
 function __xenio_commands --argument-names program
     $program --help 2>/dev/null | sed -n \
-        -e 's/^  \([a-z][a-z]*\).*/\1/p' \
-        -e "s/^$program \([a-z][a-z]*\) .*/\1/p" \
+        -e 's/^  \([a-z][a-z-]*\).*/\1/p' \
+        -e "s/^$program \([a-z][a-z-]*\) .*/\1/p" \
         -e '/^COMMAND :=/{s/^[^{]*{ *//;s/ *}.*//;s/ *| */\n/g;p}'
 end
 

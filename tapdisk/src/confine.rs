@@ -5,7 +5,7 @@
 //!
 //! | given up | how | what is left |
 //! |---|---|---|
-//! | capabilities | dropped from every set, for good | `DAC_OVERRIDE`, `FOWNER`, `IPC_LOCK` |
+//! | capabilities | dropped from every set, for good | `DAC_OVERRIDE`, `IPC_LOCK` |
 //! | new privileges | `no_new_privs` | – |
 //! | system calls | a filter that lets through a list and answers `EPERM` to the rest | files, sockets of three families, threads, memory, io_uring, ioctls of open devices |
 //!
@@ -23,10 +23,8 @@ use seccompiler::{
 
 /// What stays of root's capabilities.
 ///
-/// `DAC_OVERRIDE`: images belong to whomever the administrator likes. `FOWNER`: `O_NOATIME` on those. `IPC_LOCK`: io_uring counts registered
-/// memory as locked.
-const KEPT: [Capability; 3] =
-    [Capability::CAP_DAC_OVERRIDE, Capability::CAP_FOWNER, Capability::CAP_IPC_LOCK];
+/// `DAC_OVERRIDE`: images belong to whomever the administrator likes. `IPC_LOCK`: io_uring counts registered memory as locked.
+const KEPT: [Capability; 2] = [Capability::CAP_DAC_OVERRIDE, Capability::CAP_IPC_LOCK];
 
 /// System calls that are allowed with any arguments.
 ///
@@ -69,8 +67,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_fstatfs,
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
     libc::SYS_getcwd,
     libc::SYS_getdents64,
     libc::SYS_readlinkat,
@@ -165,7 +161,6 @@ const OLDER: &[i64] = &[
     libc::SYS_stat,
     libc::SYS_lstat,
     libc::SYS_access,
-    libc::SYS_chmod,
     libc::SYS_readlink,
     libc::SYS_symlink,
     libc::SYS_rename,
@@ -250,6 +245,7 @@ fn allowed() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendErro
 mod tests {
     use std::io;
     use std::net::{TcpListener, UdpSocket};
+    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixStream;
     use std::process::Command;
 
@@ -277,6 +273,7 @@ mod tests {
             assert!(refused(Command::new("/bin/true").status()));
             assert!(refused(std::os::unix::fs::chroot(&root)));
             assert!(refused(std::os::unix::fs::chown(&file, Some(0), Some(0))));
+            assert!(refused(std::fs::set_permissions(&file, PermissionsExt::from_mode(0o4755))));
             assert!(refused(nix::sys::signal::kill(nix::unistd::getpid(), None).map_err(io::Error::from)));
         });
     }

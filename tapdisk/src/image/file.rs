@@ -403,7 +403,7 @@ impl ImageFile {
 }
 
 /// Opens without waiting, and without leaving a time of access behind at each read, which costs; that is for the owner of a
-/// file or for root only.
+/// file only.
 fn open_quietly(options: &mut OpenOptions, flags: i32, path: &Path) -> std::io::Result<File> {
     let flags = flags | libc::O_NONBLOCK;
     match options.custom_flags(flags | libc::O_NOATIME).open(path) {

@@ -114,7 +114,7 @@ install-files:
 		$(DESTDIR)$(PREFIX)/lib/systemd/system/tapdisk-.scope.d/10-xenio.conf
 	install -D -m 644 dist/systemd/xenio.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/xenio.conf
 	install -D -m 644 dist/xenio.default $(DESTDIR)/etc/default/xenio
-	install -D -m 644 -t $(DESTDIR)/etc/xenio dist/image-folders
+	install -D -m 644 -t $(DESTDIR)/etc/xenio dist/disk-folders dist/image-folders
 	install -D -m 755 -t $(DESTDIR)/etc/xen/scripts dist/hotplug/block-xenio
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/xenio/grafana dist/grafana/xenio-disks.json
 

@@ -95,7 +95,7 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
         }
         Action::Serve { foreground, engine, parent_cache, take_over } => {
             parent_cache.into_iter().for_each(cache::turn_on);
-            start(foreground).and_then(|()| {
+            start(foreground, dir).and_then(|()| {
                 let server = Server::bind(xen, dir.clone(), engine, parent_cache)
                     .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
                 serve(server, foreground, take_over)
@@ -112,7 +112,7 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
     }
 }
 
-fn start(foreground: bool) -> anyhow::Result<()> {
+fn start(foreground: bool, dir: &ControlDir) -> anyhow::Result<()> {
     if !foreground {
         close_inherited();
         // Fails only for a process group leader, which a spawned tapdisk is not.
@@ -122,7 +122,7 @@ fn start(foreground: bool) -> anyhow::Result<()> {
     logging::init("tapdisk", mode, foreground).context("cannot set up logging")?;
     // The control socket's mode is its lock: whoever started us may have allowed others to write.
     stat::umask(stat::Mode::S_IWGRP | stat::Mode::S_IWOTH);
-    confine::this_thread().context("cannot give up what a tapdisk does not need")?;
+    confine::this_thread(dir).context("cannot give up what a tapdisk does not need")?;
     Ok(())
 }
 

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | capabilities | dropped from every set, for good | `DAC_OVERRIDE`, `IPC_LOCK` |
 //! | new privileges | `no_new_privs` | – |
+//! | files | with Landlock, if the administrator names the folders of images ([`folders`]) | those folders, and where a tapdisk has to go |
 //! | system calls | a filter that lets through a list and answers `EPERM` to the rest | files, sockets of three families, threads, memory, io_uring, ioctls of open devices |
 //!
 //! So there is no other program to start, no mount, no namespace, module, trace, key or signal to another process. A system call
@@ -14,12 +15,17 @@
 //!
 //! io_uring's operations pass by the filter. They open, read and connect, which the filter allows as well.
 
+pub mod folders;
+
 use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use caps::{CapSet, Capability, CapsHashSet};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
+use tap_ctl::ControlDir;
 
 /// What stays of root's capabilities.
 ///
@@ -184,13 +190,51 @@ pub enum Error {
     /// The capabilities could not be dropped.
     #[error("cannot drop capabilities: {0}")]
     Capabilities(#[from] caps::errors::CapsError),
+    /// The list of folders cannot be read.
+    #[error("cannot read {list}, which says where files may be opened: {why}", list = folders::LIST)]
+    List {
+        /// What the system says.
+        why: std::io::Error,
+    },
+    /// There is such a list, and the kernel cannot do as it says.
+    #[error(
+        "cannot keep to the folders of {list}; does the kernel have Landlock (Linux 5.19, lsm=landlock)? Without an entry in \
+         that file nothing is refused. {why}", list = folders::LIST
+    )]
+    Folders {
+        /// What the kernel says.
+        #[from]
+        why: landlock::RulesetError,
+    },
     /// The kernel does not take the filter, or there is none for this processor.
     #[error("cannot install the filter of system calls; does the kernel have CONFIG_SECCOMP_FILTER? {0}")]
     Filter(#[from] seccompiler::Error),
 }
 
+/// Whether the folders for images are limited.
+static LIMITED: AtomicBool = AtomicBool::new(false);
+
+/// What there is to say of a file that may not be opened.
+pub fn why_refused() -> &'static str {
+    if LIMITED.load(Ordering::Relaxed) {
+        "; this tapdisk opens files only in the folders that /etc/xenio/disk-folders had when it started"
+    } else {
+        ""
+    }
+}
+
 /// Confines the calling thread and all that it will start. The process calls it while it has one thread.
-pub fn this_thread() -> Result<(), Error> {
+pub fn this_thread(dir: &ControlDir) -> Result<(), Error> {
+    let folders = folders::listed(Path::new(folders::LIST)).map_err(|why| Error::List { why })?;
+    if !folders.is_empty() {
+        folders::restrict(&folders, dir)?;
+        LIMITED.store(true, Ordering::Relaxed);
+    }
+    give_up()
+}
+
+/// Gives up capabilities and system calls.
+fn give_up() -> Result<(), Error> {
     drop_capabilities()?;
     for program in programs().map_err(seccompiler::Error::Backend)? {
         seccompiler::apply_filter(&program)?;
@@ -254,7 +298,7 @@ mod tests {
     /// What a thread of its own finds after it was confined.
     fn confined<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
         let thread = std::thread::spawn(|| {
-            this_thread().unwrap();
+            give_up().unwrap();
             what()
         });
         thread.join().unwrap()

@@ -6,6 +6,7 @@ use nix::errno::Errno;
 
 use super::file::Mode;
 use super::holders::Holder;
+use crate::confine;
 use crate::io::errno_of;
 
 /// An image that cannot be opened: a sentence for people that names the file, and an errno for programs.
@@ -25,7 +26,8 @@ impl OpenError {
 
     /// A system call that failed.
     pub fn file(path: &Path, what: &str, errno: Errno) -> OpenError {
-        OpenError::new(path, errno, format!("{what}: {}", errno.desc()))
+        let hint = if errno == Errno::EACCES { confine::why_refused() } else { "" };
+        OpenError::new(path, errno, format!("{what}: {}{hint}", errno.desc()))
     }
 
     /// An I/O error.

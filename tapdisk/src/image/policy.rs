@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use vhd::chain::Policy;
 
+use crate::confine::folders;
+
 const LIST: &str = "/etc/xenio/image-folders";
 
 /// What the chain below a leaf, which is given by its canonical path, may reach.
@@ -22,16 +24,11 @@ pub fn for_leaf(leaf: &Path) -> Policy {
 
 /// The folders of a list, by their canonical paths. Without a list there are none.
 fn listed(list: &Path) -> Vec<PathBuf> {
-    let text = match std::fs::read_to_string(list) {
-        Ok(text) => text,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
-        Err(error) => {
-            log::error!("{}: cannot be read: {error}; no folder of it is used", list.display());
-            return Vec::new();
-        }
-    };
-    let lines = text.lines().map(str::trim).filter(|line| line.starts_with('/'));
-    lines.filter_map(|line| Path::new(line).canonicalize().ok()).collect()
+    let folders = folders::listed(list).unwrap_or_else(|error| {
+        log::error!("{}: cannot be read: {error}; no folder of it is used", list.display());
+        Vec::new()
+    });
+    folders.iter().filter_map(|folder| folder.canonicalize().ok()).collect()
 }
 
 #[cfg(test)]

@@ -295,7 +295,7 @@ impl Nbd {
         loop {
             let connection = self.connected(io).await?;
             let why = match connection.exchange(io, ask, body).await {
-                Ok(Err(ErrorCode::Shutdown)) => Broken::Lost("the server is shutting down".into()),
+                Ok(Err(ErrorCode::Shutdown)) => shutting_down(),
                 Ok(outcome) => {
                     self.trouble.set(None);
                     self.failures.set(0);
@@ -447,6 +447,9 @@ impl Nbd {
                 len: u32::try_from(write.bytes.len()).unwrap_or(u32::MAX),
             };
             if let Err(code) = connection.exchange(io, &ask, &Body::Bytes(&write.bytes)).await? {
+                if code == ErrorCode::Shutdown {
+                    return Err(shutting_down());
+                }
                 let name = self.name.display();
                 log::error!("{name}: a write that was acknowledged before cannot be repeated: {code}");
                 self.forgotten.set(true);
@@ -455,6 +458,11 @@ impl Nbd {
         }
         Ok(self.kept.len())
     }
+}
+
+/// A server that does no more is as good as gone, and the next one may be there soon.
+fn shutting_down() -> Broken {
+    Broken::Lost("the server is shutting down".into())
 }
 
 /// One task at a time sees to the connection.

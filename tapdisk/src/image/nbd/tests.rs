@@ -116,6 +116,27 @@ fn many_requests_at_once_all_get_their_own_replies() {
     }
 }
 
+/// A regression: it counted as a write that can never be repeated, and no flush succeeded any more.
+#[test]
+fn a_server_that_shuts_down_while_writes_are_repeated_is_left_for_the_next() {
+    for engine in ENGINES {
+        let script = |connection, number, _: &nbd::wire::Request| match (connection, number) {
+            (0, 1) => Act::HangUp,
+            (1, 0) => Act::Fail(fake::SHUTDOWN),
+            _ => Act::Serve,
+        };
+        let fake = Fake::start(Face { forgets: true, ..Face::new(1 << 20) }, script);
+        let bed = Bed::new(engine);
+        let nbd = bed.open(&fake);
+        bed.spawn(async move |io| {
+            write(&nbd, &io, 0, &pattern(0, 1, 5)).await.unwrap();
+            nbd.flush(&io).await.unwrap();
+        });
+        bed.run();
+        assert_eq!(fake.disk.lock().unwrap().durable[..512], pattern(0, 1, 5), "{engine}");
+    }
+}
+
 #[test]
 fn large_transfers_both_ways_at_once_do_not_lock_up() {
     for engine in ENGINES {

@@ -212,6 +212,9 @@ fn handshake(mut stream: &UnixStream, face: &Face, size: u64) -> std::io::Result
     }
 }
 
+/// `NBD_ESHUTDOWN`.
+pub const SHUTDOWN: u32 = 108;
+
 fn transmit(
     connection: usize,
     mut stream: &UnixStream,
@@ -261,6 +264,8 @@ fn transmit(
         match act {
             Act::HangUp | Act::ServeSilently => return Ok(()),
             Act::Ignore => {}
+            // One that is shutting down carries out nothing more that has come on the connection.
+            Act::Fail(SHUTDOWN) => return stream.write_all(&bytes),
             Act::Torn => return stream.write_all(&bytes[..bytes.len() / 2]),
             _ => stream.write_all(&bytes)?,
         }

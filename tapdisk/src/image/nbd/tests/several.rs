@@ -1,6 +1,7 @@
 //! Several connections to servers that are well and ill.
 
 use super::super::several::{DEEP, MOST};
+use super::fake::SHUTDOWN;
 use super::*;
 
 /// Connections beside the first that were used for more than the question whether the server is there.
@@ -49,7 +50,7 @@ fn little_to_do_and_servers_that_promise_nothing_get_one() {
 #[test]
 fn what_was_in_flight_on_a_lost_one_goes_over_the_others() {
     for engine in ENGINES {
-        for act in [Act::HangUp, Act::ServeSilently, Act::Torn, Act::Fail(108)] {
+        for act in [Act::HangUp, Act::ServeSilently, Act::Torn, Act::Fail(SHUTDOWN)] {
             // It is any connection's turn to end, time and again.
             let mut asked = 0;
             let script = move |_, _, _: &nbd::wire::Request| {

@@ -23,6 +23,7 @@
 pub mod args;
 pub mod cli;
 pub mod client;
+mod clients;
 pub mod dir;
 mod error;
 pub mod frame;

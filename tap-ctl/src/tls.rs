@@ -23,6 +23,7 @@ use nbd::wire::{Fixed, Greeting, MAGIC, OPTION_MAGIC};
 use nix::sys::socket::{setsockopt, sockopt};
 use rustls::{ServerConfig, ServerConnection};
 
+use crate::clients;
 use crate::error::Error;
 
 /// Clients at the same time; more are sent away.
@@ -74,28 +75,19 @@ impl Door {
     /// # Errors
     /// When no more clients can be accepted.
     pub fn serve(&self) -> io::Result<()> {
-        let places = Arc::new(());
-        loop {
-            let (client, from) = match self.listener.accept() {
-                Ok(client) => client,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-                Err(error) => return Err(error),
-            };
-            // Each thread has a share of it, and we have one.
-            if Arc::strong_count(&places) > MAX_CLIENTS {
-                log::debug!("{from}: there are {MAX_CLIENTS} clients already");
-                continue;
-            }
-            let (place, config, socket) = (places.clone(), self.config.clone(), self.socket.clone());
-            std::thread::Builder::new().name("nbd-tls".into()).spawn(move || {
-                let _place = place;
+        let (config, socket) = (self.config.clone(), self.socket.clone());
+        clients::serve(
+            "nbd-tls",
+            MAX_CLIENTS,
+            || self.listener.accept(),
+            move |(client, from)| {
                 log::debug!("{from}: comes in");
-                match attend(&client, config, &socket) {
+                match attend(&client, config.clone(), &socket) {
                     Ok(()) => log::debug!("{from}: has left"),
                     Err(why) => log::debug!("{from}: {why}"),
                 }
-            })?;
-        }
+            },
+        )
     }
 }
 

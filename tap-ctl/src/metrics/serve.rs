@@ -9,9 +9,9 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::clients;
 use crate::dir::ControlDir;
 use crate::list::Filter;
 use crate::survey::survey;
@@ -125,25 +125,17 @@ fn remove_dead(path: &Path) -> io::Result<()> {
 ///
 /// When no more clients can be accepted.
 pub fn serve(listener: &Listener, dir: &ControlDir) -> io::Result<()> {
-    let places = Arc::new(());
-    loop {
-        let client = match listener.accept() {
-            Ok(client) => client,
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
-            Err(error) => return Err(error),
-        };
-        // Each thread has a share of it, and we have one.
-        if Arc::strong_count(&places) > MAX_CLIENTS {
-            continue;
-        }
-        let (place, dir) = (places.clone(), dir.clone());
-        std::thread::Builder::new().name("scrape".into()).spawn(move || {
-            let _place = place;
+    let dir = dir.clone();
+    clients::serve(
+        "scrape",
+        MAX_CLIENTS,
+        || listener.accept(),
+        move |client| {
             if let Err(error) = attend(client, &dir) {
                 log::debug!("a scrape failed: {error}");
             }
-        })?;
-    }
+        },
+    )
 }
 
 fn attend(mut client: Box<dyn Stream>, dir: &ControlDir) -> io::Result<()> {

@@ -46,10 +46,6 @@ impl Guard {
             Some(OptionCode::StartTls) => {
                 self.0.reply(number, OptionReply::Invalid, b"the option has no data")
             }
-            Some(OptionCode::Abort) => {
-                self.0.reply(number, OptionReply::Ack, &[]);
-                return Err(Goodbye("the client has ended the handshake"));
-            }
             // It cannot be refused in words.
             Some(OptionCode::ExportName) => return Err(Goodbye("the client does not want TLS")),
             _ => self.0.reply(number, OptionReply::TlsRequired, b"only with TLS"),

@@ -95,10 +95,12 @@ impl Options {
         }
         match self.state {
             State::Flags => self.client_flags(bytes)?,
-            State::Header => return Ok(self.header(bytes)?.map(|option| (option, &[][..]))),
+            State::Header => {
+                return self.header(bytes)?.map(|option| self.whole(option, &[])).transpose();
+            }
             State::Data { option, .. } => {
                 self.state = State::Header;
-                return Ok(Some((option, bytes)));
+                return self.whole(option, bytes).map(Some);
             }
             State::Skip { option, left } => {
                 let left = left.saturating_sub(STEP);
@@ -149,6 +151,15 @@ impl Options {
             return Ok(Some(option));
         }
         Ok(None)
+    }
+
+    /// An option with its data, unless it ends the handshake.
+    fn whole<'b>(&mut self, option: u32, data: &'b [u8]) -> Result<(u32, &'b [u8]), Goodbye> {
+        if option == OptionCode::Abort.number() {
+            self.reply(option, OptionReply::Ack, &[]);
+            return Err(Goodbye("the client has ended the handshake"));
+        }
+        Ok((option, data))
     }
 
     /// Answers an option.

@@ -68,10 +68,6 @@ impl Welcome {
                 }
                 return Ok(Some(self.agreed(data)));
             }
-            Some(OptionCode::Abort) => {
-                self.reply(number, OptionReply::Ack, &[]);
-                return Err(Goodbye("the client has ended the handshake"));
-            }
             Some(OptionCode::StructuredReply | OptionCode::List) if !data.is_empty() => {
                 self.reply(number, OptionReply::Invalid, b"the option has no data");
             }

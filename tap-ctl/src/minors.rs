@@ -5,11 +5,12 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 use crate::client::Client;
 use crate::dir::ControlDir;
@@ -29,10 +30,9 @@ fn file_error(action: &'static str, path: &Path, source: impl Into<io::Error>) -
 pub fn allocate(dir: &ControlDir) -> Result<Minor, Error> {
     let folder = dir.markers();
     dir.create().map_err(|error| file_error("create", &folder, error))?;
-    let handle = File::open(&folder).map_err(|error| file_error("open", &folder, error))?;
+    let turn = File::open(&folder).map_err(|error| file_error("open", &folder, error))?;
     // Serialises allocations: held until the end of this function.
-    let _turn = Flock::lock(handle, FlockArg::LockExclusive)
-        .map_err(|(_, errno)| file_error("lock", &folder, errno))?;
+    flock(&turn, FlockOperation::LockExclusive).map_err(|errno| file_error("lock", &folder, errno))?;
     for minor in (0..=Minor::MAX.0).map(Minor) {
         let marker = dir.marker(minor);
         match OpenOptions::new().write(true).create_new(true).mode(0o600).open(&marker) {
@@ -75,10 +75,32 @@ fn clean_up(dir: &ControlDir, minor: Minor) {
     }
 }
 
-/// A minor in use by this process, until dropped.
+/// A minor in use by this process, until dropped or given away.
 #[derive(Debug)]
 pub struct Claim {
-    _marker: Flock<File>,
+    /// `None`: given away.
+    marker: Option<OwnedFd>,
+}
+
+impl Claim {
+    /// What another process has claimed and given away.
+    pub fn over(marker: OwnedFd) -> Claim {
+        Claim { marker: Some(marker) }
+    }
+
+    /// The descriptor that holds it, to be given away.
+    pub fn into_marker(mut self) -> Option<OwnedFd> {
+        self.marker.take()
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // Closing alone would leave it to a process that was being started meanwhile, and has the descriptor until its exec.
+        if let Some(Err(errno)) = self.marker.as_ref().map(|marker| flock(marker, FlockOperation::Unlock)) {
+            log::warn!("giving up the lock of a minor failed: {errno}");
+        }
+    }
 }
 
 /// Takes a minor into use: what a tapdisk does at attach. Never waits.
@@ -94,17 +116,18 @@ pub fn claim(dir: &ControlDir, minor: Minor) -> Result<Claim, Error> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Err(missing()),
         Err(error) => return Err(file_error("open", &path, error)),
     };
-    let marker = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(marker) => marker,
-        Err((_, Errno::EWOULDBLOCK)) => return Err(Error::MinorInUse { minor }),
-        Err((_, errno)) => return Err(file_error("lock", &path, errno)),
-    };
+    // The lock is the open file's, and not the process's: it goes with the descriptor.
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => return Err(Error::MinorInUse { minor }),
+        Err(errno) => return Err(file_error("lock", &path, errno)),
+    }
     // Between open and lock somebody may have freed the minor, and a third allocated it anew: then the lock is on a
     // file without a name, which protects nothing.
-    let locked = marker.metadata().map_err(|error| file_error("examine", &path, error))?;
+    let locked = file.metadata().map_err(|error| file_error("examine", &path, error))?;
     match fs::metadata(&path) {
         Ok(named) if (named.dev(), named.ino()) == (locked.dev(), locked.ino()) => {
-            Ok(Claim { _marker: marker })
+            Ok(Claim::over(file.into()))
         }
         Ok(_) => Err(Error::MinorInUse { minor }),
         Err(error) if error.kind() == ErrorKind::NotFound => Err(missing()),

@@ -11,6 +11,7 @@
 //! |---|---|
 //! | [`cli`] | the process: options, start-up, the hand-shake with `tap-ctl spawn` |
 //! | [`confine`] | what the process gives up first |
+//! | [`porter`] | the process that opens files for this one |
 //! | [`server`], [`vbd`] | the control socket |
 //! | [`journal`] | requests in memory that outlives the process |
 //! | [`worker`] | a disk's thread: its loop, rings, and the way from a request to its answer |
@@ -37,6 +38,7 @@ pub mod image;
 pub mod io;
 pub mod journal;
 pub mod nbd;
+pub mod porter;
 pub mod reactor;
 pub mod server;
 mod socket;

@@ -6,8 +6,10 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 /// Who may hold the lock of a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Holder {
     /// A process that has it open: its id, and the name of its program.
     Process(i32, String),

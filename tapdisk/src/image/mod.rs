@@ -8,7 +8,7 @@ pub mod file;
 mod filter;
 mod formatted;
 mod hits;
-mod holders;
+pub mod holders;
 mod layer;
 pub mod locks;
 mod nbd;

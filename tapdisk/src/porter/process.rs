@@ -1,0 +1,1 @@
+//! The porter as a process.

@@ -24,6 +24,7 @@ use tap_ctl::proto::null_size;
 
 use super::OpenError;
 use super::file::{ImageFile, Locked, Mode};
+use crate::porter;
 
 /// The disks that can be shared, by what they are shared by.
 static SHARED: Mutex<BTreeMap<Content, Weak<Locked>>> = Mutex::new(BTreeMap::new());
@@ -63,7 +64,7 @@ pub fn open(argument: &str) -> Result<ImageFile, OpenError> {
             return memory(bytes).and_then(|file| ImageFile::nameless(&name, file)).map_err(failed);
         }
         Content::File { path } => {
-            let path = path.canonicalize().map_err(|e| OpenError::io(&path, "cannot resolve", &e))?;
+            let path = porter::resolve(&path).map_err(|e| OpenError::io(&path, "cannot resolve", &e))?;
             Content::File { path }
         }
         Content::Named { .. } => content,

@@ -53,6 +53,14 @@ fn parse(argument: &str) -> (Content, Option<u64>) {
     }
 }
 
+/// The file with what a RAM disk holds at first.
+pub fn source(argument: &str) -> Option<PathBuf> {
+    match parse(argument).0 {
+        Content::File { path } => Some(path),
+        Content::Zeros { .. } | Content::Named { .. } => None,
+    }
+}
+
 /// Opens the RAM disk that the argument of `ram:` asks for; makes it if no other disk of this process has it open.
 pub fn open(argument: &str) -> Result<ImageFile, OpenError> {
     let refuse = |errno: Errno, text: String| OpenError::new(Path::new(argument), errno, text);

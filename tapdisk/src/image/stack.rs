@@ -19,14 +19,15 @@ const MOST: u64 = 64 << 10;
 
 /// The images of a chain that the administrator named.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Stack {
+pub struct Stack {
+    /// Which may be written.
     pub leaf: ImageSpec,
     /// The nearest first.
     pub below: Vec<ImageSpec>,
 }
 
 /// Reads the file.
-pub(super) fn read(path: &Path) -> Result<Stack, OpenError> {
+pub fn read(path: &Path) -> Result<Stack, OpenError> {
     let failed = |error: std::io::Error| OpenError::io(path, "cannot be read", &error);
     let mut file = porter::open(path, How::READ).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;

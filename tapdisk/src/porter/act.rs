@@ -94,7 +94,7 @@ pub(super) fn open(path: &Path, how: How) -> io::Result<File> {
 }
 
 /// Opens an open file. Through /proc, so that it is the same file whatever happened to its name.
-fn again(file: BorrowedFd<'_>, how: How) -> io::Result<File> {
+pub(super) fn again(file: BorrowedFd<'_>, how: How) -> io::Result<File> {
     open(&itself(file), How { create: None, ..how })
 }
 

@@ -308,6 +308,12 @@ pub fn open(path: &Path, how: How) -> io::Result<File> {
 
 /// Opens an open file once more, whatever happened to its name.
 pub fn again(file: BorrowedFd<'_>, how: How) -> io::Result<File> {
+    // Memory without a name is this process's own, and nobody else's business.
+    if is_engaged()
+        && let Ok(again) = act::again(file, how)
+    {
+        return Ok(again);
+    }
     Ok(descriptor(Errand::Again { how }, Some(file))?.into())
 }
 

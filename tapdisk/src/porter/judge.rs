@@ -517,3 +517,6 @@ fn looks_like_vhd(file: &File) -> bool {
     let footer = || file.metadata().ok()?.len().checked_sub(512);
     has_cookie(0) || footer().is_some_and(has_cookie)
 }
+
+#[cfg(test)]
+mod tests;

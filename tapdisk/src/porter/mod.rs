@@ -22,6 +22,7 @@
 pub mod act;
 pub mod channel;
 pub mod judge;
+pub mod parcel;
 pub mod process;
 
 use std::ffi::OsStr;

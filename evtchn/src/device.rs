@@ -91,6 +91,20 @@ impl EvtchnDev {
     }
 }
 
+/// A device that is open already, not blocking, and through which nothing is bound.
+impl From<OwnedFd> for EvtchnDev {
+    fn from(fd: OwnedFd) -> EvtchnDev {
+        EvtchnDev { fd, ports: RefCell::default() }
+    }
+}
+
+/// For another process; nothing may be bound.
+impl From<EvtchnDev> for OwnedFd {
+    fn from(events: EvtchnDev) -> OwnedFd {
+        events.fd
+    }
+}
+
 impl AsFd for EvtchnDev {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

@@ -46,20 +46,35 @@ impl GntDev {
 
     /// [`GntDev::open`] for a device node elsewhere.
     pub fn open_at(path: &Path) -> io::Result<GntDev> {
-        let device = path.display();
-        let file =
-            OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path).map_err(
-                |error| {
-                    let advice = "is this a Xen domain, is the module xen-gntdev loaded, and may we open it?";
-                    io::Error::new(error.kind(), format!("cannot open {device}: {error}; {advice}"))
-                },
-            )?;
-        let gntdev = GntDev { fd: Arc::new(file.into()) };
+        GntDev::over(GntDev::device(path)?)
+    }
+
+    /// Opens the device for another process, which makes it a `GntDev` by [`GntDev::over`].
+    ///
+    /// # Errors
+    ///
+    /// The device is missing or not ours to open.
+    pub fn device(path: &Path) -> io::Result<OwnedFd> {
+        let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(path);
+        let file = opened.map_err(|error| {
+            let advice = "is this a Xen domain, is the module xen-gntdev loaded, and may we open it?";
+            io::Error::new(error.kind(), format!("cannot open {}: {error}; {advice}", path.display()))
+        })?;
+        Ok(file.into())
+    }
+
+    /// A device that is open already; makes sure that it can copy.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` if the kernel has no grant copy.
+    pub fn over(fd: OwnedFd) -> io::Result<GntDev> {
+        let gntdev = GntDev { fd: Arc::new(fd) };
         gntdev.probe().map_err(|error| {
             let advice = "a kernel from Linux 4.8 on is needed";
             io::Error::new(
                 io::ErrorKind::Unsupported,
-                format!("{device} cannot copy grants: {error}; {advice}"),
+                format!("the grant device cannot copy: {error}; {advice}"),
             )
         })?;
         Ok(gntdev)

@@ -7,7 +7,7 @@ mod client;
 mod entrance;
 mod history;
 mod leave;
-mod parent;
+pub mod parent;
 mod takeover;
 
 use std::collections::HashMap;
@@ -23,7 +23,6 @@ use mio::{Events, Interest, Poll, Token, Waker};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use tap_ctl::inflight::Folder;
 use tap_ctl::proto::{DiskInfo, Minor, OpenParams, RingEntry};
 use tap_ctl::{ControlDir, Reply, Request};
 
@@ -31,6 +30,7 @@ use self::client::{Broken, Client};
 pub use self::entrance::Entrance;
 use self::leave::Leaving;
 use crate::nbd::door::Door;
+use crate::porter;
 use crate::reactor::EngineChoice;
 use crate::vbd::{Open, Vbd};
 use crate::worker::keeper::{Identity, Keeper};
@@ -412,7 +412,7 @@ impl<X: Xen> Server<X> {
             Ok(_) => {}
         }
         if let Some(shared) = params.shared_parent {
-            match parent::find(&self.dir, shared) {
+            match porter::parent(&self.dir, shared) {
                 Ok(image) => params.parent = Some(image),
                 Err((errno, text)) => return Some(refuse(errno, format!("{}: {text}", params.image))),
             }
@@ -428,7 +428,7 @@ impl<X: Xen> Server<X> {
             engine: self.engine.to_string(),
             parent_cache: self.parent_cache,
         };
-        let keeper = Arc::new(Keeper::new(Folder::of(&self.dir, minor)));
+        let keeper = Arc::new(Keeper::new(self.dir.clone(), minor));
         self.start_worker(token, minor, Source::Open { params, identity, keeper }, None)
     }
 

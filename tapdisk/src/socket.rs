@@ -2,17 +2,30 @@
 
 use std::future::Future;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, setsockopt, socket, sockopt,
+};
 use nix::sys::time::TimeVal;
 
 use crate::reactor::Op;
+
+/// Connects to a socket by its name, without waiting: EAGAIN if too many do already. The descriptor blocks.
+pub fn connect_now(path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
+    Ok(socket)
+}
 
 /// What is left until a deadline; EAGAIN once it is over, as a socket says it.
 fn left(deadline: Instant) -> Result<TimeVal, Errno> {

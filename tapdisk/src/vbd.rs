@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use nix::errno::Errno;
-use tap_ctl::minors::{Claim, claim};
+use tap_ctl::minors::Claim;
 use tap_ctl::proto::{DiskInfo, Minor, VbdEntry};
 use tap_ctl::{ControlDir, Reply};
 
 use crate::nbd::door::Door;
+use crate::porter;
 use crate::worker::{Phase, Status, Worker};
 
 /// State bits of XenServer's tapdisk (xapi-project/blktap, `drivers/tapdisk-vbd.h`).
@@ -50,7 +51,7 @@ impl Vbd {
     /// Takes charge of a minor whose marker `tap-ctl allocate` has made.
     pub fn attach(dir: &ControlDir, minor: Minor) -> Result<Vbd, Reply> {
         // EINVAL whatever the reason: the exit code that XenServer's tap-ctl gives for a failed attach.
-        let claim = claim(dir, minor)
+        let claim = porter::claim(dir, minor)
             .map_err(|error| Reply::Error { errno: Errno::EINVAL as i32, message: error.to_string() })?;
         Ok(Vbd { minor, _claim: claim, open: None, closed_before: false })
     }

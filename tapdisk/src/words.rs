@@ -9,16 +9,17 @@
 //!   value.
 #![expect(unsafe_code, reason = "maps a file; see the invariants above")]
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::fcntl::posix_fallocate;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::porter::{self, How};
 
 /// Words in a mapped file.
 #[derive(Debug)]
@@ -36,11 +37,11 @@ impl Words {
     /// # Errors
     /// What the system says: ENOSPC if the file system has no room.
     pub fn create(path: &Path, count: usize) -> io::Result<Words> {
-        match std::fs::remove_file(path) {
+        match porter::remove(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        let file = porter::open(path, How { create: Some(0o600), ..How::WRITE })?;
         let bytes = count.checked_mul(size_of::<u64>()).and_then(|bytes| i64::try_from(bytes).ok());
         posix_fallocate(&file, 0, bytes.ok_or(io::ErrorKind::InvalidInput)?)?;
         Words::map(&file, count)
@@ -51,7 +52,7 @@ impl Words {
     /// # Errors
     /// `NotFound`; `InvalidData` for one of another length; what the system says.
     pub fn open(path: &Path, count: usize) -> io::Result<Words> {
-        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let file = porter::open(path, How::WRITE)?;
         if usize::try_from(file.metadata()?.len()).ok() != count.checked_mul(size_of::<u64>()) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "it has another length"));
         }

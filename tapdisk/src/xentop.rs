@@ -11,13 +11,12 @@
 //! xenio, which alone connects frontends.
 
 use std::cell::Cell;
-use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use tap_ctl::proto::RingEntry;
 
+use crate::porter;
 use crate::words::Words;
 
 /// Of `td_metrics_stats` in blktap.
@@ -107,11 +106,11 @@ impl Page {
 impl Drop for Page {
     fn drop(&mut self) {
         let Some(path) = &self.owned else { return };
-        if let Err(error) = fs::remove_file(path) {
+        if let Err(error) = porter::remove(path) {
             log::debug!("cannot remove {}: {error}", path.display());
         }
         // Other frontends may still have files there.
-        let _ = path.parent().map(fs::remove_dir);
+        let _ = path.parent().map(porter::remove_folder);
     }
 }
 
@@ -124,7 +123,7 @@ fn make(path: &Path) -> io::Result<Words> {
     let mut tries = 0;
     loop {
         if let Some(folder) = path.parent() {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+            porter::make_folder(folder)?;
         }
         match Words::create(path, WORDS) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && tries < 10 => tries += 1,
@@ -135,6 +134,8 @@ fn make(path: &Path) -> io::Result<Words> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const ENTRY: RingEntry = RingEntry { domid: 7, vdev: 51712 };

@@ -13,8 +13,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use blkif::DomId;
+use evtchn::EventChannel;
 use tap_ctl::ControlDir;
-use tapdisk::xen::Xen;
+use tapdisk::xen::{Xen, restrict};
 
 use super::events::SimEvents;
 use super::grants::SimGrants;
@@ -90,8 +91,10 @@ impl Xen for SimHost {
         SimGrants::open(&self.xen(), BACKEND)
     }
 
-    fn open_events(&self) -> io::Result<SimEvents> {
-        SimEvents::open(&self.xen(), BACKEND)
+    fn open_events(&self, dom: DomId) -> io::Result<SimEvents> {
+        let events = SimEvents::open(&self.xen(), BACKEND)?;
+        restrict(dom, |dom| events.restrict(dom))?;
+        Ok(events)
     }
 
     fn statistics(&self) -> PathBuf {

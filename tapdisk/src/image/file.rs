@@ -6,10 +6,10 @@
 //! writers collide with while its readers do not. A writer's lock covers QEMU's bytes too.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ use nix::fcntl::{FcntlArg, fcntl};
 
 use super::OpenError;
 use super::cache::{Cache, Cached};
-use super::holders::holder;
 use super::locks::BlockLocks;
 use super::store::Store;
 use crate::buf::Piece;
 use crate::executor::Scheduler;
 use crate::io::errno_of;
+use crate::porter::{self, How};
 use crate::reactor::{FixedFile, Reactor, Target};
 
 const QEMU_UNSHARE_WRITE: i64 = 201;
@@ -164,9 +164,8 @@ impl ImageFile {
         let error = |errno: Errno| OpenError::file(path, "cannot open", errno);
         // O_NONBLOCK: a FIFO must not hang us before its type is known.
         let plain = |more: i32| {
-            let mut options = OpenOptions::new();
-            open_quietly(options.read(true).write(mode == Mode::Exclusive), flags | more, path)
-                .map_err(|e| errno_of(&e))
+            let how = quietly(mode == Mode::Exclusive, flags | more);
+            porter::open(path, how).map_err(|e| errno_of(&e))
         };
         let probe = plain(0).map_err(error)?;
         let metadata = probe.metadata().map_err(|e| OpenError::io(path, "cannot stat", &e))?;
@@ -193,7 +192,7 @@ impl ImageFile {
         let locked = self.keep();
         lock(locked.file(), mode).map_err(|errno| match errno {
             Errno::EAGAIN | Errno::EACCES => {
-                OpenError::in_use(&self.path, mode, &holder(locked.file().as_fd()))
+                OpenError::in_use(&self.path, mode, &porter::holder(locked.file().as_fd()))
             }
             errno => OpenError::file(&self.path, "cannot lock", errno),
         })?;
@@ -266,7 +265,7 @@ impl ImageFile {
         if let Some(file) = &*buffered {
             return Ok(Some(file.clone()));
         }
-        let file = self.reopen(OpenOptions::new().read(true).write(true), 0).map_err(|e| errno_of(&e))?;
+        let file = self.reopen(true, 0).map_err(|e| errno_of(&e))?;
         Ok(Some(buffered.insert(Rc::new(file)).clone()))
     }
 
@@ -359,20 +358,17 @@ impl ImageFile {
     /// The same file through another descriptor, for reading metadata while the image is being opened: blocking, and
     /// without the alignment rules of one that goes past the page cache.
     pub fn reader(&self) -> Result<File, OpenError> {
-        self.reopen(OpenOptions::new().read(true), 0)
-            .map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
+        self.reopen(false, 0).map_err(|e| OpenError::io(&self.path, "cannot open for reading", &e))
     }
 
     /// The same for writing: for the repair of an image while it is being opened, and for short texts.
     pub fn writer(&self) -> Result<File, OpenError> {
-        self.reopen(OpenOptions::new().read(true).write(true), 0)
-            .map_err(|e| OpenError::io(&self.path, "cannot open for writing", &e))
+        self.reopen(true, 0).map_err(|e| OpenError::io(&self.path, "cannot open for writing", &e))
     }
 
-    /// Opens the file again. Through /proc, so that it is the same file whatever happened to its name.
-    fn reopen(&self, options: &mut OpenOptions, flags: i32) -> std::io::Result<File> {
-        let link = format!("/proc/self/fd/{}", self.file.borrow().file().as_raw_fd());
-        open_quietly(options, flags, Path::new(&link))
+    /// Opens the file again, whatever happened to its name.
+    fn reopen(&self, write: bool, flags: i32) -> std::io::Result<File> {
+        porter::again(self.file.borrow().file().as_fd(), quietly(write, flags))
     }
 
     /// Gives up writing for good: from now on the descriptor itself refuses it, and other readers are let in. Handles on
@@ -383,7 +379,7 @@ impl ImageFile {
         let old = self.file.borrow();
         lock(old.file(), Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
         let file = self
-            .reopen(OpenOptions::new().read(true), if self.direct { libc::O_DIRECT } else { 0 })
+            .reopen(false, if self.direct { libc::O_DIRECT } else { 0 })
             .map_err(|e| OpenError::io(&self.path, "cannot reopen read-only", &e))?;
         lock(&file, Mode::Shared).map_err(|errno| OpenError::file(&self.path, "cannot share", errno))?;
         drop(old);
@@ -402,14 +398,9 @@ impl ImageFile {
     }
 }
 
-/// Opens without waiting, and without leaving a time of access behind at each read, which costs; that is for the owner of a
-/// file only.
-fn open_quietly(options: &mut OpenOptions, flags: i32, path: &Path) -> std::io::Result<File> {
-    let flags = flags | libc::O_NONBLOCK;
-    match options.custom_flags(flags | libc::O_NOATIME).open(path) {
-        Err(error) if error.raw_os_error() == Some(libc::EPERM) => options.custom_flags(flags).open(path),
-        result => result,
-    }
+/// Without waiting, and without leaving a time of access behind at each read, which costs.
+fn quietly(write: bool, flags: i32) -> How {
+    How { write, create: None, flags: flags | libc::O_NONBLOCK | libc::O_NOATIME }
 }
 
 fn set_lock(file: &File, kind: i32, start: i64, len: i64) -> Result<(), Errno> {

@@ -27,6 +27,7 @@ use super::share::Common;
 use super::stack::{self, Stack};
 use super::{Disk, OpenError, cache, policy, qcow, ram};
 use crate::io::Io;
+use crate::porter;
 
 /// What a child says of its parent.
 #[derive(Debug)]
@@ -326,7 +327,7 @@ fn resolve(child: &Path, backing: &Backing) -> Result<PathBuf, OpenError> {
             return Err(OpenError::new(child, Errno::EPERM, text));
         }
     };
-    tried.iter().find_map(|path| path.canonicalize().ok()).ok_or_else(|| {
+    tried.iter().find_map(|path| porter::resolve(path).ok()).ok_or_else(|| {
         let names: Vec<String> = tried.iter().map(|path| path.display().to_string()).collect();
         let text = format!("its parent image is missing: tried {}", names.join(", "));
         OpenError::new(child, Errno::ENOENT, text)
@@ -338,5 +339,5 @@ fn refuse(path: &Path, error: &vhd::Error) -> OpenError {
 }
 
 pub(super) fn canonical(path: &Path) -> Result<PathBuf, OpenError> {
-    path.canonicalize().map_err(|error| OpenError::io(path, "cannot resolve", &error))
+    porter::resolve(path).map_err(|error| OpenError::io(path, "cannot resolve", &error))
 }

@@ -17,9 +17,14 @@ const LIST: &str = "/etc/xenio/image-folders";
 pub fn for_leaf(leaf: &Path) -> Policy {
     let mut policy = Policy::beside(leaf);
     if let Some(roots) = &mut policy.raw_roots {
-        roots.extend(listed(Path::new(LIST)));
+        roots.extend(listed_folders());
     }
     policy
+}
+
+/// The folders in which any image's parents may lie.
+pub fn listed_folders() -> Vec<PathBuf> {
+    listed(Path::new(LIST))
 }
 
 /// The folders of a list, by their canonical paths. Without a list there are none.

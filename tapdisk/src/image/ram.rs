@@ -24,6 +24,7 @@ use tap_ctl::proto::null_size;
 
 use super::OpenError;
 use super::file::{ImageFile, Locked, Mode};
+use crate::porter;
 
 /// The disks that can be shared, by what they are shared by.
 static SHARED: Mutex<BTreeMap<Content, Weak<Locked>>> = Mutex::new(BTreeMap::new());
@@ -52,6 +53,14 @@ fn parse(argument: &str) -> (Content, Option<u64>) {
     }
 }
 
+/// The file with what a RAM disk holds at first.
+pub fn source(argument: &str) -> Option<PathBuf> {
+    match parse(argument).0 {
+        Content::File { path } => Some(path),
+        Content::Zeros { .. } | Content::Named { .. } => None,
+    }
+}
+
 /// Opens the RAM disk that the argument of `ram:` asks for; makes it if no other disk of this process has it open.
 pub fn open(argument: &str) -> Result<ImageFile, OpenError> {
     let refuse = |errno: Errno, text: String| OpenError::new(Path::new(argument), errno, text);
@@ -63,7 +72,7 @@ pub fn open(argument: &str) -> Result<ImageFile, OpenError> {
             return memory(bytes).and_then(|file| ImageFile::nameless(&name, file)).map_err(failed);
         }
         Content::File { path } => {
-            let path = path.canonicalize().map_err(|e| OpenError::io(&path, "cannot resolve", &e))?;
+            let path = porter::resolve(&path).map_err(|e| OpenError::io(&path, "cannot resolve", &e))?;
             Content::File { path }
         }
         Content::Named { .. } => content,

@@ -19,6 +19,7 @@ use vhd::create::{NewImage, NewParent};
 use vhd::{DiskType, Uuid, Vhd, chain};
 
 use super::OpenError;
+use crate::porter::{self, How};
 
 /// What is to be written into a new file.
 struct Content {
@@ -44,7 +45,7 @@ impl Made {
 impl Drop for Made {
     fn drop(&mut self) {
         if !self.kept
-            && let Err(error) = fs::remove_file(&self.path)
+            && let Err(error) = porter::remove(&self.path)
         {
             log::error!("{}: the new image cannot be removed: {error}", self.path.display());
         }
@@ -66,13 +67,14 @@ pub fn create(parent: &OpenParams, sectors: u64, child: &ImageSpec) -> Result<Ma
         let text = "a disk with a standby image cannot have one: do without that first (tap-ctl pause, unpause -2 null)";
         return refuse(Errno::EOPNOTSUPP, text);
     }
-    if fs::symlink_metadata(&path).is_ok() {
+    if porter::exists(&path).map_err(|e| OpenError::io(&path, "cannot look for", &e))? {
         return refuse(Errno::EEXIST, "exists already, and a snapshot makes a new image");
     }
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = folder.canonicalize().map_err(|e| OpenError::io(&path, "cannot find the folder of", &e))?;
+    let folder =
+        porter::resolve(folder).map_err(|e| OpenError::io(&path, "cannot find the folder of", &e))?;
     let below = Path::new(&parent.image.path);
-    let below = below.canonicalize().map_err(|e| OpenError::io(below, "cannot resolve", &e))?;
+    let below = porter::resolve(below).map_err(|e| OpenError::io(below, "cannot resolve", &e))?;
     let content = match (child.kind, parent.image.kind) {
         (ImageType::Vhd, ImageType::Vhd | ImageType::Aio | ImageType::Sync) => {
             vhd_child(parent.image.kind, &below, &folder, sectors)?
@@ -93,7 +95,7 @@ fn vhd_child(kind: ImageType, parent: &Path, folder: &Path, sectors: u64) -> Res
     let io = |what, error: &io::Error| OpenError::io(parent, what, error);
     let vhd_error =
         |error: &vhd::Error| OpenError::new(parent, Errno::from_raw(error.errno()), error.to_string());
-    let file = File::open(parent).map_err(|e| io("cannot open", &e))?;
+    let file = porter::open(parent, How::READ).map_err(|e| io("cannot open", &e))?;
     let metadata = file.metadata().map_err(|e| io("cannot stat", &e))?;
     let core = match kind {
         ImageType::Vhd => Some(read_vhd(&file, &metadata).map_err(|error| vhd_error(&error))?),
@@ -166,15 +168,21 @@ fn publish(folder: &Path, path: &Path, content: &Content) -> io::Result<()> {
     let draft = folder.join(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
     let written = write_durably(&draft, content)
         // A link, because a rename would take the place of a file that has come meanwhile.
-        .and_then(|()| fs::hard_link(&draft, path))
-        .and_then(|()| File::open(folder)?.sync_all().inspect_err(|_| drop(fs::remove_file(path))));
+        .and_then(|()| porter::link(&draft, path))
+        .and_then(|()| sync_folder(folder).inspect_err(|_| drop(porter::remove(path))));
     // What cannot be removed is in nobody's way.
-    let _ = fs::remove_file(&draft);
+    let _ = porter::remove(&draft);
     written
 }
 
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    porter::open(folder, How { flags: libc::O_DIRECTORY, ..How::READ })?.sync_all()
+}
+
 fn write_durably(path: &Path, content: &Content) -> io::Result<()> {
-    let file = File::options().write(true).create(true).truncate(true).open(path)?;
+    // Of a process that had our number and died.
+    let _ = porter::remove(path);
+    let file = porter::open(path, How { create: Some(0o666), ..How::WRITE })?;
     file.set_len(content.len)?;
     for (offset, bytes) in &content.writes {
         file.write_all_at(bytes, *offset)?;

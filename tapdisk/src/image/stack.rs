@@ -5,32 +5,37 @@
 //! written, and whether it is says the open. Relative paths begin in the folder of the file. Whoever writes this file may
 //! name any image, as on the command line.
 
+use std::io::Read;
 use std::path::Path;
 
 use nix::errno::Errno;
 use tap_ctl::proto::{ImageSpec, ImageType};
 
 use super::OpenError;
+use crate::porter::{self, How};
 
 /// The longest file that is read, in bytes.
 const MOST: u64 = 64 << 10;
 
 /// The images of a chain that the administrator named.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Stack {
+pub struct Stack {
+    /// Which may be written.
     pub leaf: ImageSpec,
     /// The nearest first.
     pub below: Vec<ImageSpec>,
 }
 
 /// Reads the file.
-pub(super) fn read(path: &Path) -> Result<Stack, OpenError> {
+pub fn read(path: &Path) -> Result<Stack, OpenError> {
     let failed = |error: std::io::Error| OpenError::io(path, "cannot be read", &error);
-    let metadata = std::fs::metadata(path).map_err(failed)?;
+    let mut file = porter::open(path, How::READ).map_err(failed)?;
+    let metadata = file.metadata().map_err(failed)?;
     if !metadata.is_file() || metadata.len() > MOST {
         return Err(OpenError::new(path, Errno::EINVAL, "is no short text file with the images of a chain"));
     }
-    let text = std::fs::read_to_string(path).map_err(failed)?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).map_err(failed)?;
     let folder = path.parent().unwrap_or(Path::new("."));
     parse(&text, folder).map_err(|why| OpenError::new(path, Errno::EINVAL, why))
 }

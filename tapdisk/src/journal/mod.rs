@@ -23,13 +23,14 @@ mod layout;
 mod recover;
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use blkif::{Abi, RawRequest};
 
 use self::layout::{Head, State};
 pub use self::recover::{Disagreement, Unanswered};
+use crate::porter::{self, How};
 use crate::words::Words;
 
 /// The place of a request in a journal.
@@ -167,7 +168,7 @@ impl Journal {
 
     /// Removes the file: the ring is not served any more, and nobody is to take it over.
     pub fn remove(self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        if let Err(error) = porter::remove(&self.path) {
             log::warn!("cannot remove the journal {}: {error}", self.path.display());
         }
     }
@@ -176,7 +177,8 @@ impl Journal {
 /// How many responses the owner of a journal has published, modulo 2³²; for judging whether a disk makes progress. `None`: it
 /// cannot be told.
 pub fn responses(path: &Path) -> Option<u32> {
-    let bytes = std::fs::read(path).ok()?;
+    let mut bytes = Vec::new();
+    porter::open(path, How::READ).ok()?.read_to_end(&mut bytes).ok()?;
     let (words, _) = bytes.as_chunks::<8>();
     let word = |index: usize| words.get(index).map(|word| u64::from_ne_bytes(*word));
     (word(layout::MAGIC_WORD)? == layout::MAGIC)

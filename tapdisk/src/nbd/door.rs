@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tap_ctl::proto::DiskInfo;
 
 use super::{Client, offer};
+use crate::porter;
 use crate::socket::{no_deadlines, receive_until, send_until};
 
 /// How long a handshake may take.
@@ -46,25 +47,14 @@ impl Drop for Place {
 impl Door {
     /// Listens at `path`, where a dead process may have left a socket.
     pub fn open(path: PathBuf, token: Token, registry: &Registry) -> io::Result<Door> {
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut listener = UnixListener::bind(&path)?;
+        let mut listener = UnixListener::from_std(porter::listen(&path)?);
         registry.register(&mut listener, token, Interest::READABLE)?;
         Ok(Door { token, listener, path, alias: None, handshakes: Arc::default() })
     }
 
     /// Lets clients in by another name too, in the same folder, where a dead process may have left a socket.
     pub fn also_at(&mut self, alias: PathBuf) -> io::Result<()> {
-        let name = self.path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-        let draft = alias.with_extension("draft");
-        match std::fs::remove_file(&draft) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        std::os::unix::fs::symlink(name, &draft)?;
-        std::fs::rename(&draft, &alias)?;
+        porter::alias(&self.path, &alias)?;
         self.alias = Some(alias);
         Ok(())
     }
@@ -103,7 +93,7 @@ impl Door {
 impl Drop for Door {
     fn drop(&mut self) {
         for path in self.alias.iter().chain([&self.path]) {
-            if let Err(error) = std::fs::remove_file(path) {
+            if let Err(error) = porter::remove(path) {
                 log::warn!("cannot remove {}: {error}", path.display());
             }
         }

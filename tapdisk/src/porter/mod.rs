@@ -31,7 +31,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -255,8 +255,15 @@ pub struct Failure {
 
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Failure {
-        let errno = crate::io::errno_of(&error) as i32;
-        Failure { errno, words: error.to_string(), telling: error.raw_os_error().is_none() }
+        let meant = || match error.kind() {
+            io::ErrorKind::NotFound => libc::ENOENT,
+            io::ErrorKind::PermissionDenied => libc::EACCES,
+            io::ErrorKind::InvalidInput => libc::EINVAL,
+            io::ErrorKind::Unsupported => libc::EOPNOTSUPP,
+            _ => libc::EIO,
+        };
+        let number = error.raw_os_error();
+        Failure { errno: number.unwrap_or_else(meant), words: error.to_string(), telling: number.is_none() }
     }
 }
 
@@ -303,6 +310,12 @@ pub fn open(path: &Path, how: How) -> io::Result<File> {
 
 /// Opens an open file once more, whatever happened to its name.
 pub fn again(file: BorrowedFd<'_>, how: How) -> io::Result<File> {
+    // Memory without a name is this process's own, and nobody else's business.
+    if is_engaged()
+        && let Ok(again) = act::again(file, how)
+    {
+        return Ok(again);
+    }
     Ok(descriptor(Errand::Again { how }, Some(file))?.into())
 }
 
@@ -353,8 +366,8 @@ pub fn alias(path: &Path, alias: &Path) -> io::Result<()> {
 }
 
 /// Connects to a socket.
-pub fn connect(path: &Path) -> io::Result<UnixStream> {
-    Ok(descriptor(Errand::Connect { path: path.into() }, None)?.into())
+pub fn connect(path: &Path) -> io::Result<OwnedFd> {
+    descriptor(Errand::Connect { path: path.into() }, None)
 }
 
 /// Who else has a file open.

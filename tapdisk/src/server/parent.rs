@@ -3,19 +3,19 @@
 //! Minors are unique on a host, so at most one tapdisk serves one; sockets of tapdisks that died may be left beside it, and
 //! names by which clients know them that lead to a successor's.
 
-use std::os::fd::AsRawFd;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use tap_ctl::ControlDir;
 use tap_ctl::proto::{ImageSpec, ImageType, Minor};
+
+use crate::socket::connect_now;
 
 /// The image that the disk of `minor` is to whoever reads it by its socket.
 ///
 /// # Errors
 /// ENOENT if nobody serves it, EINVAL if several do; with a sentence for people.
-pub(super) fn find(dir: &ControlDir, minor: Minor) -> Result<ImageSpec, (Errno, String)> {
+pub fn find(dir: &ControlDir, minor: Minor) -> Result<ImageSpec, (Errno, String)> {
     let names = std::fs::read_dir(dir.root()).map_err(|error| {
         let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
         (errno, format!("cannot look for the parent's socket in {}: {error}", dir.root().display()))
@@ -42,14 +42,9 @@ pub(super) fn find(dir: &ControlDir, minor: Minor) -> Result<ImageSpec, (Errno, 
 }
 
 /// Whether somebody listens at a socket; never waits.
-pub(super) fn listens(path: &Path) -> bool {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let connected = || {
-        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
-    };
+pub fn listens(path: &Path) -> bool {
     // EAGAIN: many wait there to be accepted.
-    matches!(connected(), Ok(()) | Err(Errno::EAGAIN))
+    matches!(connect_now(path), Ok(_) | Err(Errno::EAGAIN))
 }
 
 #[cfg(test)]

@@ -4,9 +4,7 @@
 //! successor only.
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use mio::Token;
 use tap_ctl::Reply;
@@ -14,8 +12,9 @@ use tap_ctl::inflight::{Folder, History, Record};
 use tap_ctl::proto::Minor;
 
 use super::history::{Verdict, judge};
-use super::{Event, Server, parent};
+use super::{Event, Server};
 use crate::journal;
+use crate::porter::{self, Keep};
 use crate::vbd::Vbd;
 use crate::worker::Source;
 use crate::worker::keeper::{Keeper, uptime_ms};
@@ -56,29 +55,34 @@ impl<X: Xen> Server<X> {
         self.vbds.push(Vbd::attach(&self.dir, minor).map_err(refused)?);
         let failed = |source| TakeoverError::Record { minor, source };
         let folder = Folder::of(&self.dir, minor);
-        let mut record = folder.read().map_err(failed)?.ok_or(TakeoverError::Nothing(minor))?;
+        let mut record =
+            porter::record(&self.dir, minor).map_err(failed)?.ok_or(TakeoverError::Nothing(minor))?;
+        let write = |record: &Record| porter::keep(&self.dir, minor, Keep::Write(Box::new(record.clone())));
         let dead = record.pid;
         match judge(record.history, responses(&folder, &record), uptime_ms()) {
             Verdict::Begin(pause, history) => {
                 (record.pid, record.history) = (self.pid, history);
                 // Before anything that could kill us: the next one is to know that we were here.
-                folder.write(&record).map_err(failed)?;
+                write(&record).map_err(failed)?;
                 std::thread::sleep(pause);
             }
             Verdict::Hopeless => {
                 record.history = History { hopeless: true, ..record.history };
-                folder.write(&record).map_err(failed)?;
+                write(&record).map_err(failed)?;
                 return Err(TakeoverError::Hopeless(minor));
             }
         }
-        self.clean_up_after(dead, minor, &record);
+        if let Err(error) = porter::clean_up(&self.dir, dead, minor, &record.socket) {
+            log::warn!("the sockets of tapdisk {dead} may have stayed: {error}");
+        }
         log::info!("minor {minor}: going on with {} after tapdisk {dead}", record.params.image);
         if let Some(shared) = record.params.shared_parent {
-            let image = parent::find(&self.dir, shared).map_err(|(_, text)| TakeoverError::Refused(text))?;
+            let image =
+                porter::parent(&self.dir, shared).map_err(|(_, text)| TakeoverError::Refused(text))?;
             record.params.parent = Some(image);
         }
         let known_as = Some(record.socket.clone());
-        let keeper = Arc::new(Keeper::going_on(folder, record.clone()));
+        let keeper = Arc::new(Keeper::going_on(self.dir.clone(), minor, record.clone()));
         let source = Source::TakeOver { record, keeper };
         if let Some(reply) = self.start_worker(Token(usize::MAX), minor, source, known_as) {
             return Err(refused(reply));
@@ -87,35 +91,13 @@ impl<X: Xen> Server<X> {
         match self.receiver.recv() {
             Ok(Event::Opened(_, _, Ok(info))) => {
                 self.opened(minor, info);
+                porter::settled();
                 Ok(())
             }
             Ok(Event::Opened(_, _, Err(reply))) => Err(refused(reply)),
             _ => Err(refused(Reply::Done)),
         }
     }
-
-    /// Removes the sockets that a dead tapdisk has left, unless another one of that number uses them.
-    fn clean_up_after(&self, dead: i32, minor: Minor, record: &Record) {
-        let vbd = self.dir.vbd_path(dead, minor);
-        let control = self.dir.control_socket(dead);
-        for path in [control, vbd] {
-            if path != record.socket && !listens_for_long(&path) {
-                // Missing, most likely.
-                let _ = std::fs::remove_file(&path);
-            }
-        }
-    }
-}
-
-/// Whether somebody listens at a socket who is not just ending: the kernel may free a dead process's locks before its sockets.
-fn listens_for_long(path: &Path) -> bool {
-    for _ in 0..20 {
-        if !parent::listens(path) {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    true
 }
 
 /// How many requests the rings of a disk have answered, in a measure that only has to change with every answer.

@@ -180,7 +180,7 @@ impl<X: Xen> State<X> {
         let journal = self.keeper.journal(params, queue);
         let missing = |e: io::Error| (errno_of(&e), format!("cannot open Xen's devices: {e}"));
         let copier = self.copier().map_err(missing)?;
-        let events = self.xen.open_events().map_err(missing)?;
+        let events = self.xen.open_events(dom).map_err(missing)?;
         let map = copier
             .grants()
             .map(dom, &refs, Access::ReadWrite)

@@ -7,8 +7,11 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use tap_ctl::ControlDir;
 use tap_ctl::inflight::{Folder, History, Record};
-use tap_ctl::proto::{DiskInfo, OpenParams, QueueParams, RingEntry, RingParams};
+use tap_ctl::proto::{DiskInfo, Minor, OpenParams, QueueParams, RingEntry, RingParams};
+
+use crate::porter::{self, Keep};
 
 /// Who this process is to whoever takes over.
 #[derive(Clone, Debug)]
@@ -26,20 +29,21 @@ pub struct Identity {
 /// The record of one disk, shared by its threads.
 #[derive(Debug)]
 pub struct Keeper {
-    folder: Folder,
+    dir: ControlDir,
+    minor: Minor,
     /// `None`: nobody is to take over.
     record: Mutex<Option<Record>>,
 }
 
 impl Keeper {
     /// For a disk that is being opened.
-    pub fn new(folder: Folder) -> Keeper {
-        Keeper { folder, record: Mutex::new(None) }
+    pub fn new(dir: ControlDir, minor: Minor) -> Keeper {
+        Keeper { dir, minor, record: Mutex::new(None) }
     }
 
     /// For a disk that is taken over.
-    pub fn going_on(folder: Folder, record: Record) -> Keeper {
-        Keeper { folder, record: Mutex::new(Some(record)) }
+    pub fn going_on(dir: ControlDir, minor: Minor, record: Record) -> Keeper {
+        Keeper { dir, minor, record: Mutex::new(Some(record)) }
     }
 
     /// The image is open. If it does not outlive the process, nobody could go on with it.
@@ -53,9 +57,7 @@ impl Keeper {
         info: DiskInfo,
         outlives: bool,
     ) -> io::Result<()> {
-        // What a disk of that minor left long ago.
-        self.folder.remove()?;
-        self.folder.create()?;
+        self.keep(Keep::Begin)?;
         if !outlives {
             return Ok(());
         }
@@ -71,7 +73,7 @@ impl Keeper {
             rings: Vec::new(),
             history: History { began_ms: uptime_ms(), ..History::default() },
         };
-        self.folder.write(&record)?;
+        self.keep(Keep::Write(Box::new(record.clone())))?;
         *self.locked() = Some(record);
         Ok(())
     }
@@ -86,7 +88,7 @@ impl Keeper {
         let mut changed = record.clone();
         change(&mut changed);
         if changed != *record {
-            self.folder.write(&changed)?;
+            self.keep(Keep::Write(Box::new(changed.clone())))?;
             *kept = Some(changed);
         }
         Ok(())
@@ -95,7 +97,7 @@ impl Keeper {
     /// The same where nothing is lost if whoever takes over does not know of it.
     pub fn note(&self, change: impl FnOnce(&mut Record)) {
         if let Err(error) = self.change(change) {
-            log::warn!("cannot write the record in {}: {error}", self.folder.path().display());
+            log::warn!("minor {}: its record cannot be written: {error}", self.minor);
         }
     }
 
@@ -134,23 +136,27 @@ impl Keeper {
     /// Nobody is to take over: the disk has failed, and a fresh process would not know it.
     pub fn give_up(&self) {
         if self.locked().take().is_some()
-            && let Err(error) = self.folder.forget()
+            && let Err(error) = self.keep(Keep::Forget)
         {
-            log::error!("cannot remove the record in {}: {error}", self.folder.path().display());
+            log::error!("minor {}: its record cannot be removed: {error}", self.minor);
         }
     }
 
     /// The disk was closed.
     pub fn end(&self) {
         self.locked().take();
-        if let Err(error) = self.folder.remove() {
-            log::warn!("cannot remove {}: {error}", self.folder.path().display());
+        if let Err(error) = self.keep(Keep::End) {
+            log::warn!("minor {}: what was kept of it cannot be removed: {error}", self.minor);
         }
     }
 
     /// Where the journal of one of a frontend's rings is.
     pub fn journal(&self, params: &RingParams, queue: &QueueParams) -> PathBuf {
-        self.folder.journal(params, queue)
+        Folder::of(&self.dir, self.minor).journal(params, queue)
+    }
+
+    fn keep(&self, what: Keep) -> io::Result<()> {
+        porter::keep(&self.dir, self.minor, what)
     }
 
     fn locked(&self) -> std::sync::MutexGuard<'_, Option<Record>> {

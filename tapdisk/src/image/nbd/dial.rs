@@ -2,9 +2,9 @@
 
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use nbd::client::{Export, Handshake};
 use nbd::{Address, Place};
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
+use nix::sys::socket::{setsockopt, sockopt};
 
+use crate::porter;
 use crate::socket::{no_deadlines, receive_until, send_until};
 
 /// How long a TCP connection whose peer does not answer is believed to live, in milliseconds.
@@ -36,22 +36,13 @@ pub struct Dialled {
 pub fn dial(address: &Address, timeout: Duration) -> Result<Dialled, String> {
     let deadline = Instant::now() + timeout;
     let socket = match &address.place {
-        Place::Unix(path) => dial_unix(path).map_err(|error| error.to_string()),
+        Place::Unix(path) => porter::connect(path).map_err(|error| error.to_string()),
         Place::Tcp { host, port } => dial_tcp(host, *port, timeout).map_err(|error| error.to_string()),
     }
     .map_err(|error| format!("cannot connect to {}: {error}", address.place))?;
     let export = agree(socket.as_fd(), &address.export, deadline)?;
     no_deadlines(socket.as_fd()).map_err(|errno| errno.to_string())?;
     Ok(Dialled { socket, export })
-}
-
-fn dial_unix(path: &Path) -> Result<OwnedFd, Errno> {
-    // Without waiting: where the server's queue is full, an attempt has failed.
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    fcntl(&socket, FcntlArg::F_SETFL(OFlag::empty()))?;
-    Ok(socket)
 }
 
 fn dial_tcp(host: &str, port: u16, timeout: Duration) -> io::Result<OwnedFd> {

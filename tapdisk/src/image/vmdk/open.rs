@@ -19,6 +19,7 @@ use crate::image::file::{ImageFile, Mode};
 use crate::image::formatted::Formatted;
 use crate::image::layer::Layer;
 use crate::image::open::{Opened, Opener, canonical};
+use crate::porter;
 
 impl Opener<'_> {
     /// Opens a VMDK by its descriptor, or by the file of a monolithic one.
@@ -132,7 +133,7 @@ impl Opener<'_> {
 fn find(folder: &Path, name: &str) -> Result<PathBuf, OpenError> {
     let path = folder.join(name);
     let found =
-        path.canonicalize().map_err(|error| OpenError::io(&path, "cannot find the extent", &error))?;
+        porter::resolve(&path).map_err(|error| OpenError::io(&path, "cannot find the extent", &error))?;
     if found.parent() == Some(folder) {
         return Ok(found);
     }

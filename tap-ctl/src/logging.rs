@@ -1,8 +1,7 @@
 //! Where the words of xenio and tapdisk go.
 //!
 //! In the foreground to standard error, with a time stamp, or with the priority where that is the journal; as a daemon to the system log, and where there is none (an
-//! early boot, a minimal dom0) to `/var/log/xen/<program>.log`. Where there is none at the start the file is opened at once: a tapdisk gives
-//! up the right to do so.
+//! early boot, a minimal dom0) to `/var/log/xen/<program>.log`.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -47,11 +46,7 @@ pub fn init(program: &'static str, mode: Mode, debug: bool) -> Result<(), SetLog
         }
         Mode::Daemon => {
             let file = Path::new("/var/log/xen").join(format!("{program}.log"));
-            let mut sink = Sink::new("/dev/log".into(), file);
-            if !sink.syslog.exists() {
-                sink.open();
-            }
-            let daemon = DaemonLog { program, level, sink: Mutex::new(sink) };
+            let daemon = DaemonLog { program, level, sink: Mutex::new(Sink::new("/dev/log".into(), file)) };
             log::set_boxed_logger(Box::new(daemon))?;
             log::set_max_level(level);
             Ok(())
@@ -154,14 +149,10 @@ impl Sink {
         self.socket.as_ref().is_some_and(|socket| socket.send_to(datagram, &self.syslog).is_ok())
     }
 
-    fn open(&mut self) {
+    fn append(&mut self, text: &str) {
         if self.open_file.is_none() {
             self.open_file = OpenOptions::new().append(true).create(true).mode(0o640).open(&self.file).ok();
         }
-    }
-
-    fn append(&mut self, text: &str) {
-        self.open();
         if let Some(file) = &mut self.open_file {
             // Nowhere is left to complain.
             let _ = writeln!(file, "{} {text}", timestamp(SystemTime::now()));
@@ -249,18 +240,6 @@ mod tests {
         let lines: Vec<String> =
             std::fs::read_to_string(file).unwrap().lines().map(|line| line[25..].to_owned()).collect();
         assert_eq!(lines, [format!("xenio[{pid}]: before\\nthe log"), format!("xenio[{pid}]: after")]);
-    }
-
-    #[test]
-    fn a_file_that_was_opened_in_time_is_written_although_its_name_is_of_no_use_any_more() {
-        let folder = tempfile::tempdir().unwrap();
-        let (name, moved) = (folder.path().join("log"), folder.path().join("moved"));
-        let mut sink = Sink::new(folder.path().join("nobody"), name.clone());
-        sink.open();
-        std::fs::rename(&name, &moved).unwrap();
-        sink.put(4, "later");
-        assert!(std::fs::read_to_string(moved).unwrap().ends_with(" later\n"));
-        assert!(!name.exists());
     }
 
     #[test]

@@ -72,7 +72,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_close_range,
     libc::SYS_dup,
     libc::SYS_dup3,
-    libc::SYS_fcntl,
     libc::SYS_flock,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
@@ -163,7 +162,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_getegid,
     libc::SYS_getrandom,
     libc::SYS_getrusage,
-    libc::SYS_prlimit64,
     libc::SYS_sysinfo,
     libc::SYS_uname,
 ];
@@ -192,6 +190,10 @@ const OLDER: &[i64] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[i64] = &[];
 
+/// fcntl(2): `F_SETOWN`, `F_SETSIG` and `F_SETOWN_EX` of Linux `include/uapi/asm-generic/fcntl.h`, which say who gets a signal when a
+/// descriptor is ready, and which.
+const SIGNALLING: [u64; 3] = [8, 10, 15];
+
 /// Why the process could not be confined.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -215,7 +217,9 @@ pub enum Error {
         why: landlock::RulesetError,
     },
     /// Root's rights could not be given up.
-    #[error("cannot become the user {user}: {why}; a tapdisk started by root needs CAP_SETUID and CAP_SETGID for that")]
+    #[error(
+        "cannot become the user {user}: {why}; a tapdisk started by root needs CAP_SETUID and CAP_SETGID for that"
+    )]
     User {
         /// The name.
         user: String,
@@ -356,6 +360,11 @@ fn allowed() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendErro
     rules.insert(libc::SYS_clone, vec![first(SeccompCmpOp::MaskedEq(thread), thread)?]);
     // The other filter answers it.
     rules.insert(libc::SYS_clone3, Vec::new());
+    // Tapdisks have one user: none may change the limits of another, or have the kernel send it a signal of its choice.
+    rules.insert(libc::SYS_prlimit64, vec![first(SeccompCmpOp::Eq, 0)?]);
+    let harmless = SIGNALLING
+        .map(|command| SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, command));
+    rules.insert(libc::SYS_fcntl, vec![SeccompRule::new(harmless.into_iter().collect::<Result<_, _>>()?)?]);
     Ok(rules)
 }
 
@@ -366,6 +375,8 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::UnixStream;
     use std::process::Command;
+
+    use rustix::process::{Resource, Rlimit, getppid, prlimit};
 
     use super::*;
 
@@ -393,6 +404,8 @@ mod tests {
             assert!(refused(std::os::unix::fs::chown(&file, Some(0), Some(0))));
             assert!(refused(std::fs::set_permissions(&file, PermissionsExt::from_mode(0o4755))));
             assert!(refused(nix::sys::signal::kill(nix::unistd::getpid(), None).map_err(io::Error::from)));
+            let none = Rlimit { current: Some(0), maximum: None };
+            assert!(refused(prlimit(getppid(), Resource::Nofile, none).map_err(io::Error::from)));
         });
     }
 

@@ -118,6 +118,8 @@ impl<X: Xen> Server<X> {
         mask.thread_block()?;
         // A file that may not become larger is an error of the write, not the end of all disks.
         SigSet::from(Signal::SIGXFSZ).thread_block()?;
+        // Nobody needs it, and another tapdisk could have the kernel send it.
+        SigSet::from(Signal::SIGIO).thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let poll = Poll::new()?;
         let registry = poll.registry();

@@ -17,7 +17,7 @@ use tap_ctl::cli::{Config, Streams, run};
 use tap_ctl::client::Client;
 use tap_ctl::proto::{Minor, Polling, QueueParams, Request, RingParams};
 use tapdisk::reactor::EngineChoice;
-use tapdisk::server::Server;
+use tapdisk::server::{Entrance, Server};
 
 const VDEV: u32 = 51712;
 const MIB: u64 = 1 << 20;
@@ -182,7 +182,8 @@ fn in_steady_state_no_request_allocates() {
                     assert_eq!(code, 0);
                 }
             }
-            let mut server = Server::bind(host.clone(), host.control(), engine, None).unwrap();
+            let entrance = Entrance::bind(&host.control()).unwrap();
+            let mut server = Server::new(host.clone(), host.control(), engine, None, entrance).unwrap();
             let serving = std::thread::spawn(move || server.run());
             let pid = std::process::id().cast_signed();
             tap_ctl(&host, &["allocate"]);

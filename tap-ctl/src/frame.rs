@@ -54,14 +54,26 @@ impl Decoder {
         reason = "it is generic in the message, which an iterator cannot be"
     )]
     pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, FrameError> {
+        Ok(self.next_line()?.map(|line| serde_json::from_slice(&line)).transpose()?)
+    }
+
+    /// The bytes of the next message as they came, newline included, whatever they say; or `None` until more arrive.
+    ///
+    /// # Errors
+    /// The line is too long. It stays, for [`Decoder::take`].
+    pub fn next_line(&mut self) -> Result<Option<Vec<u8>>, FrameError> {
         let Some(end) = self.buffer.iter().position(|&b| b == b'\n') else {
             return if self.buffer.len() >= MAX_LINE { Err(FrameError::TooLong) } else { Ok(None) };
         };
         if end >= MAX_LINE {
             return Err(FrameError::TooLong);
         }
-        let line: Vec<u8> = self.buffer.drain(..=end).collect();
-        Ok(Some(serde_json::from_slice(&line)?))
+        Ok(Some(self.buffer.drain(..=end).collect()))
+    }
+
+    /// All bytes that came and were not taken.
+    pub fn take(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.buffer)
     }
 }
 
@@ -90,6 +102,8 @@ mod tests {
         let mut decoder = Decoder::default();
         decoder.feed(&vec![b'x'; MAX_LINE]);
         assert!(matches!(decoder.next::<Request>(), Err(FrameError::TooLong)));
+        assert_eq!(decoder.take().len(), MAX_LINE);
+        assert!(decoder.is_empty());
     }
 
     #[test]

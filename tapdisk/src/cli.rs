@@ -9,16 +9,20 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use caps::{CapSet, Capability};
 use lexopt::prelude::*;
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::stat;
+use nix::unistd::User;
 use tap_ctl::ControlDir;
 use tap_ctl::logging::{self, Mode};
 use tap_ctl::proto::{Minor, null_size};
 
 use crate::confine;
 use crate::image::cache;
+use crate::porter::{self, process};
 use crate::reactor::EngineChoice;
-use crate::server::Server;
+use crate::server::{Entrance, Server};
 use crate::xen::Xen;
 
 const HELP: &str = "\
@@ -43,6 +47,8 @@ it ends when its last disk is detached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
     Serve { foreground: bool, engine: EngineChoice, parent_cache: Option<u64>, take_over: Option<Minor> },
+    /// Not for people: see [`process`].
+    Porter { foreground: bool, take_over: Option<Minor> },
     Help,
     Version,
 }
@@ -57,6 +63,7 @@ fn parse(
 ) -> Result<Action, lexopt::Error> {
     let mut parser = lexopt::Parser::from_args(args);
     let (mut foreground, mut engine, mut take_over) = (false, EngineChoice::default(), None);
+    let mut porter = false;
     let mut parent_cache = environment.map(|value| size(&value)).transpose()?;
     while let Some(arg) = parser.next()? {
         match arg {
@@ -64,10 +71,14 @@ fn parse(
             Long("engine") => engine = parser.value()?.parse()?,
             Long("parent-cache") => parent_cache = Some(size(&parser.value()?)?),
             Long("take-over") => take_over = Some(parser.value()?.parse()?),
+            Long(process::OPTION) => porter = true,
             Short('h') | Long("help") => return Ok(Action::Help),
             Long("version") => return Ok(Action::Version),
             other => return Err(other.unexpected()),
         }
+    }
+    if porter {
+        return Ok(Action::Porter { foreground, take_over });
     }
     Ok(Action::Serve { foreground, engine, parent_cache, take_over })
 }
@@ -95,12 +106,15 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
         }
         Action::Serve { foreground, engine, parent_cache, take_over } => {
             parent_cache.into_iter().for_each(cache::turn_on);
-            start(foreground, dir).and_then(|()| {
-                let server = Server::bind(xen, dir.clone(), engine, parent_cache)
-                    .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
-                serve(server, foreground, take_over)
-            })
+            start(foreground)
+                .and_then(|()| enter(&xen, dir, foreground, take_over))
+                .and_then(|entrance| {
+                    let server = Server::new(xen, dir.clone(), engine, parent_cache, entrance);
+                    serve(server.context("cannot begin to serve")?, foreground, take_over)
+                })
         }
+        Action::Porter { foreground, take_over } => set_up_logging(foreground)
+            .and_then(|()| process::run(dir, take_over).context("cannot open files for a tapdisk")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -112,18 +126,71 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
     }
 }
 
-fn start(foreground: bool, dir: &ControlDir) -> anyhow::Result<()> {
+fn start(foreground: bool) -> anyhow::Result<()> {
     if !foreground {
         close_inherited();
         // Fails only for a process group leader, which a spawned tapdisk is not.
         let _ = nix::unistd::setsid();
     }
-    let mode = if foreground { Mode::Foreground } else { Mode::Daemon };
-    logging::init("tapdisk", mode, foreground).context("cannot set up logging")?;
+    set_up_logging(foreground)?;
     // The control socket's mode is its lock: whoever started us may have allowed others to write.
     stat::umask(stat::Mode::S_IWGRP | stat::Mode::S_IWOTH);
-    confine::this_thread(dir).context("cannot give up what a tapdisk does not need")?;
     Ok(())
+}
+
+fn set_up_logging(foreground: bool) -> anyhow::Result<()> {
+    let mode = if foreground { Mode::Foreground } else { Mode::Daemon };
+    logging::init("tapdisk", mode, foreground).context("cannot set up logging")
+}
+
+/// Opens the control socket, and gives up what a tapdisk does not need. The socket is made by this process while it is root's: who connects
+/// sees both.
+fn enter<X: Xen>(
+    xen: &X,
+    dir: &ControlDir,
+    foreground: bool,
+    take_over: Option<Minor>,
+) -> anyhow::Result<Entrance> {
+    let mut entrance = Entrance::bind(dir)
+        .with_context(|| format!("cannot bind a control socket in {}", dir.root().display()))?;
+    let confined = match own_user(xen) {
+        None => confine::this_thread(dir),
+        Some(user) => {
+            // io_uring counts registered memory as locked, and to pass by the limit takes a capability.
+            if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
+                log::warn!("cannot raise the limit of locked memory: {}; I/O may be slower", errno.desc());
+            }
+            let porter = process::start(entrance.listener(), &porters_options(foreground, take_over), foreground)?;
+            // Also the last moment at which a log file of root's can be opened.
+            log::info!("goes on as user {}; process {} opens files for it", user.name, porter.pid);
+            let confined = confine::as_user(&user, &xen.folders());
+            porter::engage(porter.channel);
+            entrance.through(porter.visitors);
+            confined
+        }
+    };
+    confined.context("cannot give up what a tapdisk does not need")?;
+    Ok(entrance)
+}
+
+/// Whom this process can become: nobody if it is not root, or the host has no such user.
+fn own_user<X: Xen>(xen: &X) -> Option<User> {
+    let name = xen.user().filter(|_| nix::unistd::geteuid().is_root())?;
+    let can = |capability| caps::has_cap(None, CapSet::Effective, capability).unwrap_or(false);
+    let why = match User::from_name(&name) {
+        Ok(Some(user)) if can(Capability::CAP_SETUID) && can(Capability::CAP_SETGID) => return Some(user),
+        Ok(Some(_)) => "without CAP_SETUID and CAP_SETGID it cannot become that user".to_owned(),
+        Ok(None) => "there is no such user".to_owned(),
+        Err(errno) => format!("the user cannot be looked up: {}", errno.desc()),
+    };
+    log::warn!("this tapdisk stays root and opens files itself, instead of running as {name}: {why}");
+    None
+}
+
+fn porters_options(foreground: bool, take_over: Option<Minor>) -> Vec<OsString> {
+    let foreground = foreground.then(|| "-D".into());
+    let take_over = take_over.map(|minor| format!("--take-over={minor}").into());
+    foreground.into_iter().chain(take_over).collect()
 }
 
 fn serve<X: Xen>(mut server: Server<X>, foreground: bool, take_over: Option<Minor>) -> anyhow::Result<()> {
@@ -194,6 +261,10 @@ mod tests {
         assert_eq!(parsed(&["--engine", "pool", "--take-over", "3"]).unwrap(), next);
         assert!(parsed(&["--take-over", "16384"]).is_err());
         assert_eq!(parsed(&["-D", "-h"]).unwrap(), Action::Help);
+        let mut started = vec![OsString::from("--porter")];
+        started.extend(porters_options(true, Some(Minor(3))));
+        let porter = Action::Porter { foreground: true, take_over: Some(Minor(3)) };
+        assert_eq!(parse(started, None).unwrap(), porter);
         assert!(parsed(&["-x"]).is_err());
         assert!(parsed(&["image"]).is_err());
     }

@@ -3,14 +3,15 @@
 //! A guest's requests and an image's metadata are judged in this process. If one of them finds a fault in it, what it can
 //! reach is what the process can do: so the process keeps what serving disks takes, and nothing else.
 //!
-//! | given up | how | what is left |
-//! |---|---|---|
-//! | capabilities | dropped from every set, for good | `DAC_OVERRIDE`, `IPC_LOCK` |
-//! | new privileges | `no_new_privs` | – |
-//! | files | with Landlock, if the administrator names the folders of images ([`folders`]) | those folders, and where a tapdisk has to go |
-//! | system calls | a filter that lets through a list and answers `EPERM` to the rest | files, sockets of three families, threads, memory, io_uring, ioctls of open devices |
+//! | given up | how | what is left to a tapdisk with a porter | to its porter | to a tapdisk without one |
+//! |---|---|---|---|---|
+//! | root's user id | setresuid(2) | – | it | it, if it was root's |
+//! | capabilities | dropped from every set, for good | – | `DAC_OVERRIDE`, `SYS_PTRACE` | `DAC_OVERRIDE`, `IPC_LOCK` |
+//! | new privileges | `no_new_privs` | – | – | – |
+//! | files by name | with Landlock ([`folders`]) | what every program reads | where a tapdisk has to go, and the folders of images; everything, if the administrator lists none | like the porter |
+//! | system calls | a filter that lets through a list and answers `EPERM` to the rest | files, sockets of three families, threads, memory, io_uring, ioctls of open devices | the same | the same |
 //!
-//! So there is no other program to start, no mount, no namespace, module, trace, key or signal to another process. A system call
+//! [`crate::porter`] says who has a porter. So there is no other program to start, no mount, no namespace, module, trace, key or signal to another process. A system call
 //! that is not on the list fails instead of killing the process: what we have overlooked shall cost one operation, not a guest's disk.
 //!
 //! io_uring's operations pass by the filter. They open, read and connect, which the filter allows as well.
@@ -18,19 +19,26 @@
 pub mod folders;
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use caps::{CapSet, Capability, CapsHashSet};
+use nix::errno::Errno;
+use nix::unistd::{User, setgroups, setresgid, setresuid};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
 };
 use tap_ctl::ControlDir;
 
-/// What stays of root's capabilities.
+use crate::porter;
+
+/// What stays of root's capabilities where there is no porter.
 ///
 /// `DAC_OVERRIDE`: images belong to whomever the administrator likes. `IPC_LOCK`: io_uring counts registered memory as locked.
-const KEPT: [Capability; 2] = [Capability::CAP_DAC_OVERRIDE, Capability::CAP_IPC_LOCK];
+const KEPT: &[Capability] = &[Capability::CAP_DAC_OVERRIDE, Capability::CAP_IPC_LOCK];
+
+/// What stays of them in the porter. `SYS_PTRACE`: without it the kernel does not tell who has a file open, if that process can do more.
+const PORTERS: &[Capability] = &[Capability::CAP_DAC_OVERRIDE, Capability::CAP_SYS_PTRACE];
 
 /// System calls that are allowed with any arguments.
 ///
@@ -206,6 +214,14 @@ pub enum Error {
         #[from]
         why: landlock::RulesetError,
     },
+    /// Root's rights could not be given up.
+    #[error("cannot become the user {user}: {why}; a tapdisk started by root needs CAP_SETUID and CAP_SETGID for that")]
+    User {
+        /// The name.
+        user: String,
+        /// What the system says.
+        why: Errno,
+    },
     /// The kernel does not take the filter, or there is none for this processor.
     #[error("cannot install the filter of system calls; does the kernel have CONFIG_SECCOMP_FILTER? {0}")]
     Filter(#[from] seccompiler::Error),
@@ -216,43 +232,101 @@ static LIMITED: AtomicBool = AtomicBool::new(false);
 
 /// What there is to say of a file that may not be opened.
 pub fn why_refused() -> &'static str {
-    if LIMITED.load(Ordering::Relaxed) {
-        "; this tapdisk opens files only in the folders that /etc/xenio/disk-folders had when it started"
-    } else {
-        ""
+    match (porter::is_engaged(), LIMITED.load(Ordering::Relaxed)) {
+        (false, false) => "",
+        (false, true) => {
+            "; this tapdisk opens files only in the folders that /etc/xenio/disk-folders had when it started"
+        }
+        (true, false) => {
+            "; what was not named by the administrator is not opened, nor by an image once it is open"
+        }
+        (true, true) => {
+            "; what was not named by the administrator is not opened, nor by an image once it is open, nor anything outside of the \
+             folders that /etc/xenio/disk-folders had when this tapdisk started"
+        }
     }
 }
 
-/// Confines the calling thread and all that it will start. The process calls it while it has one thread.
+/// Confines the calling thread, and all that it will start, where there is no porter. The process calls it while it has one thread.
+///
+/// # Errors
+/// The process is not to go on.
 pub fn this_thread(dir: &ControlDir) -> Result<(), Error> {
-    let folders = folders::listed(Path::new(folders::LIST)).map_err(|why| Error::List { why })?;
+    keep_to_folders(dir)?;
+    give_up(KEPT)
+}
+
+/// The same for a porter.
+///
+/// # Errors
+/// The process is not to go on.
+pub fn porter(dir: &ControlDir) -> Result<(), Error> {
+    keep_to_folders(dir)?;
+    give_up(PORTERS)
+}
+
+/// The same for a tapdisk that has a porter: it becomes `user`. `folders` stay open to it, as far as they are to that user.
+///
+/// # Errors
+/// The process is not to go on.
+pub fn as_user(user: &User, folders: &[PathBuf]) -> Result<(), Error> {
+    LIMITED.store(!listed()?.is_empty(), Ordering::Relaxed);
+    if let Err(why) = folders::restrict_to_own(folders) {
+        // Its user's rights are what it is kept to; this is for what anybody may read.
+        log::info!("this kernel does not refuse files to a process: {why}");
+    }
+    // It takes a capability that goes with the user.
+    clear_bounding()?;
+    become_user(user).map_err(|why| Error::User { user: user.name.clone(), why })?;
+    give_up(&[])
+}
+
+/// The folders for images, if they are limited.
+fn listed() -> Result<Vec<PathBuf>, Error> {
+    folders::listed(Path::new(folders::LIST)).map_err(|why| Error::List { why })
+}
+
+fn keep_to_folders(dir: &ControlDir) -> Result<(), Error> {
+    let folders = listed()?;
     if !folders.is_empty() {
         folders::restrict(&folders, dir)?;
         LIMITED.store(true, Ordering::Relaxed);
     }
-    give_up()
+    Ok(())
+}
+
+fn become_user(user: &User) -> Result<(), Errno> {
+    // The groups first: it takes root to change them.
+    setgroups(&[])?;
+    setresgid(user.gid, user.gid, user.gid)?;
+    setresuid(user.uid, user.uid, user.uid)
 }
 
 /// Gives up capabilities and system calls.
-fn give_up() -> Result<(), Error> {
-    drop_capabilities()?;
+fn give_up(kept: &[Capability]) -> Result<(), Error> {
+    drop_capabilities(kept)?;
     for program in programs().map_err(seccompiler::Error::Backend)? {
         seccompiler::apply_filter(&program)?;
     }
     Ok(())
 }
 
-fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
+fn drop_capabilities(kept: &[Capability]) -> Result<(), caps::errors::CapsError> {
     let had = caps::read(None, CapSet::Permitted)?;
-    let kept: CapsHashSet = had.iter().copied().filter(|capability| KEPT.contains(capability)).collect();
-    // Without SETPCAP there is no program to be started that could use the bounding set; nor is there with it, after the filter.
+    let kept: CapsHashSet = had.iter().copied().filter(|capability| kept.contains(capability)).collect();
+    clear_bounding()?;
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)
+}
+
+/// Without SETPCAP there is no program to be started that could use the bounding set; nor is there with it, after the filter.
+fn clear_bounding() -> Result<(), caps::errors::CapsError> {
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         caps::clear(None, CapSet::Ambient)?;
         caps::clear(None, CapSet::Bounding)?;
     }
-    caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &kept)?;
-    caps::set(None, CapSet::Permitted, &kept)
+    Ok(())
 }
 
 /// Two filters, because one knows a single answer to what it does not allow. The last of them lets no more be installed.
@@ -298,7 +372,7 @@ mod tests {
     /// What a thread of its own finds after it was confined.
     fn confined<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> T {
         let thread = std::thread::spawn(|| {
-            give_up().unwrap();
+            give_up(KEPT).unwrap();
             what()
         });
         thread.join().unwrap()

@@ -4,6 +4,7 @@
 //! answers, and meanwhile everybody else is served. Nor does it wait for a client.
 
 mod client;
+mod entrance;
 mod history;
 mod leave;
 pub mod parent;
@@ -17,7 +18,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use mio::net::UnixListener;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use nix::errno::Errno;
@@ -27,6 +27,7 @@ use tap_ctl::proto::{DiskInfo, Minor, OpenParams, RingEntry};
 use tap_ctl::{ControlDir, Reply, Request};
 
 use self::client::{Broken, Client};
+pub use self::entrance::Entrance;
 use self::leave::Leaving;
 use crate::nbd::door::Door;
 use crate::porter;
@@ -36,7 +37,7 @@ use crate::worker::keeper::{Identity, Keeper};
 use crate::worker::{Answer, Begin, Command, Notice, Source, Worker};
 use crate::xen::Xen;
 
-const LISTENER: Token = Token(0);
+const ENTRANCE: Token = Token(0);
 const WAKER: Token = Token(1);
 const SIGNALS: Token = Token(2);
 const FIRST_CLIENT: usize = 3;
@@ -68,17 +69,16 @@ pub struct Server<X: Xen> {
     /// For all images, in bytes.
     parent_cache: Option<u64>,
     dir: ControlDir,
-    socket: PathBuf,
+    entrance: Entrance,
     pid: i32,
     poll: Poll,
-    listener: UnixListener,
     signals: SignalFd,
     sender: Sender<Event>,
     receiver: Receiver<Event>,
     waker: Arc<Waker>,
     clients: HashMap<Token, Client>,
     next_token: usize,
-    /// Somebody may be waiting at the control socket whom we could not let in.
+    /// Somebody may be waiting at the entrance whom we could not let in.
     unaccepted: bool,
     /// Newest last.
     vbds: Vec<Vbd>,
@@ -93,28 +93,25 @@ pub struct Server<X: Xen> {
 impl<X: Xen> std::fmt::Debug for Server<X> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Server")
-            .field("socket", &self.socket)
+            .field("entrance", &self.entrance)
             .field("vbds", &self.vbds)
             .finish_non_exhaustive()
     }
 }
 
 impl<X: Xen> Server<X> {
-    /// Binds the control socket. Blocks SIGINT and SIGTERM for this and all later threads and takes them as events.
-    pub fn bind(
+    /// For clients who come by `entrance`. Blocks SIGINT and SIGTERM for this and all later threads and takes them as events.
+    ///
+    /// # Errors
+    /// Of the system.
+    pub fn new(
         xen: X,
         dir: ControlDir,
         engine: EngineChoice,
         parent_cache: Option<u64>,
+        entrance: Entrance,
     ) -> io::Result<Server<X>> {
         let pid = nix::unistd::getpid().as_raw();
-        let socket = dir.control_socket(pid);
-        std::fs::create_dir_all(dir.root())?;
-        // A leftover of a dead process that had our pid.
-        match std::fs::remove_file(&socket) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGINT);
         mask.add(Signal::SIGTERM);
@@ -123,9 +120,8 @@ impl<X: Xen> Server<X> {
         SigSet::from(Signal::SIGXFSZ).thread_block()?;
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let poll = Poll::new()?;
-        let mut listener = UnixListener::bind(&socket)?;
         let registry = poll.registry();
-        registry.register(&mut listener, LISTENER, Interest::READABLE)?;
+        entrance.register(registry, ENTRANCE)?;
         registry.register(&mut SourceFd(&signals.as_raw_fd()), SIGNALS, Interest::READABLE)?;
         let waker = Arc::new(Waker::new(registry, WAKER)?);
         let (sender, receiver) = channel();
@@ -134,10 +130,9 @@ impl<X: Xen> Server<X> {
             engine,
             parent_cache,
             dir,
-            socket,
+            entrance,
             pid,
             poll,
-            listener,
             signals,
             sender,
             receiver,
@@ -154,7 +149,7 @@ impl<X: Xen> Server<X> {
 
     /// The control socket's path.
     pub fn socket(&self) -> &std::path::Path {
-        &self.socket
+        self.entrance.path()
     }
 
     /// Serves until the last VBD is detached or a signal asks to end.
@@ -170,7 +165,7 @@ impl<X: Xen> Server<X> {
             }
             for event in &events {
                 match event.token() {
-                    LISTENER => self.accept(),
+                    ENTRANCE => self.accept(),
                     WAKER => self.take_worker_events(),
                     SIGNALS => self.take_signals()?,
                     token if self.welcome(token) => {}
@@ -186,15 +181,15 @@ impl<X: Xen> Server<X> {
         (idle || self.left) && self.clients.values().all(Client::is_content)
     }
 
-    /// Lets in who waits at the control socket. A host short of descriptors or memory makes them wait longer, and nothing else:
-    /// the listener's readiness is edge-triggered, so it is tried again after a while.
+    /// Lets in who waits at the entrance. A host short of descriptors or memory makes them wait longer, and nothing else:
+    /// the entrance's readiness is edge-triggered, so it is tried again after a while.
     fn accept(&mut self) {
         self.unaccepted = false;
         while self.clients.len() < MAX_CLIENTS {
             let token = Token(self.next_token);
-            let accepted = self.listener.accept().and_then(|(mut stream, _)| {
-                let interest = Interest::READABLE | Interest::WRITABLE;
-                self.poll.registry().register(&mut stream, token, interest)?;
+            let registry = self.poll.registry();
+            let accepted = self.entrance.next(registry, ENTRANCE).and_then(|mut stream| {
+                registry.register(&mut stream, token, Interest::READABLE | Interest::WRITABLE)?;
                 Ok(stream)
             });
             match accepted {
@@ -246,7 +241,7 @@ impl<X: Xen> Server<X> {
         if let Some(mut client) = self.clients.remove(&token) {
             let _ = self.poll.registry().deregister(&mut client.stream);
         }
-        // There may be connections that found no place; the listener's readiness was edge-triggered.
+        // There may be connections that found no place; the entrance's readiness was edge-triggered.
         self.accept();
     }
 
@@ -597,14 +592,6 @@ impl<X: Xen> Server<X> {
             }
         }
         Ok(())
-    }
-}
-
-impl<X: Xen> Drop for Server<X> {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.socket) {
-            log::warn!("cannot remove {}: {error}", self.socket.display());
-        }
     }
 }
 

@@ -24,6 +24,10 @@ pub trait Xen: Clone + Send + 'static {
     fn open_events(&self, dom: DomId) -> io::Result<Self::Events>;
     /// The folder where xentop looks for this process's statistics.
     fn statistics(&self) -> PathBuf;
+    /// The user that a tapdisk becomes which was started by root, if the host has it; see [`crate::porter`].
+    fn user(&self) -> Option<String>;
+    /// Folders that this user reaches itself, not through the porter: where the devices are files.
+    fn folders(&self) -> Vec<PathBuf>;
 }
 
 /// `/dev/xen/gntdev` and `/dev/xen/evtchn`.
@@ -44,6 +48,14 @@ impl Xen for DeviceXen {
 
     fn statistics(&self) -> PathBuf {
         ControlDir::default().statistics(std::process::id())
+    }
+
+    fn user(&self) -> Option<String> {
+        Some("xenio-tapdisk".to_owned())
+    }
+
+    fn folders(&self) -> Vec<PathBuf> {
+        Vec::new()
     }
 }
 

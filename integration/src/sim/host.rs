@@ -23,6 +23,9 @@ use super::grants::SimGrants;
 /// Names the folder of the simulated host.
 pub const VARIABLE: &str = "XENIO_SIM_HOST";
 
+/// Names the user that tapdisks of the simulated host become, if root starts them. None without it.
+pub const USER: &str = "XENIO_SIM_USER";
+
 /// The backend's own domain.
 pub const BACKEND: DomId = DomId(0);
 
@@ -96,5 +99,13 @@ impl Xen for SimHost {
 
     fn statistics(&self) -> PathBuf {
         self.control().statistics(std::process::id())
+    }
+
+    fn user(&self) -> Option<String> {
+        std::env::var(USER).ok()
+    }
+
+    fn folders(&self) -> Vec<PathBuf> {
+        vec![self.xen()]
     }
 }

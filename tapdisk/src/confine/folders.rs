@@ -59,19 +59,35 @@ pub fn listed(list: &Path) -> io::Result<Vec<PathBuf>> {
 /// # Errors
 /// The kernel cannot do it.
 pub(super) fn restrict(folders: &[PathBuf], dir: &ControlDir) -> Result<(), RulesetError> {
+    let ours = [dir.root(), dir.all_statistics(), Path::new(LOGS)];
+    enforce(folders.iter().map(PathBuf::as_path).chain(ours), &USED, CompatLevel::HardRequirement)
+}
+
+/// The same for a tapdisk that has a porter, as far as the kernel can do it: it has nowhere to go but to `folders`.
+///
+/// # Errors
+/// Of the system.
+pub(super) fn restrict_to_own(folders: &[PathBuf]) -> Result<(), RulesetError> {
+    enforce(folders.iter().map(PathBuf::as_path), &["/dev/null"], CompatLevel::BestEffort)
+}
+
+fn enforce<'a>(
+    folders: impl Iterator<Item = &'a Path>,
+    used: &[&str],
+    level: CompatLevel,
+) -> Result<(), RulesetError> {
     // Linux 5.19 is what it takes; to shorten a file that is only open for reading is refused from 6.2 on.
     let mut rules = Ruleset::default()
-        .set_compatibility(CompatLevel::HardRequirement)
+        .set_compatibility(level)
         .handle_access(AccessFs::from_all(ABI::V2))?
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::Truncate)?
         .create()?;
     let everything = AccessFs::from_all(ABI::V3) & !BitFlags::from(AccessFs::Execute);
-    let ours = [dir.root(), dir.all_statistics(), Path::new(LOGS)];
-    for folder in folders.iter().map(PathBuf::as_path).chain(ours) {
+    for folder in folders {
         rules = allow(rules, folder, everything)?;
     }
-    for file in USED {
+    for file in used {
         rules = allow(rules, Path::new(file), AccessFs::ReadFile | AccessFs::WriteFile)?;
     }
     for path in READ {

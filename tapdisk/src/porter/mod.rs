@@ -12,7 +12,7 @@
 //!
 //! - An [`Errand`] is one such thing; [`act`] does it.
 //! - Whether it is the tapdisk's business says [`judge`]: the porter reads what the administrator asks of the tapdisk before the tapdisk does.
-//! - [`channel`] is the way there and back, [`process`] the porter itself.
+//! - [`channel`] is the way there and back, [`process`] the porter itself; its clients pass through `visitors`.
 //!
 //! A tapdisk that was not started by root, or whose host has no such user, has no porter: it does its errands itself, with the rights it was
 //! started with. So do tests and tools.
@@ -22,7 +22,9 @@
 pub mod act;
 pub mod channel;
 pub mod judge;
+pub mod parcel;
 pub mod process;
+mod visitors;
 
 use std::ffi::OsStr;
 use std::fs::File;

@@ -103,6 +103,8 @@ struct Facts {
     /// Its path without links.
     real: PathBuf,
     id: Id,
+    /// It is a file, a folder or a block device: opening one does nothing else, which is not true of other devices and of pipes.
+    plain: bool,
     /// It is one of those that were named.
     named: Option<Named>,
     /// It lies in a folder that the administrator has listed for parents.
@@ -222,6 +224,8 @@ impl Judge {
         }
         let place = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
         let (real, id) = (std::fs::read_link(act::itself(place.as_fd()))?, identity(&place)?);
+        let kind = place.metadata()?.file_type();
+        let plain = kind.is_file() || kind.is_dir() || kind.is_block_device();
         let (files, made) = {
             let known = self.known();
             (known.files.clone(), known.made.keys().cloned().collect::<Vec<_>>())
@@ -231,7 +235,7 @@ impl Judge {
         });
         let listed = policy::listed_folders().iter().any(|folder| real.starts_with(folder));
         let of_made = made.iter().any(|image| folder_of(image).as_deref() == Some(&*real));
-        let facts = Facts { real, id, named, listed, of_made };
+        let facts = Facts { real, id, plain, named, listed, of_made };
         let verdict = self.known().judge(path, how, &facts);
         let file = match verdict {
             Verdict::No => return self.refuse(&errand),
@@ -374,7 +378,7 @@ impl Known {
         if let Some(write) = self.given.get(&facts.id) {
             return yes(*write || !how.write);
         }
-        if !self.is_window() {
+        if !self.is_window() || !facts.plain {
             return Verdict::No;
         }
         if how.write {

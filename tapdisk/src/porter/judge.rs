@@ -31,6 +31,7 @@ use tap_ctl::proto::{ImageSpec, ImageType, Minor, OpenParams, Secondary};
 use tap_ctl::{ControlDir, Request};
 
 use super::{Answer, Errand, Failure, How, Keep, Outcome, act};
+use crate::image::holders::holder;
 use crate::image::{policy, ram, stack};
 
 /// What a tapdisk may add to open(2).
@@ -168,6 +169,10 @@ impl Judge {
                     }
                     _ => self.refuse(errand),
                 }
+            }
+            Errand::Holder => {
+                let pid = self.known().pid.unsigned_abs();
+                Ok((Answer::Holder(holder(with.ok_or(Errno::EBADF)?, pid)), None))
             }
             _ => {
                 let draft = self.draft_of(errand);
@@ -404,7 +409,7 @@ impl Known {
         let draft = draft.filter(|_| self.is_window());
         match errand {
             // These are judged elsewhere.
-            Errand::Again { .. } => false,
+            Errand::Again { .. } | Errand::Holder => false,
             Errand::Open { path, how } => {
                 how.flags & !FLAGS == 0 && (draft.is_some() || self.is_own(path.path()))
             }
@@ -429,7 +434,7 @@ impl Known {
                     && minor(path.path()) == minor(alias.path())
             }
             Errand::Connect { path } => self.servers.contains(path.path()),
-            Errand::Holder | Errand::Settled => true,
+            Errand::Settled => true,
             Errand::Parent { root, minor } => root.path() == self.dir.root() && self.parents.contains(minor),
             Errand::Claim { root, minor } | Errand::CleanUp { root, minor, .. } => {
                 self.has(root.path(), *minor)

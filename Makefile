@@ -113,6 +113,7 @@ install-files:
 	install -D -m 644 dist/systemd/tapdisk-scope.conf \
 		$(DESTDIR)$(PREFIX)/lib/systemd/system/tapdisk-.scope.d/10-xenio.conf
 	install -D -m 644 dist/systemd/xenio.tmpfiles $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/xenio.conf
+	install -D -m 644 dist/systemd/xenio.sysusers $(DESTDIR)$(PREFIX)/lib/sysusers.d/xenio.conf
 	install -D -m 644 dist/xenio.default $(DESTDIR)/etc/default/xenio
 	install -D -m 644 -t $(DESTDIR)/etc/xenio dist/disk-folders dist/image-folders
 	install -D -m 755 -t $(DESTDIR)/etc/xen/scripts dist/hotplug/block-xenio

@@ -31,6 +31,7 @@ prepare_machine() {
         printf '%s=%q\n' "${name%%=*}" "${name#*=}"
     done >"$PAYLOAD/parameters"
     install -m 755 "$TOP/dist/hotplug/block-xenio" "$PAYLOAD/bin/"
+    cp "$TOP/dist/systemd/xenio.sysusers" "$PAYLOAD/sysusers"
     # Libraries of several releases are told apart by their names.
     mkdir "$PAYLOAD/libxl"
     for name in "${LIBXL[@]}"; do

@@ -114,6 +114,7 @@ else
     one_cpu
     start_toolstack
     install_binaries
+    must "tapdisks have no user" systemd-sysusers /testbed/sysusers
 fi
 # As an administrator would: guests do not keep the tools and the backend waiting.
 xl sched-credit2 --domain=Domain-0 --weight=2048

@@ -14,7 +14,7 @@ with_driver_tools() {
     modprobe --show-depends --all "${DRIVER_MODULES[@]}" | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' >"$WORK/driver-modules"
     mapfile -t modules <"$WORK/driver-modules"
     with_files "${modules[@]}" "${programs[@]}" /usr/bin/bash /usr/libexec/xenio/tapdisk /usr/lib/xen-4.20/bin/xl \
-        /etc/xen/scripts /etc/xen/xl.conf "$WORK/driver-modules"
+        /etc/xen/scripts /etc/xen/xl.conf /etc/passwd /etc/group "$WORK/driver-modules"
 }
 
 # driver_domain NAME DISK: writes a domain that mounts the ext4 on its disk on /srv and serves images from there. It ends

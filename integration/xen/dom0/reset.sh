@@ -32,7 +32,7 @@ destroy_all() {
     for name in $(xl list | awk 'NR > 1 && $1 != "Domain-0" { print $2 }'); do
         timeout 30 xl destroy "$name"
     done
-    for name in xenio tapdisk; do
+    for name in xenio tapdisk tapdisk-porter; do
         pkill -KILL -x "$name" || true
     done
     pkill -f '^xl create' || true

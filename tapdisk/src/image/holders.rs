@@ -19,23 +19,23 @@ pub enum Holder {
     Unknown,
 }
 
-/// Looks for a process other than this one that has the same file open. Names are compared, and nothing is asked of the file's
-/// store, which may hang.
-pub fn holder(file: BorrowedFd<'_>) -> Holder {
+/// Looks for a process other than this one, and the one it asks for, that has the same file open. Names are compared, and nothing is
+/// asked of the file's store, which may hang.
+pub fn holder(file: BorrowedFd<'_>, asks: u32) -> Holder {
     let own = Path::new("/proc/self/fd").join(file.as_raw_fd().to_string());
-    match fs::read_link(own).and_then(|name| look(name.as_os_str())) {
+    match fs::read_link(own).and_then(|name| look(name.as_os_str(), [std::process::id(), asks])) {
         Ok(holder) => holder,
         Err(_) => Holder::Unknown,
     }
 }
 
-fn look(name: &OsStr) -> io::Result<Holder> {
-    let own = std::process::id().to_string();
+fn look(name: &OsStr, own: [u32; 2]) -> io::Result<Holder> {
+    let own = own.map(|pid| pid.to_string());
     let mut all = true;
     for process in fs::read_dir("/proc")?.flatten() {
         let pid = process.file_name();
         let Some(number) = pid.to_str().and_then(|pid| pid.parse().ok()) else { continue };
-        if pid == OsStr::new(&own) {
+        if own.iter().any(|own| pid == OsStr::new(own)) {
             continue;
         }
         match has_open(&process.path(), name) {
@@ -75,12 +75,17 @@ mod tests {
     #[test]
     fn another_process_that_has_the_file_open_is_found_and_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let free = holder(file.as_file().as_fd());
+        let free = holder(file.as_file().as_fd(), std::process::id());
         assert!(matches!(free, Holder::InFlight | Holder::Unknown), "{free:?}");
         let input = fs::File::open(file.path()).unwrap();
         let mut other = Command::new("cat").arg("-").stdin(Stdio::piped()).stdout(input).spawn().unwrap();
         let pid = i32::try_from(other.id()).unwrap();
-        assert_eq!(holder(file.as_file().as_fd()), Holder::Process(pid, "cat".to_owned()));
+        assert_eq!(
+            holder(file.as_file().as_fd(), std::process::id()),
+            Holder::Process(pid, "cat".to_owned())
+        );
+        let asks = other.id();
+        assert!(!matches!(holder(file.as_file().as_fd(), asks), Holder::Process(..)), "it asks itself");
         drop(other.stdin.take());
         other.wait().unwrap();
     }

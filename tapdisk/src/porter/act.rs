@@ -41,7 +41,9 @@ pub fn carry_out(errand: &Errand, with: Option<BorrowedFd<'_>>) -> Outcome {
         Errand::Listen { path } => brought(listen(path.path())?),
         Errand::Alias { path, alias } => done(also_at(path.path(), alias.path())),
         Errand::Connect { path } => brought(connect_now(path.path())?),
-        Errand::Holder => told(Answer::Holder(holders::holder(with.ok_or(Errno::EBADF)?))),
+        Errand::Holder => {
+            told(Answer::Holder(holders::holder(with.ok_or(Errno::EBADF)?, std::process::id())))
+        }
         Errand::Parent { root, minor } => match parent::find(&dir(root), *minor) {
             Ok(image) => told(Answer::Image(image)),
             Err((errno, words)) => Err(Failure { errno: errno as i32, words, telling: true }),

@@ -31,6 +31,7 @@ use tap_ctl::proto::{ImageSpec, ImageType, Minor, OpenParams, Secondary};
 use tap_ctl::{ControlDir, Request};
 
 use super::{Answer, Errand, Failure, How, Keep, Outcome, act};
+use crate::image::holders::holder;
 use crate::image::{policy, ram, stack};
 
 /// What a tapdisk may add to open(2).
@@ -102,6 +103,8 @@ struct Facts {
     /// Its path without links.
     real: PathBuf,
     id: Id,
+    /// It is a file, a folder or a block device: opening one does nothing else, which is not true of other devices and of pipes.
+    plain: bool,
     /// It is one of those that were named.
     named: Option<Named>,
     /// It lies in a folder that the administrator has listed for parents.
@@ -167,6 +170,10 @@ impl Judge {
                     _ => self.refuse(errand),
                 }
             }
+            Errand::Holder => {
+                let pid = self.known().pid.unsigned_abs();
+                Ok((Answer::Holder(holder(with.ok_or(Errno::EBADF)?, pid)), None))
+            }
             _ => {
                 let draft = self.draft_of(errand);
                 if !self.known().permits(errand, draft.as_deref()) {
@@ -217,6 +224,8 @@ impl Judge {
         }
         let place = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path)?;
         let (real, id) = (std::fs::read_link(act::itself(place.as_fd()))?, identity(&place)?);
+        let kind = place.metadata()?.file_type();
+        let plain = kind.is_file() || kind.is_dir() || kind.is_block_device();
         let (files, made) = {
             let known = self.known();
             (known.files.clone(), known.made.keys().cloned().collect::<Vec<_>>())
@@ -226,7 +235,7 @@ impl Judge {
         });
         let listed = policy::listed_folders().iter().any(|folder| real.starts_with(folder));
         let of_made = made.iter().any(|image| folder_of(image).as_deref() == Some(&*real));
-        let facts = Facts { real, id, named, listed, of_made };
+        let facts = Facts { real, id, plain, named, listed, of_made };
         let verdict = self.known().judge(path, how, &facts);
         let file = match verdict {
             Verdict::No => return self.refuse(&errand),
@@ -369,7 +378,7 @@ impl Known {
         if let Some(write) = self.given.get(&facts.id) {
             return yes(*write || !how.write);
         }
-        if !self.is_window() {
+        if !self.is_window() || !facts.plain {
             return Verdict::No;
         }
         if how.write {
@@ -400,7 +409,7 @@ impl Known {
         let draft = draft.filter(|_| self.is_window());
         match errand {
             // These are judged elsewhere.
-            Errand::Again { .. } => false,
+            Errand::Again { .. } | Errand::Holder => false,
             Errand::Open { path, how } => {
                 how.flags & !FLAGS == 0 && (draft.is_some() || self.is_own(path.path()))
             }
@@ -425,7 +434,7 @@ impl Known {
                     && minor(path.path()) == minor(alias.path())
             }
             Errand::Connect { path } => self.servers.contains(path.path()),
-            Errand::Holder | Errand::Settled => true,
+            Errand::Settled => true,
             Errand::Parent { root, minor } => root.path() == self.dir.root() && self.parents.contains(minor),
             Errand::Claim { root, minor } | Errand::CleanUp { root, minor, .. } => {
                 self.has(root.path(), *minor)

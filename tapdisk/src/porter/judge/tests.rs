@@ -178,6 +178,17 @@ fn parents_are_opened_in_a_window_to_read_and_afterwards_only_again() {
 }
 
 #[test]
+fn what_is_neither_a_file_nor_a_block_device_is_no_parent_even_beside_the_image() {
+    let stage = Stage::new();
+    let (leaf, pipe) = (stage.file("images/leaf"), stage.path("images/pipe"));
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let _window = stage.asked_to_open("qcow2:images/leaf");
+    stage.open(&leaf, How::WRITE).unwrap();
+    let how = How { flags: libc::O_NONBLOCK, ..How::READ };
+    assert_eq!(stage.open(&pipe, how).unwrap_err(), Errno::EACCES);
+}
+
+#[test]
 fn extents_are_written_right_beside_their_descriptor_and_nowhere_else() {
     let stage = Stage::new();
     let [extent, below] = ["images/extent", "images/below/extent"].map(|name| stage.file(name));

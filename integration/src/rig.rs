@@ -66,7 +66,7 @@ pub struct Rig {
     pub open_options: Vec<String>,
     /// What `tap-ctl` finds on its standard input, such as a key.
     pub input: Option<PathBuf>,
-    /// More variables of `tap-ctl`'s environment, which a tapdisk inherits.
+    /// More variables of the programs' environment, which a tapdisk inherits.
     pub environment: Vec<(String, String)>,
     /// What the kernel refuses to tapdisks, see [`refuse::VARIABLE`].
     pub refuse: String,
@@ -129,6 +129,7 @@ impl Rig {
         command
             .env(VARIABLE, self.host.dir())
             .env("XENSTORED_PATH", self.store.socket())
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null());
         command
     }
@@ -171,7 +172,6 @@ impl Rig {
     #[must_use]
     pub fn tap_ctl(&self, args: &[&str]) -> Outcome {
         let mut command = self.command(&self.programs.tap_ctl);
-        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if !self.refuse.is_empty() {
             command.env(refuse::VARIABLE, &self.refuse);
         }

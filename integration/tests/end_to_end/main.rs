@@ -22,6 +22,7 @@ mod limits;
 mod mirror;
 mod nbd;
 mod old_formats;
+mod own_user;
 mod pause;
 mod protocol;
 mod qcow2;

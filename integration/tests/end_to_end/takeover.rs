@@ -19,12 +19,12 @@ fn folder(rig: &Rig, device: &Device) -> Folder {
     Folder::of(&rig.host.control(), device.minor)
 }
 
-fn record(rig: &Rig, device: &Device) -> Record {
+pub fn record(rig: &Rig, device: &Device) -> Record {
     folder(rig, device).read().unwrap().expect("a record")
 }
 
 /// What the rings have answered so far.
-fn responses(rig: &Rig, device: &Device) -> Vec<Option<u32>> {
+pub fn responses(rig: &Rig, device: &Device) -> Vec<Option<u32>> {
     let folder = folder(rig, device);
     let record = record(rig, device);
     let queues =
@@ -33,7 +33,7 @@ fn responses(rig: &Rig, device: &Device) -> Vec<Option<u32>> {
 }
 
 /// Waits for something that another process does without telling.
-fn wait_until(what: &str, rig: &Rig, done: impl Fn() -> bool) {
+pub fn wait_until(what: &str, rig: &Rig, done: impl Fn() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < PATIENCE, "{what} does not happen; xenio said:\n{}", rig.xenio_log());
@@ -42,7 +42,7 @@ fn wait_until(what: &str, rig: &Rig, done: impl Fn() -> bool) {
 }
 
 /// Waits until XenStore names another tapdisk than `pid`.
-fn wait_for_successor(rig: &Rig, device: &Device, pid: i32) -> i32 {
+pub fn wait_for_successor(rig: &Rig, device: &Device, pid: i32) -> i32 {
     let path = format!("{}/physical-device-path", device.backend);
     let old = rig.host.control().vbd_path(pid, device.minor);
     let old = old.to_str().unwrap().as_bytes();
@@ -51,14 +51,14 @@ fn wait_for_successor(rig: &Rig, device: &Device, pid: i32) -> i32 {
     record(rig, device).pid
 }
 
-fn kill_tapdisk(rig: &Rig, device: &Device) -> i32 {
+pub fn kill_tapdisk(rig: &Rig, device: &Device) -> i32 {
     let pid = record(rig, device).pid;
     kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
     pid
 }
 
 /// Kills the disk's tapdisk so many times, each after it has answered something, and waits for the next one each time.
-fn kill_often(rig: &Rig, device: &Device, times: u32) {
+pub fn kill_often(rig: &Rig, device: &Device, times: u32) {
     for _ in 0..times {
         let before = responses(rig, device);
         wait_until("an answer", rig, || responses(rig, device) != before);

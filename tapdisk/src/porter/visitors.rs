@@ -88,8 +88,12 @@ fn admit_one(
     places: &Arc<Places>,
 ) -> Result<(), Errno> {
     let place = places.take();
-    // The listener does not block: the tapdisk has it too.
-    poll(&mut [PollFd::new(listener.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)?;
+    // The listener does not block, because the tapdisk has it too; and what does not block does not say by accept(2) that it is shut down.
+    let mut door = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    poll(&mut door, PollTimeout::NONE)?;
+    if door.iter().filter_map(PollFd::revents).any(|events| events.contains(PollFlags::POLLHUP)) {
+        return Err(Errno::EINVAL);
+    }
     let (ours, theirs) = UnixStream::pair().map_err(|error| crate::io::errno_of(&error))?;
     let (client, _) = listener.accept().map_err(|error| crate::io::errno_of(&error))?;
     let relay = {

@@ -59,14 +59,18 @@ python3 /testbed/dom0/attack-porter.py "${disk[@]}" "$pid" "$minor" "$WORK/elsew
 goes_on "the attack"
 tap-ctl destroy -p "$pid" -m "$minor"
 
-step "snapshot, upgrade and crash"
+step "a snapshot, the end of the porter, an upgrade and a crash"
 locate /disk.vhd
 tap-ctl snapshot -p "$pid" -m "$minor" -a "vhd:$WORK/images/child.vhd"
 goes_on "a snapshot"
+kill -KILL "$porter"
+goes_on "the end of the porter"
 mkdir -p /etc/xenio
 echo "$WORK/images" >/etc/xenio/disk-folders
 tap-ctl upgrade --all
 goes_on "an upgrade"
+locate /child.vhd
+confined "$pid"
 kill -KILL "$(pgrep -x tapdisk)"
 goes_on "a crash"
 locate /child.vhd

@@ -162,9 +162,13 @@ fn enter<X: Xen>(
     let confined = match own_user(xen) {
         None => confine::this_thread(dir),
         Some(user) => {
-            // io_uring counts registered memory as locked, and to pass by the limit takes a capability.
-            if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
-                log::warn!("cannot raise the limit of locked memory: {}; I/O may be slower", errno.desc());
+            // io_uring counts registered memory as locked, and the threads of all tapdisks are one user's: what root and capabilities
+            // pass by would bind from now on.
+            let limits = [(Resource::RLIMIT_MEMLOCK, "locked memory"), (Resource::RLIMIT_NPROC, "threads")];
+            for (limit, what) in limits {
+                if let Err(errno) = setrlimit(limit, RLIM_INFINITY, RLIM_INFINITY) {
+                    log::warn!("cannot raise the limit of {what}: {}; the disk may be slower", errno.desc());
+                }
             }
             let porter =
                 process::start(entrance.listener(), &porters_options(foreground, take_over), foreground)?;

@@ -13,6 +13,12 @@ has_scope() {
     grep -q "/xenio.slice/xenio-tapdisk.slice/tapdisk-$tapdisk.scope$" "/proc/$tapdisk/cgroup" ||
         fail "the tapdisk has no scope of its own: $(cat "/proc/$tapdisk/cgroup")"
 }
+# The tapdisk has its own user and no rights, also where the service has started it.
+has_no_rights() {
+    expect "the tapdisk's user" "$(id -u xenio-tapdisk)" awk '$1 == "Uid:" { print $2 }' "/proc/$tapdisk/status"
+    expect "the tapdisk's rights" 0000000000000000 awk '$1 == "CapEff:" { print $2 }' "/proc/$tapdisk/status"
+    pgrep -x tapdisk-porter -P "$tapdisk" >/dev/null || fail "the tapdisk has no porter"
+}
 # Nothing is asked, and there is no terminal to show progress on. To look for questions costs as much as the rest.
 rm -f /etc/apt/apt.conf.d/70debconf
 mkdir -p /etc/apt/sources.list.d
@@ -35,6 +41,7 @@ create g1
 wait_console g1 'GUEST TICK' 60
 tapdisk=$(pgrep -x tapdisk)
 has_scope
+has_no_rights
 systemctl show --value --property Before "tapdisk-$tapdisk.scope" | grep -q xendomains.service ||
     fail "at shutdown nothing keeps the disk until its guest has ended"
 
@@ -73,6 +80,13 @@ kill -STOP "$main"
 within 40 "a new xenio in the place of one that hangs" another_main
 goes_on "a new xenio in the place of one that hung"
 
+step "a tapdisk that dies"
+kill -KILL "$tapdisk"
+goes_on "the death of its tapdisk"
+[ "$(pgrep -x tapdisk)" != "$tapdisk" ] || fail "the old tapdisk lives"
+tapdisk=$(pgrep -x tapdisk)
+has_no_rights
+
 step "removal is refused"
 ! apt remove xenio >remove.log 2>&1 || fail "xenio was removed under a guest"
 cat remove.log
@@ -91,3 +105,4 @@ apt remove xenio
 ! pgrep -x xenio || fail "xenio has stayed"
 ! pgrep -x tap-ctl || fail "the statistics have stayed"
 [ ! -e /usr/sbin/xenio ]
+id xenio-tapdisk

@@ -52,7 +52,8 @@ stop_xenio() {
 
 # What a disk that is gone must not leave behind.
 leftovers() {
-    pgrep -a -x 'tapdisk(-porter)?' || true
+    pgrep -a -x tapdisk || true
+    pgrep -a -x tapdisk-porter || true
     find /run/blktap-control -mindepth 1 ! -type d 2>/dev/null || true
     find /dev/shm -name 'td3-*' || true
     xenstore-ls -f "$BACKEND" 2>/dev/null | grep '/state = ' || true

@@ -74,6 +74,14 @@ install_binaries() {
     done
 }
 
+# What systemd-sysusers does where it is, as in the scenario of the package; Debian 12's dom0 has none.
+make_user() {
+    local name
+    name=$(awk '$1 == "u" { print $2 }' /testbed/sysusers)
+    echo "$name:x:998:" >>/etc/group
+    echo "$name:x:998:998::/:/usr/sbin/nologin" >>/etc/passwd
+}
+
 # run_scenario NAME LIMIT: in a session of its own, so that what it leaves behind can be found and ended.
 run_scenario() {
     local name=$1 limit=$2 started=$SECONDS status=0 reason
@@ -114,7 +122,7 @@ else
     one_cpu
     start_toolstack
     install_binaries
-    must "tapdisks have no user" systemd-sysusers /testbed/sysusers
+    make_user
 fi
 # As an administrator would: guests do not keep the tools and the backend waiting.
 xl sched-credit2 --domain=Domain-0 --weight=2048

@@ -46,9 +46,17 @@ it ends when its last disk is detached.
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
-    Serve { foreground: bool, engine: EngineChoice, parent_cache: Option<u64>, take_over: Option<Minor> },
+    Serve {
+        foreground: bool,
+        engine: EngineChoice,
+        parent_cache: Option<u64>,
+        take_over: Option<Minor>,
+    },
     /// Not for people: see [`process`].
-    Porter { foreground: bool, take_over: Option<Minor> },
+    Porter {
+        foreground: bool,
+        take_over: Option<Minor>,
+    },
     Help,
     Version,
 }
@@ -106,12 +114,10 @@ pub fn main<X: Xen>(xen: X, dir: &ControlDir) -> ExitCode {
         }
         Action::Serve { foreground, engine, parent_cache, take_over } => {
             parent_cache.into_iter().for_each(cache::turn_on);
-            start(foreground)
-                .and_then(|()| enter(&xen, dir, foreground, take_over))
-                .and_then(|entrance| {
-                    let server = Server::new(xen, dir.clone(), engine, parent_cache, entrance);
-                    serve(server.context("cannot begin to serve")?, foreground, take_over)
-                })
+            start(foreground).and_then(|()| enter(&xen, dir, foreground, take_over)).and_then(|entrance| {
+                let server = Server::new(xen, dir.clone(), engine, parent_cache, entrance);
+                serve(server.context("cannot begin to serve")?, foreground, take_over)
+            })
         }
         Action::Porter { foreground, take_over } => set_up_logging(foreground)
             .and_then(|()| process::run(dir, take_over).context("cannot open files for a tapdisk")),
@@ -160,7 +166,8 @@ fn enter<X: Xen>(
             if let Err(errno) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
                 log::warn!("cannot raise the limit of locked memory: {}; I/O may be slower", errno.desc());
             }
-            let porter = process::start(entrance.listener(), &porters_options(foreground, take_over), foreground)?;
+            let porter =
+                process::start(entrance.listener(), &porters_options(foreground, take_over), foreground)?;
             // Also the last moment at which a log file of root's can be opened.
             log::info!("goes on as user {}; process {} opens files for it", user.name, porter.pid);
             let confined = confine::as_user(&user, &xen.folders());

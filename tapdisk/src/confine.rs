@@ -215,7 +215,9 @@ pub enum Error {
         why: landlock::RulesetError,
     },
     /// Root's rights could not be given up.
-    #[error("cannot become the user {user}: {why}; a tapdisk started by root needs CAP_SETUID and CAP_SETGID for that")]
+    #[error(
+        "cannot become the user {user}: {why}; a tapdisk started by root needs CAP_SETUID and CAP_SETGID for that"
+    )]
     User {
         /// The name.
         user: String,

@@ -14,7 +14,7 @@ use rustix::net::RecvFlags;
 use super::{Answer, Errand, Failure, Outcome, parcel};
 
 /// What to know and to do when there is no porter any more.
-const GONE: &str = "the process that opens files for this disk has ended; the disk goes on with what is open, and `tap-ctl upgrade` \
+pub const GONE: &str = "the process that opens files for this disk has ended; the disk goes on with what is open, and `tap-ctl upgrade` \
                     gives it a new one";
 
 /// The tapdisk's end.
@@ -41,11 +41,13 @@ impl Channel {
         .map_err(failed)?;
         // The porter's copy is the last one: when it is closed without a reply, there is none to wait for.
         drop(theirs);
-        let mut reply = parcel::receive(ours.as_fd(), RecvFlags::empty()).map_err(failed)?.ok_or_else(gone)?;
+        let mut reply =
+            parcel::receive(ours.as_fd(), RecvFlags::empty()).map_err(failed)?.ok_or_else(gone)?;
         if reply.short {
             return Err(Errno::EMFILE.into());
         }
-        let answer: Result<Answer, Failure> = serde_json::from_slice(&reply.bytes).map_err(io::Error::from)?;
+        let answer: Result<Answer, Failure> =
+            serde_json::from_slice(&reply.bytes).map_err(io::Error::from)?;
         Ok((answer?, reply.descriptors.pop()))
     }
 }
@@ -206,9 +208,7 @@ mod tests {
     #[test]
     fn failures_keep_their_number_and_their_words() {
         let (channel, desk) = ends();
-        attended(desk, |_, _| {
-            Err(Failure { errno: libc::EACCES, words: "not yours".into(), telling: true })
-        });
+        attended(desk, |_, _| Err(Failure { errno: libc::EACCES, words: "not yours".into(), telling: true }));
         let failure = channel.ask(&resolve("/"), None).unwrap_err();
         assert_eq!((failure.errno, failure.words.as_str()), (libc::EACCES, "not yours"));
     }

@@ -82,10 +82,6 @@ pub fn receive(socket: BorrowedFd<'_>, flags: RecvFlags) -> Result<Option<Parcel
         }
         let whole = !received.flags.contains(ReturnFlags::TRUNC);
         bytes.truncate(if whole { received.bytes } else { 0 });
-        return Ok(Some(Parcel {
-            bytes,
-            descriptors,
-            short: received.flags.contains(ReturnFlags::CTRUNC),
-        }));
+        return Ok(Some(Parcel { bytes, descriptors, short: received.flags.contains(ReturnFlags::CTRUNC) }));
     }
 }

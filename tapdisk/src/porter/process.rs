@@ -75,7 +75,12 @@ pub fn start(listener: &UnixListener, options: &[OsString], foreground: bool) ->
     let (errands, its_errands) = parcel::pair()?;
     let (visitors, its_visitors) = parcel::pair()?;
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(OsStr::from_bytes(NAME.to_bytes())).arg(format!("--{OPTION}")).args(options).stdin(its_errands).stdout(its_visitors);
+    command
+        .arg0(OsStr::from_bytes(NAME.to_bytes()))
+        .arg(format!("--{OPTION}"))
+        .args(options)
+        .stdin(its_errands)
+        .stdout(its_visitors);
     if !foreground {
         // It must not keep the pipe open on which who started us waits for our end.
         command.stderr(Stdio::null());

@@ -101,7 +101,8 @@ fn admit_one(
         Relay::new(client, ours, move |request: &Request| judge.learn(request))
             .map_err(|error| crate::io::errno_of(&error))?
     };
-    parcel::send(visitors, b"visitor", &[theirs.as_fd()]).map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
+    parcel::send(visitors, b"visitor", &[theirs.as_fd()])
+        .map_err(|errno| Errno::from_raw(errno.raw_os_error()))?;
     let run = move || {
         if let Err(error) = relay.run() {
             log::debug!("a control connection has ended: {error}");
@@ -204,7 +205,8 @@ impl<W, L: FnMut(&Request) -> W> Relay<L, W> {
         ];
         // Who has hung up is always ready, so of whom nothing is expected is not looked at. That is never both.
         let expected = both.into_iter().filter(|(_, interest)| !interest.is_empty());
-        let mut polled: Vec<PollFd<'_>> = expected.map(|(end, interest)| PollFd::new(end, interest)).collect();
+        let mut polled: Vec<PollFd<'_>> =
+            expected.map(|(end, interest)| PollFd::new(end, interest)).collect();
         match poll(&mut polled, PollTimeout::NONE) {
             Err(Errno::EINTR) => return Ok(()),
             polled => drop(polled?),
@@ -479,7 +481,12 @@ mod tests {
         let (visitors, theirs) = parcel::pair().unwrap();
         drop(visitors);
         let mut client = UnixStream::connect(&path).unwrap();
-        admit(&listener, theirs.as_fd(), &Arc::new(Judge::new(ControlDir::at(dir.path()), 1)), &Arc::default());
+        admit(
+            &listener,
+            theirs.as_fd(),
+            &Arc::new(Judge::new(ControlDir::at(dir.path()), 1)),
+            &Arc::default(),
+        );
         assert_eq!(client.read(&mut [0]).unwrap(), 0);
     }
 }

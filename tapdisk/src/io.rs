@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use crate::buf::{Piece, Pool};
 use crate::executor::Scheduler;
 use crate::image::file::ImageFile;
+use crate::porter::Failure;
 use crate::reactor::{Op, Reactor};
 use crate::sync::{Flight, Flights};
 
@@ -203,9 +204,10 @@ impl<'a> Flying<'a> {
     }
 }
 
-/// The errno of a failed call; EIO for an error that has none.
+/// The errno of a failed call or errand; EIO for an error that has none.
 pub fn errno_of(error: &std::io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+    let errand = || Some(error.get_ref()?.downcast_ref::<Failure>()?.errno);
+    Errno::from_raw(error.raw_os_error().or_else(errand).unwrap_or(libc::EIO))
 }
 
 /// How far an operation got that may be repeated for the rest.

@@ -31,6 +31,7 @@ pub use self::entrance::Entrance;
 use self::leave::Leaving;
 use crate::nbd::door::Door;
 use crate::porter;
+use crate::porter::channel::GONE;
 use crate::reactor::EngineChoice;
 use crate::vbd::{Open, Vbd};
 use crate::worker::keeper::{Identity, Keeper};
@@ -319,6 +320,11 @@ impl<X: Xen> Server<X> {
 
     /// `None`: a worker answers later.
     fn carry_out(&mut self, token: Token, request: Request) -> Option<Reply> {
+        // The image would be closed, and could not be opened again.
+        if self.entrance.is_orphaned() && matches!(request, Request::Pause { .. } | Request::Snapshot { .. })
+        {
+            return Some(refuse(Errno::EPIPE, GONE.to_owned()));
+        }
         match request {
             Request::Pid => Some(Reply::Pid { pid: self.pid }),
             Request::List => Some(Reply::List { vbds: self.vbds.iter().rev().map(Vbd::entry).collect() }),

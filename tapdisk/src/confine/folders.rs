@@ -42,6 +42,10 @@ const READ: [&str; 14] = [
     "/usr/lib",
 ];
 
+/// Read as well by a tapdisk that has a porter: its user is not root. Names of servers are looked up for as long as it lives, and the files that
+/// say how are put in the place of others meanwhile, of which the kernel's rules know nothing; so these are the folders where that is done.
+const READ_AS_USER: [&str; 4] = ["/etc", "/run/NetworkManager", "/run/resolvconf", "/run/systemd/resolve"];
+
 /// The folders of a list.
 ///
 /// # Errors
@@ -60,7 +64,8 @@ pub fn listed(list: &Path) -> io::Result<Vec<PathBuf>> {
 /// The kernel cannot do it.
 pub(super) fn restrict(folders: &[PathBuf], dir: &ControlDir) -> Result<(), RulesetError> {
     let ours = [dir.root(), dir.all_statistics(), Path::new(LOGS)];
-    enforce(folders.iter().map(PathBuf::as_path).chain(ours), &USED, CompatLevel::HardRequirement)
+    let folders = folders.iter().map(PathBuf::as_path).chain(ours);
+    enforce(folders, &USED, &READ, CompatLevel::HardRequirement)
 }
 
 /// The same for a tapdisk that has a porter, as far as the kernel can do it: it has nowhere to go but to `folders`.
@@ -68,12 +73,14 @@ pub(super) fn restrict(folders: &[PathBuf], dir: &ControlDir) -> Result<(), Rule
 /// # Errors
 /// Of the system.
 pub(super) fn restrict_to_own(folders: &[PathBuf]) -> Result<(), RulesetError> {
-    enforce(folders.iter().map(PathBuf::as_path), &["/dev/null"], CompatLevel::BestEffort)
+    let read = [&READ[..], &READ_AS_USER].concat();
+    enforce(folders.iter().map(PathBuf::as_path), &["/dev/null"], &read, CompatLevel::BestEffort)
 }
 
 fn enforce<'a>(
     folders: impl Iterator<Item = &'a Path>,
     used: &[&str],
+    read: &[&str],
     level: CompatLevel,
 ) -> Result<(), RulesetError> {
     // Linux 5.19 is what it takes; to shorten a file that is only open for reading is refused from 6.2 on.
@@ -90,7 +97,7 @@ fn enforce<'a>(
     for file in used {
         rules = allow(rules, Path::new(file), AccessFs::ReadFile | AccessFs::WriteFile)?;
     }
-    for path in READ {
+    for path in read {
         rules = allow(rules, Path::new(path), AccessFs::ReadFile | AccessFs::ReadDir)?;
     }
     rules.restrict_self()?;
@@ -166,6 +173,42 @@ mod tests {
             refused(File::open("/etc/shadow").map(drop));
             refused(OpenOptions::new().append(true).open("/etc/hosts").map(drop));
             File::open("/proc/self/status").unwrap();
+        });
+        restricted.join().unwrap();
+    }
+
+    #[test]
+    fn with_a_porter_nothing_is_left_but_what_every_program_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let [devices, elsewhere] = ["devices", "elsewhere"].map(|name| dir.path().join(name));
+        for folder in [&devices, &elsewhere] {
+            std::fs::create_dir(folder).unwrap();
+            std::fs::write(folder.join("file"), "x").unwrap();
+        }
+        let host = ControlDir::at(dir.path());
+        if std::thread::spawn(move || restrict(&[], &host).is_err()).join().unwrap() {
+            eprintln!("skipped: this kernel has no Landlock");
+            return;
+        }
+        let restricted = std::thread::spawn(move || {
+            restrict_to_own(std::slice::from_ref(&devices)).unwrap();
+            OpenOptions::new().write(true).open(devices.join("file")).unwrap();
+            OpenOptions::new().write(true).open("/dev/null").unwrap();
+            for read in ["/proc/self/status", "/etc/hosts", "/etc/passwd"] {
+                File::open(read).unwrap();
+            }
+            for (path, write) in
+                [(elsewhere.join("file"), false), ("/etc/hosts".into(), true), (LOGS.into(), false)]
+            {
+                let opened = OpenOptions::new().read(true).append(write).open(&path);
+                if let Err(error) = &opened
+                    && error.kind() == io::ErrorKind::NotFound
+                {
+                    continue;
+                }
+                assert_eq!(opened.unwrap_err().kind(), io::ErrorKind::PermissionDenied, "{}", path.display());
+            }
+            assert!(std::fs::remove_file(elsewhere.join("file")).is_err());
         });
         restricted.join().unwrap();
     }

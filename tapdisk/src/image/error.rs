@@ -32,7 +32,11 @@ impl OpenError {
 
     /// An I/O error.
     pub fn io(path: &Path, what: &str, error: &std::io::Error) -> OpenError {
-        OpenError::file(path, what, errno_of(error))
+        match error.raw_os_error() {
+            Some(_) => OpenError::file(path, what, errno_of(error)),
+            // Its words say more than its number.
+            None => OpenError::new(path, errno_of(error), format!("{what}: {error}")),
+        }
     }
 
     /// Somebody else holds the lock.

@@ -14,7 +14,7 @@ use rustix::net::RecvFlags;
 use super::{Answer, Errand, Failure, Outcome, parcel};
 
 /// What to know and to do when there is no porter any more.
-const GONE: &str = "the process that opens files for this disk has ended; the disk goes on with what is open, and `tap-ctl upgrade` \
+pub const GONE: &str = "the process that opens files for this disk has ended; the disk goes on with what is open, and `tap-ctl upgrade` \
                     gives it a new one";
 
 /// The tapdisk's end.

@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use tap_ctl::ControlDir;
 
+use crate::porter::channel::GONE;
 use crate::porter::{self, parcel};
 
 /// The control socket of this process. It is removed in the end.
@@ -21,6 +22,8 @@ pub struct Entrance {
     listener: UnixListener,
     /// Where the porter sends clients. Its end is the end of the porter: from then on they are let in here.
     visitors: Option<OwnedFd>,
+    /// It has ended.
+    orphaned: bool,
 }
 
 impl Entrance {
@@ -38,7 +41,7 @@ impl Entrance {
         }
         let listener = UnixListener::bind(&path)?;
         listener.set_nonblocking(true)?;
-        Ok(Entrance { path, listener, visitors: None })
+        Ok(Entrance { path, listener, visitors: None, orphaned: false })
     }
 
     /// The control socket, which does not block.
@@ -54,6 +57,11 @@ impl Entrance {
     /// From now on clients come from the porter.
     pub fn through(&mut self, visitors: OwnedFd) {
         self.visitors = Some(visitors);
+    }
+
+    /// Whether there was a porter, and is none any more.
+    pub(super) fn is_orphaned(&self) -> bool {
+        self.orphaned
     }
 
     /// Has the poll say when there may be clients.
@@ -83,9 +91,8 @@ impl Entrance {
                     return Ok(UnixStream::from_std(client));
                 }
                 Ok(None) | Err(Errno::CONNRESET) => {
-                    log::error!(
-                        "the process that opens files has ended; what is open goes on, and `tap-ctl upgrade` gives this disk a new one"
-                    );
+                    log::error!("{GONE}");
+                    self.orphaned = true;
                     registry.deregister(&mut SourceFd(&visitors.as_raw_fd()))?;
                     self.visitors = None;
                     self.register(registry, token)?;
@@ -145,9 +152,11 @@ mod tests {
         for text in ["one", "two"] {
             says(&mut entrance.next(poll.registry(), TOKEN).unwrap(), text);
         }
+        assert!(!entrance.is_orphaned());
         drop(porters);
         let none = entrance.next(poll.registry(), TOKEN).unwrap_err();
         assert_eq!(none.kind(), io::ErrorKind::WouldBlock);
+        assert!(entrance.is_orphaned());
         let mut peer = std::os::unix::net::UnixStream::connect(entrance.path()).unwrap();
         peer.write_all(b"three").unwrap();
         says(&mut entrance.next(poll.registry(), TOKEN).unwrap(), "three");

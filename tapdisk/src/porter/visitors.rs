@@ -168,7 +168,7 @@ impl<W, L: FnMut(&Request) -> W> Relay<L, W> {
 
     /// Takes the next request, if it is its turn.
     fn take_turn(&mut self) {
-        if !matches!(self.turn, Turn::Asks) || !self.to_client.is_empty() {
+        if !matches!(self.turn, Turn::Asks) {
             return;
         }
         match self.asked.next_line() {

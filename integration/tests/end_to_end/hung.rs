@@ -27,20 +27,23 @@ impl Hung {
     /// Stops the threads that an earlier load has started.
     fn threads_of(pid: i32) -> Hung {
         let mut hung = Hung(Vec::new());
-        for entry in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
-            let task = entry.unwrap();
-            let name = std::fs::read_to_string(task.path().join("comm")).unwrap();
-            if name.trim() == "disk-io" {
-                let thread = Pid::from_raw(task.file_name().to_str().unwrap().parse().unwrap());
-                ptrace::seize(thread, ptrace::Options::empty()).unwrap();
-                ptrace::interrupt(thread).unwrap();
-                waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
-                hung.0.push(thread);
-            }
+        for thread in io_threads(pid) {
+            ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+            ptrace::interrupt(thread).unwrap();
+            waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+            hung.0.push(thread);
         }
-        assert!(hung.0.len() >= 4, "the load has started all threads");
         hung
     }
+}
+
+fn io_threads(pid: i32) -> Vec<Pid> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().map(Result::unwrap);
+    let does_io = |task: &std::fs::DirEntry| {
+        std::fs::read_to_string(task.path().join("comm")).unwrap().trim() == "disk-io"
+    };
+    let id = |task: std::fs::DirEntry| Pid::from_raw(task.file_name().to_str().unwrap().parse().unwrap());
+    tasks.filter(does_io).map(id).collect()
 }
 
 impl Drop for Hung {
@@ -52,13 +55,15 @@ impl Drop for Hung {
     }
 }
 
-/// Many requests at once, so that every I/O thread is there.
-fn warm_up(frontend: &mut Frontend) {
-    for n in 0..24 {
-        frontend.submit(Io::Write(Sector(n * 8), &pattern(n as u8, 4096)));
+/// Many requests at once, until every I/O thread of each ring is there: one is started only when all that are there have something to do.
+fn warm_up(frontend: &mut Frontend, pid: i32, rings: usize) {
+    while io_threads(pid).len() < 4 * rings {
+        for n in 0..24 {
+            frontend.submit(Io::Write(Sector(n * 8), &pattern(n as u8, 4096)));
+        }
+        frontend.kick().unwrap();
+        answers(frontend, 24);
     }
-    frontend.kick().unwrap();
-    answers(frontend, 24);
 }
 
 /// Asks for the statistics until they are like that.
@@ -82,7 +87,7 @@ fn a_file_that_hangs_is_told_of_and_holds_up_nobody_else() {
     let (device, mut frontend) = guest(&rig, 1, &params, Shape::simple(DomId(1)));
     let (_, params) = raw(&rig, "good.img", MIB);
     let (_, mut honest) = guest(&rig, 2, &params, Shape::simple(DomId(2)));
-    warm_up(&mut frontend);
+    warm_up(&mut frontend, device.pid, 1);
     let hung = Hung::threads_of(device.pid);
     let start = Instant::now();
     frontend.submit(Io::Write(Sector(64), &pattern(9, 8192)));
@@ -149,11 +154,10 @@ fn a_pause_under_way_can_be_taken_back() {
     let mut rig = Rig::start(programs!());
     rig.spawn_options = vec!["--engine".into(), "pool".into()];
     let (_, params) = raw(&rig, "a.img", MIB);
-    let shape = Shape { queues: most_queues(&rig), ..Shape::simple(DomId(1)) };
+    let rings = most_queues(&rig);
+    let shape = Shape { queues: rings, ..Shape::simple(DomId(1)) };
     let (device, mut frontend) = guest(&rig, 1, &params, shape);
-    for _ in 0..4 {
-        warm_up(&mut frontend);
-    }
+    warm_up(&mut frontend, device.pid, rings);
     let hung = Hung::threads_of(device.pid);
     frontend.submit(Io::Read(Sector(0), 4096));
     frontend.kick().unwrap();

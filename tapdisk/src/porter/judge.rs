@@ -398,7 +398,10 @@ impl Known {
     fn give(&mut self, facts: &Facts, how: How) {
         let write = self.given.entry(facts.id).or_insert(how.write);
         *write |= how.write;
-        if let (Some(named), Some(folder)) = (facts.named, facts.real.parent()) {
+        let names_others = |named: &Named| {
+            matches!(named.kind, ImageType::Vhd | ImageType::Qcow | ImageType::Qcow2 | ImageType::Vmdk)
+        };
+        if let (Some(named), Some(folder)) = (facts.named.filter(names_others), facts.real.parent()) {
             let extents = self.folders.entry(folder.to_owned()).or_insert(false);
             *extents |= named.write && named.kind == ImageType::Vmdk;
         }

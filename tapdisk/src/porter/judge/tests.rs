@@ -189,6 +189,15 @@ fn what_is_neither_a_file_nor_a_block_device_is_no_parent_even_beside_the_image(
 }
 
 #[test]
+fn a_raw_disk_names_nothing_so_what_lies_beside_it_is_not_opened() {
+    let stage = Stage::new();
+    let [disk, beside] = ["images/disk", "images/beside"].map(|name| stage.file(name));
+    let _window = stage.asked_to_open("aio:images/disk");
+    stage.open(&disk, How::WRITE).unwrap();
+    assert_eq!(stage.open(&beside, How::READ).unwrap_err(), Errno::EACCES);
+}
+
+#[test]
 fn extents_are_written_right_beside_their_descriptor_and_nowhere_else() {
     let stage = Stage::new();
     let [extent, below] = ["images/extent", "images/below/extent"].map(|name| stage.file(name));

@@ -80,6 +80,7 @@ make_user() {
     name=$(awk '$1 == "u" { print $2 }' /testbed/sysusers)
     echo "$name:x:998:" >>/etc/group
     echo "$name:x:998:998::/:/usr/sbin/nologin" >>/etc/passwd
+    (umask 077 && echo "$name:!*:::::::" >>/etc/shadow)
 }
 
 # run_scenario NAME LIMIT: in a session of its own, so that what it leaves behind can be found and ended.

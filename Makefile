@@ -1,9 +1,10 @@
 # The two commands: `make demo` shows a guest on a VHD, `make test` shows that everything works.
-# Both install what they need (Debian packages as root, cargo-deny into target/tools).
+# Both install what they need (Debian packages as root, cargo-deny and promtool into target/tools).
 
 CARGO ?= cargo
 DENY_VERSION := 0.20.2
 DENY := target/tools/bin/cargo-deny
+PROMTOOL := target/tools/bin/promtool
 PREFIX ?= /usr
 DESTDIR ?=
 TOOLS := xenio tap-ctl tap-img vhd-util cbt-util img2qcow qcow2raw qcow-create
@@ -43,8 +44,16 @@ $(DENY):
 doc:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --locked --quiet
 
-unit:
-	$(CARGO) test --workspace --locked --quiet
+unit: $(PROMTOOL)
+	PATH="$(CURDIR)/target/tools/bin:$$PATH" $(CARGO) test --workspace --locked --quiet
+
+# The one program, without the service that its package would start.
+$(PROMTOOL): | deps
+	mkdir -p target/tools/bin target/tools/prometheus
+	cd target/tools/prometheus && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; }
+	dpkg --fsys-tarfile target/tools/prometheus/prometheus_*.deb | tar -xO ./usr/bin/promtool >$@.new
+	chmod +x $@.new && mv $@.new $@
+	rm -r target/tools/prometheus
 
 # The ring's notification protocol under every interleaving; its own folder, because the flag rebuilds everything.
 loom:

@@ -3,6 +3,8 @@
 //! [`Rig::plug`] does what libxl and its `block-tap` script do: it writes both XenStore directories in one transaction,
 //! waits for the backend's InitWait, starts a tapdisk with `tap-ctl`, and reports the hotplug as done.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -12,7 +14,7 @@ use tempfile::TempDir;
 use xenstore::{Access, Permission};
 
 use crate::sim::frontend::Frontend;
-use crate::sim::host::{SimHost, VARIABLE};
+use crate::sim::host::{SimHost, USER, VARIABLE};
 use crate::sim::refuse;
 use crate::sim::store::SimStore;
 
@@ -70,6 +72,15 @@ pub struct Rig {
     pub environment: Vec<(String, String)>,
     /// What the kernel refuses to tapdisks, see [`refuse::VARIABLE`].
     pub refuse: String,
+}
+
+/// Changes the mode of a file or folder.
+///
+/// # Panics
+///
+/// If the system refuses it.
+pub fn set_mode(path: &Path, mode: u32) {
+    std::fs::set_permissions(path, Permissions::from_mode(mode)).expect("a mode");
 }
 
 /// A disk as the toolstack sees it.
@@ -132,6 +143,26 @@ impl Rig {
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null());
         command
+    }
+
+    /// From now on tapdisks become the user `name`, also those that xenio starts. It takes root.
+    ///
+    /// # Panics
+    ///
+    /// As everywhere in this file: if the system refuses something.
+    pub fn give_user(&mut self, name: &str) {
+        set_mode(self.host.dir(), 0o711);
+        set_mode(&self.host.xen(), 0o777);
+        self.environment.push((USER.into(), name.into()));
+        self.kill_xenio();
+        self.start_xenio();
+    }
+
+    /// Lets that user reach what frontends have made so far: the simulated devices are files.
+    pub fn share_devices(&self) {
+        for entry in std::fs::read_dir(self.host.xen()).expect("the folder of devices") {
+            set_mode(&entry.expect("a device").path(), 0o666);
+        }
     }
 
     /// Starts xenio in the foreground, its words going to `xenio.log` in the host's folder.

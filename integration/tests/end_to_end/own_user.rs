@@ -1,13 +1,10 @@
 //! Tapdisks with a user of their own, and the porters that open files for them. These take root, which CI and the machines of disks are.
 
-use std::fs::Permissions;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use blkif::{DomId, Sector};
-use integration::rig::{Device, Rig};
+use integration::rig::{Device, Rig, set_mode};
 use integration::sim::frontend::{Frontend, Shape};
-use integration::sim::host::USER;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User};
 
@@ -27,20 +24,11 @@ fn own_user_rig() -> Option<Rig> {
         return None;
     }
     let mut rig = rig();
-    set_mode(rig.host.dir(), 0o711);
-    set_mode(&rig.host.xen(), 0o777);
     let images = rig.path("images");
     std::fs::create_dir(&images).unwrap();
     set_mode(&images, 0o700);
-    rig.environment.push((USER.into(), NOBODY.into()));
-    // It starts those that take over.
-    rig.kill_xenio();
-    rig.start_xenio();
+    rig.give_user(NOBODY);
     Some(rig)
-}
-
-fn set_mode(path: &Path, mode: u32) {
-    std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
 }
 
 /// A guest with one disk, connected, whose files of the simulated hypervisor everybody may write to.
@@ -49,9 +37,7 @@ fn connected(rig: &Rig, params: &str) -> (Device, Frontend) {
     rig.create_domain(1);
     let device = rig.plug(1, XVDA, params, "w").unwrap();
     let frontend = Frontend::create(&rig.host.xen(), Shape::simple(DomId(1))).unwrap();
-    for entry in std::fs::read_dir(rig.host.xen()).unwrap() {
-        set_mode(&entry.unwrap().path(), 0o666);
-    }
+    rig.share_devices();
     rig.connect(&device, &frontend);
     (device, frontend)
 }

@@ -26,6 +26,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use tap_ctl::proto::{DiskInfo, Minor, OpenParams, RingEntry};
 use tap_ctl::{ControlDir, Reply, Request};
 
+pub(crate) use self::client::MAX_UNREAD;
 use self::client::{Broken, Client};
 pub use self::entrance::Entrance;
 use self::leave::Leaving;

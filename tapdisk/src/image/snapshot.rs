@@ -3,6 +3,7 @@
 //! It is written under a name of its own, made durable, and only then given its real one: a file of that name is always a
 //! whole image. Whoever finds it after a crash goes on with it, because a guest may have written to it.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::ffi::OsStringExt;
@@ -70,9 +71,8 @@ pub fn create(parent: &OpenParams, sectors: u64, child: &ImageSpec) -> Result<Ma
     if porter::exists(&path).map_err(|e| OpenError::io(&path, "cannot look for", &e))? {
         return refuse(Errno::EEXIST, "exists already, and a snapshot makes a new image");
     }
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder =
-        porter::resolve(folder).map_err(|e| OpenError::io(&path, "cannot find the folder of", &e))?;
+    let folder = porter::resolve(folder_of(&path))
+        .map_err(|e| OpenError::io(&path, "cannot find the folder of", &e))?;
     let below = Path::new(&parent.image.path);
     let below = porter::resolve(below).map_err(|e| OpenError::io(below, "cannot resolve", &e))?;
     let content = match (child.kind, parent.image.kind) {
@@ -162,10 +162,20 @@ fn now() -> u32 {
     vhd::time::from_unix(i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
 }
 
+/// The folder that a path names.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// What the image of a name is called, in the same folder, until it is whole: `pid` makes it.
+pub(crate) fn draft_name(name: &OsStr, pid: u32) -> String {
+    format!(".{}.{pid}", name.to_string_lossy())
+}
+
 /// Makes a durable file of a name that nobody has. If it cannot be finished, nothing is left.
 fn publish(folder: &Path, path: &Path, content: &Content) -> io::Result<()> {
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let draft = folder.join(format!(".{}.{}", name.to_string_lossy(), std::process::id()));
+    let draft = folder.join(draft_name(name, std::process::id()));
     let written = write_durably(&draft, content)
         // A link, because a rename would take the place of a file that has come meanwhile.
         .and_then(|()| porter::link(&draft, path))

@@ -32,7 +32,7 @@ use tap_ctl::{ControlDir, Request};
 
 use super::{Answer, Errand, Failure, How, Keep, Outcome, act};
 use crate::image::holders::holder;
-use crate::image::{policy, ram, stack};
+use crate::image::{policy, ram, snapshot, stack};
 
 /// What a tapdisk may add to open(2).
 const FLAGS: i32 = libc::O_DIRECT | libc::O_DIRECTORY | libc::O_DSYNC | libc::O_NOATIME | libc::O_NONBLOCK;
@@ -159,7 +159,10 @@ impl Judge {
     /// Does an errand if it is the tapdisk's business. Blocking; any thread may call it.
     pub fn carry_out(&self, errand: &Errand, with: Option<BorrowedFd<'_>>) -> Outcome {
         match errand {
-            Errand::Open { path, how } if how.create.is_none() => self.open(path.path(), *how),
+            // What is its own is judged by its name: no image's store is asked for that.
+            Errand::Open { path, how } if how.create.is_none() && !self.known().is_own(path.path()) => {
+                self.open(path.path(), *how)
+            }
             Errand::Again { how } => {
                 let file = File::from(with.ok_or(Errno::EBADF)?.try_clone_to_owned().map_err(Failure::from)?);
                 let given = self.known().given.get(&identity(&file)?).copied();
@@ -236,7 +239,7 @@ impl Judge {
         let listed = policy::listed_folders().iter().any(|folder| real.starts_with(folder));
         let of_made = made.iter().any(|image| folder_of(image).as_deref() == Some(&*real));
         let facts = Facts { real, id, plain, named, listed, of_made };
-        let verdict = self.known().judge(path, how, &facts);
+        let verdict = self.known().judge(how, &facts);
         let file = match verdict {
             Verdict::No => return self.refuse(&errand),
             Verdict::Yes | Verdict::IfVhd => act::open(&act::itself(place.as_fd()), how)?,
@@ -259,7 +262,7 @@ impl Judge {
             let known = self.known();
             (known.made.keys().cloned().collect::<Vec<_>>(), known.pid)
         };
-        made.iter().find(|image| draft(image, pid).as_deref() == Some(path.path())).cloned()
+        made.into_iter().find(|image| is_draft(path.path(), image, pid))
     }
 
     fn note(&self, errand: &Errand, answer: &Answer) {
@@ -366,12 +369,9 @@ impl Known {
         self.windows > 0 || self.starting
     }
 
-    /// Whether a file that is there may be opened.
-    fn judge(&self, path: &Path, how: How, facts: &Facts) -> Verdict {
+    /// Whether a file that is there, and is not its own, may be opened.
+    fn judge(&self, how: How, facts: &Facts) -> Verdict {
         let yes = |so: bool| if so { Verdict::Yes } else { Verdict::No };
-        if self.is_own(path) {
-            return Verdict::Yes;
-        }
         if let Some(named) = facts.named {
             return yes(named.write || !how.write);
         }
@@ -502,14 +502,14 @@ impl Known {
 
 /// The folder of an image that is to be made, without links.
 fn folder_of(image: &Path) -> Option<PathBuf> {
-    let folder = image.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    folder.canonicalize().ok()
+    snapshot::folder_of(image).canonicalize().ok()
 }
 
-/// What an image is called until it is whole; see [`crate::image::snapshot`].
-fn draft(image: &Path, pid: i32) -> Option<PathBuf> {
-    let name = image.file_name()?.to_string_lossy();
-    Some(folder_of(image)?.join(format!(".{name}.{pid}")))
+/// Whether a path is what an image is called until it is whole. The store is asked only for one that has the name.
+fn is_draft(path: &Path, image: &Path, pid: i32) -> bool {
+    let name = image.file_name().map(|name| snapshot::draft_name(name, pid.unsigned_abs()));
+    let named = name.is_some_and(|name| path.file_name() == Some(name.as_ref()));
+    named && folder_of(image).as_deref() == path.parent()
 }
 
 fn identity(file: &File) -> Result<Id, Failure> {

@@ -17,13 +17,12 @@ use tap_ctl::frame::Decoder;
 
 use super::judge::Judge;
 use super::parcel;
+use crate::server::MAX_UNREAD;
 
 /// Clients at the same time; more wait in the socket's backlog.
 const MOST: usize = 64;
 /// When who could not be let in is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// How much a client may leave unread, in bytes, beyond what the socket itself holds. The tapdisk grants a follower as much.
-const MAX_UNREAD: usize = 64 * 1024;
 /// Stack of a thread in bytes: a relay has its buffers elsewhere; what a request names may take a chain to be read.
 const STACK: usize = 512 * 1024;
 

@@ -9,7 +9,7 @@ use tap_ctl::frame::{Decoder, FrameError, encode};
 use tap_ctl::{Reply, Request};
 
 /// How much a follower may leave unread, in bytes, beyond what the socket itself holds: several hundred changes.
-const MAX_UNREAD: usize = 64 * 1024;
+pub(crate) const MAX_UNREAD: usize = 64 * 1024;
 
 /// What a client is to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -34,13 +34,8 @@ impl Entrance {
     pub fn bind(dir: &ControlDir) -> io::Result<Entrance> {
         let path = dir.control_socket(nix::unistd::getpid().as_raw());
         std::fs::create_dir_all(dir.root())?;
-        // A leftover of a dead process that had our pid.
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
-        listener.set_nonblocking(true)?;
+        // In the place of what a dead process has left that had our pid.
+        let listener = porter::listen(&path)?;
         Ok(Entrance { path, listener, visitors: None, orphaned: false })
     }
 
